@@ -1,0 +1,119 @@
+"""A proof, on a batch, that a graph is its model: same output, and every parameter reached by the nodes that use it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mep.errors import TraceError
+from mep.graph import Graph
+from mep.nodes import Node
+
+
+def check_graph(graph: Graph, x: Any, against_model: bool = True) -> None:
+    """Evaluate graph and model side by side.
+
+    1. Every state is a tensor whose rows are the examples.
+    2. The parameters that autograd finds behind each node's prediction are exactly those the graph lists for it.
+    3. The parameters that autograd finds behind the model's output are those of all nodes together.
+    4. The outputs are equal.
+
+    The model, its buffers and the random number generators are left as they were. With `against_model=False` (a
+    Hopfield network is not the model's forward pass) only 1 and 2 are checked.
+
+    Raises:
+        TraceError: naming the node or the parameter.
+    """
+    inputs = graph.bind(x)
+    batch = len(next(v for v in inputs.values() if isinstance(v, Tensor)))
+    buffers = [(b, b.clone()) for b in graph.model.buffers()]
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    try:
+        with torch.random.fork_rng(devices):
+            expected, reached = _model(graph, inputs) if against_model else (None, None)
+        with torch.random.fork_rng(devices):
+            output = _nodes(graph, inputs, batch)
+    finally:
+        for b, kept in buffers:
+            b.copy_(kept)
+    if expected is None or reached is None:
+        return
+    _compare_parameters(graph, reached)
+    scale = float(expected.abs().max()) + 1
+    close = output.shape == expected.shape and torch.allclose(output, expected, atol=scale * 1e-4, equal_nan=True)
+    if not close:
+        raise TraceError(
+            f"The graph of {type(graph.model).__name__} does not compute what its forward does. Its forward has effects "
+            "that tracing cannot see (an in-place write to an alias, a value read outside torch). Way out: keep the "
+            "module that does so whole with leaves=(ThatModule,)."
+        )
+
+
+def _model(graph: Graph, inputs: dict[str, Any]) -> tuple[Tensor, set[nn.Parameter]]:
+    with torch.enable_grad():
+        output = graph.model(*(inputs[name] for name in graph.inputs))
+    return output.detach(), _behind(output)
+
+
+def _nodes(graph: Graph, inputs: dict[str, Any], batch: int) -> Tensor:
+    values = dict(inputs)
+    for node in graph.nodes:
+        parents = [v.detach() if isinstance(v, Tensor) else v for v in (values[p] for p in node.parents)]
+        mu = _run(node, parents)
+        if node.owns_state and (not isinstance(mu, Tensor) or mu.ndim == 0 or len(mu) % batch):
+            shape = tuple(mu.shape) if isinstance(mu, Tensor) else type(mu).__name__
+            raise TraceError(
+                f"Node `{node.name}` predicts {shape} for {batch} examples; a state must be a tensor whose first "
+                "dimension is the batch. Way out: put the batch first, or keep the module around it whole with leaves."
+            )
+        wrong = _behind(mu) ^ {p for p in node.parameters if p.requires_grad}
+        if isinstance(mu, Tensor) and wrong:
+            raise TraceError(
+                f"Node `{node.name}` and the graph disagree about {_named(graph, wrong)}: a parameter is used outside "
+                "what the graph sees, or listed and not used (detached, or switched off). Way out: use it through its "
+                "own module, freeze it with requires_grad_(False), or keep the module whole with leaves."
+            )
+        values[node.name] = mu
+    return values[graph.output].detach()
+
+
+def _run(node: Node, parents: list[Any]) -> Any:
+    values = dict(zip(node.parents, parents, strict=True))
+    with torch.enable_grad():
+        for op in node.program:
+            values[op.name] = op.run(values)
+    return values[node.program[-1].name]
+
+
+def _behind(output: Any) -> set[nn.Parameter]:
+    """The leaves of an autograd graph."""
+    found: set[nn.Parameter] = set()
+    seen: set[Any] = set()
+    stack = [output.grad_fn] if isinstance(output, Tensor) else []
+    if isinstance(output, nn.Parameter):
+        found.add(output)
+    while stack:
+        fn = stack.pop()
+        if fn is None or fn in seen:
+            continue
+        seen.add(fn)
+        if hasattr(fn, "variable"):
+            found.add(fn.variable)
+        stack.extend(f for f, _ in fn.next_functions)
+    return found
+
+
+def _compare_parameters(graph: Graph, reached: set[nn.Parameter]) -> None:
+    wrong = reached ^ {p for p in graph.parameters() if p.requires_grad}
+    if wrong:
+        raise TraceError(
+            f"{_named(graph, wrong)}: the model's output and the graph disagree on whether it is used. Way out: use it "
+            "through its own module, or keep the module that uses it whole with leaves=(ThatModule,)."
+        )
+
+
+def _named(graph: Graph, parameters: set[nn.Parameter]) -> str:
+    names = {p: n for n, p in graph.model.named_parameters()}
+    return "parameter " + ", ".join(sorted(f"`{names.get(p, tuple(p.shape))}`" for p in parameters))

@@ -1,0 +1,228 @@
+r"""The energy of a graph's states, its forces, and its nudge toward a cost.
+
+    E(s) = sum_n e(s_n, mu_n)      one number per example, never divided by the batch size
+    F(s) = E(s) + beta C(s_out)    the nudged energy
+
+Two couplings, `prediction` and `hopfield`, differ only in `e`; both pull a state with `de/ds = s - mu`:
+
+| coupling   | e(s, mu)              | tension = -de/dmu | states |
+|------------|-----------------------|-------------------|--------|
+| prediction | 1/2 \|s - mu\|^2      | s - mu            | free   |
+| hopfield   | 1/2 \|s\|^2 - <s, mu> | s                 | in a box |
+
+The force on a state is local: `dF/ds_n = (s_n - mu_n) - sum_c J_c^T tension_c`, minus `-beta dC/ds` at the output.
+Sources: Scellier and Bengio 2017 (arXiv:1602.05179), eq. 3 to 6; Whittington and Bogacz 2017 for `prediction`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mep.activations import Activation
+from mep.cost import Cost
+from mep.errors import ArgumentError
+from mep.graph import Graph, Point
+from mep.nodes import Held, Node
+
+State = dict[str, Tensor]
+Box = tuple[float, float]
+FREE: Box = (-math.inf, math.inf)
+
+
+class Prediction:
+    """`e = 1/2 |s - mu|^2`: the free equilibrium is the forward pass, with E = 0."""
+
+    name = "prediction"
+    vanishes_when_free = True
+
+    def energy(self, s: Tensor, mu: Tensor) -> Tensor:
+        """Elementwise."""
+        return 0.5 * (s - mu).square()
+
+    def tension(self, s: Tensor, mu: Tensor) -> Tensor:
+        """-de/dmu."""
+        return s - mu
+
+
+class Hopfield:
+    """`e = 1/2 |s|^2 - <s, mu>` with s in a box: the deep Hopfield network of Scellier and Bengio 2017."""
+
+    name = "hopfield"
+    vanishes_when_free = False
+
+    def energy(self, s: Tensor, mu: Tensor) -> Tensor:
+        """Elementwise."""
+        return 0.5 * s.square() - s * mu
+
+    def tension(self, s: Tensor, mu: Tensor) -> Tensor:
+        """-de/dmu."""
+        return s
+
+
+Coupling = Prediction | Hopfield
+COUPLINGS: dict[str, type[Prediction] | type[Hopfield]] = {"prediction": Prediction, "hopfield": Hopfield}
+
+
+def make_coupling(name: str) -> Coupling:
+    """The coupling of that name."""
+    if name not in COUPLINGS:
+        raise ArgumentError(f"energy={name!r}: choose one of {sorted(COUPLINGS)}.")
+    return COUPLINGS[name]()
+
+
+@dataclass(frozen=True)
+class Nudge:
+    """`beta C(s_out)`, with the target already inside."""
+
+    cost: Cost
+    target: Tensor
+    beta: float
+
+
+@dataclass(frozen=True, eq=False)
+class Energy:
+    """The energy of one batch: a graph with its input clamped, and a nudge or none."""
+
+    graph: Graph
+    coupling: Coupling
+    inputs: Mapping[str, Any]
+    held: Held
+    batch: int
+    nudge: Nudge | None = None
+
+    @property
+    def beta(self) -> float:
+        """The nudging strength, 0 for the free energy."""
+        return self.nudge.beta if self.nudge else 0.0
+
+    @property
+    def kinks(self) -> Mapping[str, Activation]:
+        """The activation behind each state that meets a true kink; none while the branches are held."""
+        return {} if self.held.hold_branches else self.graph.kinks
+
+    def rest(self) -> Point:
+        """Every state on its prediction, inside its box: the free equilibrium of the prediction energy."""
+        return self.graph.evaluate(self.inputs, self.held, inside_box)
+
+    def at(self, state: Mapping[str, Tensor]) -> Point:
+        """The graph evaluated at a state."""
+        return self.graph.evaluate(self.inputs, self.held, lambda node, mu: state[node.name])
+
+    def state(self, point: Point) -> State:
+        """The states of a point."""
+        return {n.name: point.values[n.name] for n in self.graph.states}
+
+    def left_branch(self, point: Point) -> float:
+        """The fraction of piecewise-linear units off the branch on which they are held; one more forward walk."""
+        held = replace(self.held, departures=[])
+        self.graph.evaluate(self.inputs, held, lambda node, mu: point.values[node.name])
+        assert held.departures is not None
+        units = sum(n for _, n in held.departures)
+        return sum(float(left) for left, _ in held.departures) / units if units else 0.0
+
+    def value(self, point: Point) -> Tensor:
+        """`E(s)`, or `F(s)` when nudged: [batch]."""
+        total = torch.zeros(self.batch, dtype=self.output(point).dtype, device=self.output(point).device)
+        for name, mu in point.predictions.items():
+            total = total + self.coupling.energy(point.values[name], mu).reshape(self.batch, -1).sum(1)
+        if self.nudge:
+            total = total + self.nudge.beta * self.nudge.cost.value(self.output(point), self.nudge.target)
+        return total
+
+    def output(self, point: Point) -> Tensor:
+        """The state of the output node."""
+        return point.values[self.graph.output]
+
+    def cost_gradient(self, point: Point) -> Tensor | None:
+        """dC/ds_out, without beta; None when there is no nudge."""
+        nudge = self.nudge
+        return nudge.cost.gradient(self.output(point), nudge.target) if nudge else None
+
+    def pulls(self, point: Point) -> State:
+        """What each state is pulled by: `sum_c J_c^T tension_c`, and `-beta dC/ds` at the output."""
+        arriving: State = {}
+
+        def transmit(node: Node, force: Tensor | None) -> Tensor | None:
+            if not node.owns_state:
+                return force
+            s, mu = point.values[node.name], point.predictions[node.name]
+            arriving[node.name] = torch.zeros_like(s) if force is None else force
+            return self.coupling.tension(s, mu)
+
+        gradient = self.cost_gradient(point)
+        self.graph.pull(point, None if gradient is None else -self.beta * gradient, transmit)
+        return arriving
+
+    def forces(self, point: Point, pulls: Mapping[str, Tensor] | None = None) -> State:
+        """dF/ds_n of every state, in closed form."""
+        pulls = self.pulls(point) if pulls is None else pulls
+        return {name: point.values[name] - mu - pulls[name] for name, mu in point.predictions.items()}
+
+    def residuals(self, point: Point, pulls: Mapping[str, Tensor] | None = None) -> State:
+        """The relative residual of every state: {node: [batch]}, see `relative_residual`."""
+        pulls = self.pulls(point) if pulls is None else pulls
+        found = {}
+        for node in self.graph.states:
+            s, mu = point.values[node.name], point.predictions[node.name]
+            found[node.name] = relative_residual(s - mu, pulls[node.name], s, self.batch, node.box)
+        return found
+
+    def parameter_gradient(self, point: Point, errors: Mapping[str, Tensor] | None, weight: float) -> dict[Any, Tensor]:
+        """`weight * dE/dtheta` summed over the batch; `errors` are the scaled ones, (mu - s) / beta, where known."""
+        if errors is not None:
+            return self.graph.contract(point, errors, weight * self.beta)
+        tension = self.coupling.tension
+        tensions = {n: tension(point.values[n], mu) for n, mu in point.predictions.items()}
+        return self.graph.contract(point, tensions, -weight)
+
+
+def nudge(energy: Energy, cost: Cost, target: Tensor, beta: float) -> Energy:
+    """The energy plus `beta` times the cost at the output: just another energy."""
+    return replace(energy, nudge=Nudge(cost, target, beta))
+
+
+def inside_box(node: Node, mu: Tensor) -> Tensor:
+    """The point of the node's box that is nearest to mu."""
+    return mu if node.box == FREE else mu.clamp(*node.box)
+
+
+def example_norm(tensor: Tensor, batch: int) -> Tensor:
+    """The Euclidean norm over everything but the examples: [batch]. Rows of one example must be neighbours."""
+    return torch.linalg.vector_norm(tensor.reshape(batch, -1), dim=1)
+
+
+def per_example(mask: Tensor, like: Tensor) -> Tensor:
+    """A mask over the examples ([batch]) spread over the rows of a state, ready to broadcast."""
+    rows = mask if len(like) == len(mask) else mask.repeat_interleave(len(like) // len(mask))
+    return rows.view(-1, *[1] * (like.ndim - 1))
+
+
+def relative_residual(
+    error: Tensor, pull: Tensor, state: Tensor, batch: int, box: Box = FREE, unit: float = 1.0
+) -> Tensor:
+    """`|error - pull| / max(|error|, |pull|)` of one node, per example: 0 at equilibrium, 1 before a signal arrives.
+
+    At equilibrium the error `s - mu` balances the pull of the children; both may be given in a `unit`. What a face of
+    the box holds back does not count. The scale is at least a thousand roundings of the state: a smaller error cannot
+    be resolved.
+    """
+    force = error - pull
+    low, high = box
+    if low > -math.inf:
+        force = torch.where((state <= low) & (force > 0), 0, force)
+    if high < math.inf:
+        force = torch.where((state >= high) & (force < 0), 0, force)
+    scale = torch.maximum(example_norm(error, batch), example_norm(pull, batch))
+    return example_norm(force, batch) / torch.maximum(scale, noise_floor(state, batch) / abs(unit))
+
+
+def noise_floor(state: Tensor, batch: int) -> Tensor:
+    """The size below which an error of this state drowns in its rounding: [batch], positive."""
+    limits = torch.finfo(state.dtype)
+    return example_norm(state, batch).mul_(1e3 * limits.eps).add_(limits.tiny)

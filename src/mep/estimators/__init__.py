@@ -1,0 +1,7 @@
+"""Estimators fill `p.grad` from a batch, the way `loss.backward()` does."""
+
+from mep.estimators.backprop import Backprop
+from mep.estimators.equilibrium import EquilibriumPropagation
+from mep.estimators.estimate import Estimate
+
+__all__ = ["Backprop", "EquilibriumPropagation", "Estimate"]

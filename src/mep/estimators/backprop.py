@@ -1,0 +1,60 @@
+"""Backpropagation behind the interface of an estimator: the yardstick."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mep.cost import Cost, PerExample, make_cost
+from mep.errors import DivergedError
+from mep.estimators.estimate import Estimate, Gradients, accumulate
+from mep.estimators.inputs import batch_size, call_model
+from mep.settle import Result
+
+
+class Backprop:
+    """`loss.backward()`, called like `EquilibriumPropagation`.
+
+    Example:
+        >>> net = nn.Linear(2, 1)
+        >>> estimate = Backprop(net, cost="mse")(torch.ones(1, 2), torch.zeros(1, 1))
+        >>> estimate.result.name, net.weight.grad.shape
+        ('BACKPROP', torch.Size([1, 2]))
+    """
+
+    def __init__(self, model: nn.Module, cost: str | PerExample | Cost = "cross_entropy"):
+        self.model = model
+        self.cost = make_cost(cost)
+
+    def __call__(self, x: Any, target: Tensor) -> Estimate:
+        """Accumulate the gradient into `p.grad`."""
+        gradients, estimate = self.gradients(x, target)
+        accumulate(gradients)
+        return estimate
+
+    def gradients(self, x: Any, target: Tensor) -> tuple[Gradients, Estimate]:
+        """The gradient of every trained parameter that the loss reaches."""
+        batch_size(x)
+        with torch.enable_grad():
+            output = call_model(self.model, x)
+            loss = self.cost.value(output, self.cost.prepare(output.detach(), target)).mean()
+            trained = [p for p in self.model.parameters() if p.requires_grad]
+            found = torch.autograd.grad(loss, trained, allow_unused=True)
+        if not torch.isfinite(loss):
+            raise DivergedError(f"The loss is {loss.item()}: check the batch and the weights. Nothing was changed.")
+        gradients = {p: g for p, g in zip(trained, found, strict=True) if g is not None}
+        return gradients, Estimate(loss.detach(), None, 0, 0.0, Result.BACKPROP)
+
+    def predict(self, x: Any) -> Tensor:
+        """The model's output."""
+        with torch.no_grad():
+            return call_model(self.model, x)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: it has no memory."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing to load."""

@@ -1,0 +1,269 @@
+"""Equilibrium propagation: the estimator that stands where `loss.backward()` stood."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mep.check import check_graph
+from mep.cost import Cost, PerExample, make_cost
+from mep.energy import Energy, make_coupling, nudge
+from mep.errors import ArgumentError, DivergedError, InputError, ParameterError
+from mep.estimators.contrast import CONTRASTS
+from mep.estimators.estimate import Estimate, Gradients, accumulate
+from mep.estimators.inputs import batch_size
+from mep.graph import Graph
+from mep.nodes import Held
+from mep.settle import Result, Settled, Solver, settle
+from mep.solvers import Descent, Sweep
+from mep.tracing import Leaves, trace, trace_activations, trace_kinks
+
+_SHRINK = 0.5
+_GROWTH = 1.02
+_TRIES = 16
+
+
+class EquilibriumPropagation:
+    """Fills `p.grad` from two equilibria of an energy, as `loss.backward()` would from a graph.
+
+    One is free, one is nudged toward the target with strength `beta`; the contrast of their energies is the gradient,
+    to first order in beta (`phases="one-sided"`) or to second (`"centered"`).
+
+    Args:
+        model: any module that `mep.trace` can read. It is not changed.
+        cost: "cross_entropy", "mse", or a function of `(output, target)` that returns one number per example.
+        beta: the largest nudging strength. Where the equilibrium is out of reach a smaller one is used, kept over the
+            steps and raised again slowly; the estimate says which.
+        solver: `mep.Sweep(...)` (the default for "prediction") or `mep.Descent(...)` (for "hopfield").
+        energy: "prediction" or "hopfield".
+        phases: "one-sided" or "centered".
+        branches: "held" keeps ReLU-like gates and max-pool winners as in the free equilibrium while the nudged one is
+            sought; "exact" seeks the equilibrium of the nonsmooth energy itself.
+        leaves: modules to keep whole, see `mep.trace`.
+        diagnostics: also report the fraction of units that left their branch; one more forward walk a phase.
+
+    Raises:
+        TraceError, ParameterError, ArgumentError: at once, from the constructor.
+        InputError, DivergedError: from a call; then no gradient was touched.
+
+    Example:
+        >>> import torch, mep
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
+        >>> ep = mep.EquilibriumPropagation(net, beta=0.01)
+        >>> estimate = ep(torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1]))
+        >>> estimate.converged, net[0].weight.grad.shape
+        (True, torch.Size([8, 4]))
+
+    Source: Scellier and Bengio 2017, arXiv:1602.05179, theorem 1.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        cost: str | PerExample | Cost = "cross_entropy",
+        beta: float = 0.1,
+        solver: Solver | None = None,
+        energy: str = "prediction",
+        phases: str = "one-sided",
+        branches: str = "held",
+        leaves: Leaves = (),
+        diagnostics: bool = False,
+    ):
+        if not isinstance(model, nn.Module):
+            raise ArgumentError(f"EquilibriumPropagation(model={model!r}): must be a torch.nn.Module.")
+        if not any(p.requires_grad for p in model.parameters()):
+            raise ParameterError(f"{type(model).__name__} has no parameter that requires a gradient: nothing to train.")
+        if not (isinstance(beta, (int, float)) and 0 < beta < math.inf):
+            raise ArgumentError(f"EquilibriumPropagation(beta={beta!r}): must be a positive number.")
+        if phases not in CONTRASTS:
+            raise ArgumentError(f"EquilibriumPropagation(phases={phases!r}): choose one of {sorted(CONTRASTS)}.")
+        if branches not in ("held", "exact"):
+            raise ArgumentError(f"EquilibriumPropagation(branches={branches!r}): choose 'held' or 'exact'.")
+        self.model = model
+        self.cost = make_cost(cost)
+        self.beta = float(beta)
+        self.coupling = make_coupling(energy)
+        self.phases = phases
+        self.branches = branches
+        self.leaves = tuple(leaves)
+        self.diagnostics = diagnostics
+        self.solver = solver or (Sweep() if energy == "prediction" else _HOPFIELD_SOLVER)
+        if not isinstance(self.solver, Solver):
+            raise ArgumentError(f"EquilibriumPropagation(solver={solver!r}): must be a mep.Sweep, mep.Descent, ...")
+        if isinstance(self.solver, Sweep) and energy != "prediction":
+            raise ArgumentError(f"Sweep does not settle energy={energy!r}. Use solver=mep.Descent(...).")
+        self._reach = self.beta
+        self._checked: set[int] = set()
+        self._graphs: list[Graph] = [self._trace()]
+
+    def __call__(self, x: Any, target: Tensor) -> Estimate:
+        """Accumulate the estimate into `p.grad`.
+
+        Args:
+            x: the input, [batch, ...]; a tuple or dict for several.
+            target: what the cost expects.
+        """
+        gradients, estimate = self.gradients(x, target)
+        accumulate(gradients)
+        return estimate
+
+    @torch.no_grad()
+    def gradients(self, x: Any, target: Tensor) -> tuple[Gradients, Estimate]:
+        """The estimated gradient of the mean cost for every trained parameter, without touching `p.grad`."""
+        batch = batch_size(x)
+        graph = self._graph(x)
+        with _buffers_written_once(self.model) as after_first:
+            energy, free = self._free(graph, x, batch, after_first)
+            output = energy.output(free.point)
+            if len(output) != batch:
+                raise InputError(f"The output has {len(output)} rows for {batch} examples; dimension 0 is the batch.")
+            prepared = self.cost.prepare(output, target)
+            loss = self.cost.value(output, prepared).mean()
+            if not torch.isfinite(loss):
+                raise DivergedError(
+                    f"The loss is {float(loss)} before settling: the target or the weights are not finite, or the "
+                    "output overflows. Nothing was changed."
+                )
+            beta, phases = self._nudged(energy, free, prepared)
+            return self._contrast(phases, batch), self._estimate(loss, beta, phases)
+
+    @torch.no_grad()
+    def predict(self, x: Any) -> Tensor:
+        """The output of the free equilibrium; for the prediction energy that is `model(x)`."""
+        with _buffers_written_once(self.model) as after_first:
+            energy, free = self._free(self._graph(x), x, batch_size(x), after_first)
+        return energy.output(free.point)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the estimator remembers from step to step: the beta within reach."""
+        return {"reach": self._reach}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state_dict`."""
+        self._reach = float(state["reach"])
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> EquilibriumPropagation:
+        """A copy bound to the copied model."""
+        twin = object.__new__(type(self))
+        memo[id(self)] = twin
+        twin.__dict__ = {
+            k: copy.deepcopy(v, memo) for k, v in self.__dict__.items() if k not in ("_graphs", "_checked")
+        }
+        twin._checked, twin._graphs = set(), [twin._trace()]
+        return twin
+
+    def _trace(self) -> Graph:
+        if self.coupling.name == "hopfield":
+            return trace_activations(self.model, self.leaves)
+        return (trace if self.branches == "held" else trace_kinks)(self.model, self.leaves)
+
+    def _graph(self, x: Any) -> Graph:
+        """The graph for the model's present train/eval modes, checked against the model on its first batch."""
+        graph = next((g for g in self._graphs if g.is_current), None)
+        if graph is None:
+            graph = self._trace()
+            self._graphs.append(graph)
+        if id(graph) not in self._checked:
+            check_graph(graph, x, against_model=self.coupling.name == "prediction")
+            self._checked.add(id(graph))
+        return graph
+
+    def _free(self, graph: Graph, x: Any, batch: int, after_first: Callable[[], None]) -> tuple[Energy, Settled]:
+        """The free equilibrium, and the energy as the nudged phases are to see it."""
+        hold = self.branches == "held"
+        is_forward = self.coupling.vanishes_when_free
+        energy = Energy(graph, self.coupling, graph.bind(x), Held(hold_branches=hold and is_forward), batch)
+        point = energy.rest()
+        energy.held.recording = False
+        after_first()
+        if is_forward:
+            return energy, Settled(point, torch.zeros(batch, device=energy.output(point).device), 0, Result.CONVERGED)
+        free = settle(energy, point, self.solver)
+        if hold:
+            held = replace(energy.held, hold_branches=True, recording=True, clamped={}, noise={})
+            energy = replace(energy, held=held)
+            free = replace(free, point=energy.at(energy.state(free.point)))
+            held.recording = False
+        return energy, free
+
+    def _nudged(
+        self, energy: Energy, free: Settled, target: Tensor
+    ) -> tuple[float, list[tuple[float, Energy, Settled]]]:
+        """Settle every phase of the contrast, with a smaller beta as long as one is out of reach."""
+        beta = min(self.beta, self._reach * _GROWTH)
+        for attempt in range(_TRIES):
+            phases: list[tuple[float, Energy, Settled]] = []
+            for multiple, weight in CONTRASTS[self.phases]:
+                if multiple == 0:
+                    phases.append((weight / beta, energy, free))
+                    continue
+                nudged = nudge(energy, self.cost, target, multiple * beta)
+                phases.append((weight / beta, nudged, settle(nudged, free.point, self.solver)))
+            failed = [s.result for _, _, s in phases if s.result is not Result.CONVERGED]
+            if not failed or not (self.solver.beta_limited and self.solver.adaptive) or attempt == _TRIES - 1:
+                break
+            beta *= _SHRINK**2 if Result.OUT_OF_REACH in failed else _SHRINK
+        if any(s.result is Result.DIVERGED for _, _, s in phases):
+            raise DivergedError(
+                f"Settling left the finite numbers at beta={beta:g} with {self.solver}. Nothing was changed. Way out: "
+                "a smaller settle_lr or beta, or mep.Sweep."
+            )
+        self._reach = beta
+        return beta, phases
+
+    def _contrast(self, phases: list[tuple[float, Energy, Settled]], batch: int) -> Gradients:
+        """`sum_k w_k dE/dtheta`, the mean over the batch."""
+        total: Gradients = {}
+        for weight, energy, settled in phases:
+            if energy.nudge is None and self.coupling.vanishes_when_free:
+                continue
+            for p, g in energy.parameter_gradient(settled.point, settled.errors, weight / batch).items():
+                total[p] = total[p].add_(g) if p in total else g
+        return total
+
+    def _estimate(self, loss: Tensor, beta: float, phases: list[tuple[float, Energy, Settled]]) -> Estimate:
+        settled = [s for _, _, s in phases]
+        unsettled = [s.result for s in settled if s.result is not Result.CONVERGED]
+        left = max(e.left_branch(s.point) for _, e, s in phases) if self.diagnostics else None
+        return Estimate(
+            loss=loss,
+            residual=torch.stack([s.residual for s in settled]).amax(0),
+            iterations=max(s.iterations for s in settled),
+            beta=beta,
+            result=unsettled[0] if unsettled else Result.CONVERGED,
+            left_branch=left,
+        )
+
+
+_HOPFIELD_SOLVER = Descent(settle_steps=200, settle_lr=0.3, adaptive=True, tol=1e-3)
+
+
+@contextmanager
+def _buffers_written_once(model: nn.Module) -> Iterator[Callable[[], None]]:
+    """However often the model is evaluated inside, its buffers end as they were when the yielded function was called.
+
+    That is after the first evaluation: running statistics move once a step. On an error they end as they began.
+    """
+    buffers = list(model.buffers()) if model.training else []
+    kept = [b.clone() for b in buffers]
+
+    def keep_now() -> None:
+        for i, b in enumerate(buffers):
+            kept[i] = b.clone()
+
+    before = list(kept)
+    try:
+        yield keep_now
+    except BaseException:
+        kept = before
+        raise
+    finally:
+        for b, value in zip(buffers, kept, strict=True):
+            b.copy_(value)

@@ -1,0 +1,282 @@
+"""The parts of a graph: what a node predicts from its parents, and how a force on it pulls on them.
+
+    predict(parents, held) -> mu, saved      mu = f(parents)
+    pull(saved, force)     -> one force a parent: J^T force, J = dmu/dparent   (None where nothing flows)
+    contract(saved, force, weight) -> one gradient a parameter: weight * (dmu/dtheta)^T force
+
+`Local` does this for any operations through an autograd graph of its own, which lives as long as `saved`. `Chain`
+does it in closed form for pointwise activations and reshapes that end in a linear layer. There is never a graph
+through more than one node.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mep.activations import Activation, MaxPool
+from mep.ops import Op, Ref
+
+
+@dataclass
+class Held:
+    """What stays the same within a step, so that every evaluation sees one and the same energy.
+
+    `branches`: where each piecewise-linear operation stood at the free equilibrium; `noise`: the state of the random
+    number generators before each stochastic node; `clamped`: the predictions of nodes that see only the input.
+    The first evaluation (`recording`) fills it. With `hold_branches=False` kinks stay kinks. While `departures` is a
+    list, every held operation appends how many of its units are off their branch, and how many it has.
+    """
+
+    hold_branches: bool = True
+    recording: bool = True
+    departures: list[tuple[Tensor, int]] | None = None
+    branches: dict[tuple[str, str], Tensor] = field(default_factory=dict)
+    noise: dict[str, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
+    clamped: dict[str, tuple[Tensor, Any]] = field(default_factory=dict)
+
+    def count(self, piece: Activation | MaxPool, x: Tensor, branch: Tensor) -> None:
+        """Note how many units of `x` are off the branch on which they are held."""
+        if self.departures is not None:
+            self.departures.append((piece.left_branch(x.detach(), branch).sum(), branch.numel()))
+
+
+@dataclass(eq=False)
+class Node:
+    """One prediction of the model, or a junction: a parameter-free value that several nodes read.
+
+    `parents` names the values it reads; `flows[i]` says whether a force may reach parent i (an input is clamped).
+    `box` bounds the state of a Hopfield node. A junction owns no state: forces pass through it.
+    """
+
+    name: str
+    parents: tuple[str, ...]
+    flows: tuple[bool, ...]
+    owns_state: bool
+    program: tuple[Op, ...]
+    parameters: tuple[nn.Parameter, ...]
+    box: tuple[float, float] = (-math.inf, math.inf)
+
+    @property
+    def clamped(self) -> bool:
+        """Whether it sees only the input, so that its prediction never changes while settling."""
+        return not any(self.flows)
+
+    @property
+    def is_affine_when_held(self) -> bool:
+        """Whether J is constant while the branches are held, as far as is known."""
+        return False
+
+    def evaluate(self, parents: Sequence[Any], held: Held) -> tuple[Tensor, Any]:
+        """`predict`, once a step where the parents are clamped."""
+        if not self.clamped:
+            return self.predict(parents, held)
+        if self.name not in held.clamped:
+            held.clamped[self.name] = self.predict(parents, held)
+        return held.clamped[self.name]
+
+    def predict(self, parents: Sequence[Any], held: Held) -> tuple[Tensor, Any]:
+        """mu and whatever `pull` and `contract` need."""
+        raise NotImplementedError
+
+    def pull(self, saved: Any, force: Tensor) -> Sequence[Tensor | None]:
+        """J^T force for every parent."""
+        raise NotImplementedError
+
+    def contract(self, saved: Any, force: Tensor, weight: float) -> Sequence[Tensor | None]:
+        """weight * (dmu/dtheta)^T force for every parameter, in the order of `parameters`; never an alias."""
+        raise NotImplementedError
+
+
+class Local(Node):
+    """Any operations, through a small autograd graph local to the node.
+
+    A clamped node's graph is kept over the sweeps of a step, hence `retain_graph`.
+    """
+
+    def predict(self, parents: Sequence[Any], held: Held) -> tuple[Tensor, Any]:
+        """Run the recorded operations on detached parents."""
+        with torch.enable_grad():
+            inputs = [
+                p.detach().requires_grad_() if flows and p.is_floating_point() else p
+                for p, flows in zip(parents, self.flows, strict=True)
+            ]
+            values = dict(zip(self.parents, inputs, strict=True))
+            with _same_noise(self, held):
+                for op in self.program:
+                    values[op.name] = self._run(op, values, held)
+            mu = values[self.program[-1].name]
+        return mu.detach(), (inputs, mu)
+
+    def _run(self, op: Op, values: dict[str, Any], held: Held) -> Any:
+        piece = op.pool or (op.activation if op.activation and op.activation.piecewise else None)
+        if piece is None or not held.hold_branches:
+            return op.run(values)
+        key, x = (self.name, op.name), values[op.args[0].name]
+        if held.recording:
+            held.branches[key] = op.pool.value_and_branch(x)[1] if op.pool else x.detach()
+        held.count(piece, x, held.branches[key])
+        return piece.held(x, held.branches[key])
+
+    def pull(self, saved: Any, force: Tensor) -> Sequence[Tensor | None]:
+        """One backward pass through this node."""
+        inputs, mu = saved
+        wanted = [i for i, p in enumerate(inputs) if isinstance(p, Tensor) and p.requires_grad and self.flows[i]]
+        found = _grad(mu, [inputs[i] for i in wanted], force)
+        pulls: list[Tensor | None] = [None] * len(inputs)
+        for i, g in zip(wanted, found, strict=True):
+            pulls[i] = g
+        return pulls
+
+    def contract(self, saved: Any, force: Tensor, weight: float) -> Sequence[Tensor | None]:
+        """One backward pass to this node's parameters."""
+        _, mu = saved
+        wanted = [p for p in self.parameters if p.requires_grad]
+        found = dict(zip(wanted, _grad(mu, wanted, force), strict=True))
+        return [None if (g := found.get(p)) is None else g * weight for p in self.parameters]
+
+
+class Chain(Node):
+    """Pointwise activations and reshapes, then perhaps a linear layer, in closed form.
+
+    mu = h W^T + b with h = a(parent):   pull(force) = a'(parent) * (force W),   dW = force^T h,   db = sum force.
+    """
+
+    @property
+    def is_affine_when_held(self) -> bool:
+        """True unless an activation is curved."""
+        return all(op.activation is None or op.activation.piecewise for op in self.program)
+
+    def predict(self, parents: Sequence[Any], held: Held) -> tuple[Tensor, Any]:
+        """Each operation in turn; `steps` keeps what its backward reads."""
+        h = parents[0]
+        steps: list[tuple[Op, Any]] = []
+        for op in self.program:
+            if op.activation is None:
+                if _is_linear(op):
+                    break
+                steps.append((op, h.shape))
+                h = op.run({op.args[0].name: h})
+            elif op.activation.piecewise and held.hold_branches:
+                key = (self.name, op.name)
+                if held.recording:
+                    held.branches[key] = h
+                x0 = held.branches[key]
+                held.count(op.activation, h, x0)
+                steps.append((op, (x0, x0)))
+                h = op.activation.value(h) if held.recording else op.activation.held(h, x0)
+            else:
+                y = op.activation.value(h)
+                steps.append((op, (h, y)))
+                h = y
+        linear = self._linear
+        mu = h if linear is None else F.linear(h, linear.weight, linear.bias)
+        return mu, (steps, h)
+
+    def pull(self, saved: Any, force: Tensor) -> Sequence[Tensor | None]:
+        """Closed form, last operation first."""
+        steps, _ = saved
+        linear = self._linear
+        g = force if linear is None else force @ linear.weight
+        for op, kept in reversed(steps):
+            g = g.reshape(kept) if op.activation is None else op.activation.backward(g, *kept)
+        return (g,)
+
+    def contract(self, saved: Any, force: Tensor, weight: float) -> Sequence[Tensor | None]:
+        """dW = force^T h and db = sum force, over every dimension but the last."""
+        linear = self._linear
+        if linear is None:
+            return ()
+        rows, h, (w, b) = force.flatten(0, -2), saved[1].flatten(0, -2), (linear.weight, linear.bias)
+        gradients = [torch.addmm(w, rows.t(), h, beta=0, alpha=weight) if w.requires_grad else None]
+        if b is not None:
+            gradients.append(rows.sum(0).mul_(weight) if b.requires_grad else None)
+        return gradients
+
+    @property
+    def _linear(self) -> nn.Linear | None:
+        last = self.program[-1]
+        return last.target if _is_linear(last) else None
+
+
+def make_node(program: Sequence[Op], parents: Sequence[str], **fields: Any) -> Node:
+    """The closed form where there is one, the local autograd graph elsewhere."""
+    kind = Chain if len(parents) == 1 and _is_chain(program, parents[0]) else Local
+    return kind(program=tuple(program), parents=tuple(parents), **fields)
+
+
+def _is_chain(program: Sequence[Op], parent: str) -> bool:
+    """Whether each operation reads only the one before it, and all have a closed form."""
+    previous = parent
+    for i, op in enumerate(program):
+        closed = op.activation or _is_flatten(op) or (_is_linear(op) and i == len(program) - 1)
+        if not closed or op.args[:1] != (Ref(previous),) or (op.kwargs and not op.activation):
+            return False
+        previous = op.name
+    return True
+
+
+def _is_linear(op: Op) -> bool:
+    return op.kind == "module" and type(op.target) is nn.Linear and not has_hooks(op.target)
+
+
+def _is_flatten(op: Op) -> bool:
+    if op.kind == "module":
+        return type(op.target) is nn.Flatten and not has_hooks(op.target)
+    plain = all(isinstance(a, int) for a in op.args[1:])
+    return plain and (op.target is torch.flatten or (op.kind == "method" and op.target == "flatten"))
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling the module does more than its `forward`."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any(getattr(module, h) for h in hooks)
+
+
+def _grad(output: Tensor, inputs: Sequence[Tensor], force: Tensor) -> Sequence[Tensor | None]:
+    if not inputs or not output.requires_grad:
+        return [None] * len(inputs)
+    return torch.autograd.grad(output, inputs, force, retain_graph=True, allow_unused=True)
+
+
+class _same_noise:
+    """Gives a stochastic node the same random numbers in every evaluation of a step.
+
+    A node counts as stochastic when its first evaluation moved a generator. Later evaluations start from where that
+    one started, and leave the generators as they found them: a step draws its noise once, as backprop does.
+    """
+
+    def __init__(self, node: Node, held: Held):
+        self.node, self.held = node, held
+
+    def __enter__(self) -> None:
+        if self.held.recording:
+            self.before = _generators()
+        elif self.node.name in self.held.noise:
+            self.before = _generators()
+            _set_generators(self.held.noise[self.node.name])
+
+    def __exit__(self, *exception: object) -> None:
+        if self.held.recording:
+            pairs = zip(self.before, _generators(), strict=True)
+            if not all(torch.equal(a, b) for a, b in pairs if a is not None and b is not None):
+                self.held.noise[self.node.name] = self.before
+        elif self.node.name in self.held.noise:
+            _set_generators(self.before)
+
+
+def _generators() -> tuple[Tensor, Tensor | None]:
+    cuda = torch.cuda.is_initialized()
+    return torch.get_rng_state(), torch.cuda.get_rng_state() if cuda else None
+
+
+def _set_generators(state: tuple[Tensor, Tensor | None]) -> None:
+    torch.set_rng_state(state[0])
+    if state[1] is not None:
+        torch.cuda.set_rng_state(state[1])

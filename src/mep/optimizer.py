@@ -1,0 +1,164 @@
+"""`EPOptimizer`: estimate the gradient, update, constrain. A real `torch.optim.Optimizer`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from mep.errors import ArgumentError, DivergedError, ParameterError
+from mep.estimators.estimate import Estimate, Gradients
+
+Constraint = Callable[[torch.optim.Optimizer], None]
+
+
+class Estimator(Protocol):
+    """What fills `p.grad`: `EquilibriumPropagation`, `Backprop`, or your own."""
+
+    model: nn.Module
+
+    def gradients(self, x: Any, target: Tensor) -> tuple[Gradients, Estimate]:
+        """The gradient of the mean cost, without touching `p.grad`."""
+
+    def predict(self, x: Any) -> Tensor:
+        """The output for an input."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What it remembers from step to step."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state_dict`."""
+
+
+class EPOptimizer(torch.optim.Optimizer):
+    """An estimator, an update and constraints under one `step`.
+
+    It shares parameter groups and state with the update, so schedulers, hooks, `add_param_group`, `state_dict` and
+    `copy.deepcopy` do what they do for any optimizer. A copy is bound to its own copy of the model, `opt.model`.
+
+    Args:
+        estimator: where gradients come from.
+        update: any `torch.optim.Optimizer` over parameters of the estimator's model.
+        constraints: called in turn with this optimizer after every update.
+
+    Attributes:
+        last: the `Estimate` of the latest `step(x=..., target=...)`, None before the first.
+
+    Example:
+        >>> import mep
+        >>> net = nn.Linear(3, 2)
+        >>> opt = EPOptimizer(mep.EquilibriumPropagation(net), torch.optim.SGD(net.parameters(), lr=0.1))
+        >>> loss = opt.step(x=torch.ones(4, 3), target=torch.zeros(4, dtype=torch.long))
+        >>> opt.last.converged
+        True
+    """
+
+    def __init__(self, estimator: Estimator, update: torch.optim.Optimizer, constraints: Sequence[Constraint] = ()):
+        self.estimator = estimator
+        self.update = update
+        self.constraints = tuple(constraints)
+        self.last: Estimate | None = None
+        super().__init__(update.param_groups, update.defaults)
+        self.state = update.state
+        self._share()
+
+    @property
+    def model(self) -> nn.Module:
+        """The model that is trained."""
+        return self.estimator.model
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None, *, x: Any = None, target: Tensor | None = None) -> Any:
+        """One update.
+
+        With `x` and `target` the estimator computes the gradients, which replace those in `p.grad`. With a `closure`
+        that fills `p.grad`, or with `p.grad` already filled, it is an ordinary optimizer step. If a batch is refused or
+        settling diverges, parameters, gradients and state stay exactly as they were.
+
+        Args:
+            closure: fills `p.grad` and returns the loss.
+            x: the input of a batch, [batch, ...].
+            target: what the cost expects.
+
+        Returns:
+            The mean cost at the free equilibrium (0-dim tensor), or what the closure returned, or None.
+        """
+        loss = None
+        if x is not None or target is not None:
+            if x is None or target is None or closure is not None:
+                raise ArgumentError("step(...): pass x and target together, and no closure with them.")
+            gradients, estimate = self.estimator.gradients(x, target)
+            _check_finite(gradients)
+            for p in self._parameters():
+                p.grad = gradients.get(p)
+            self.last, loss = estimate, estimate.loss
+        elif closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        elif all(p.grad is None for p in self._parameters()):
+            raise ArgumentError(
+                "step() has nothing to do: no x and target, no closure, and no parameter has a gradient. "
+                "Call step(x=inputs, target=labels)."
+            )
+        self.update.step()
+        for constrain in self.constraints:
+            constrain(self)
+        return loss
+
+    def predict(self, x: Any) -> Tensor:
+        """The output of the free equilibrium; for the prediction energy and for backprop that is `model(x)`."""
+        return self.estimator.predict(x)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters of the model, with options of their own.
+
+        Raises:
+            ParameterError: a parameter is not the model's.
+        """
+        super().add_param_group(param_group)
+        owned = set(self.model.parameters())
+        foreign = [tuple(p.shape) for p in self.param_groups[-1]["params"] if p not in owned]
+        if foreign:
+            del self.param_groups[-1]
+            raise ParameterError(
+                f"{len(foreign)} parameters, of shapes {foreign[:3]}..., do not belong to {type(self.model).__name__}. "
+                "Pass model.parameters() of the same model; after copy.deepcopy(opt) that is opt.model."
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """The update's state and parameter groups, and the estimator's memory under "estimator"."""
+        return {**super().state_dict(), "estimator": self.estimator.state_dict()}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Continue from `state_dict`, bit for bit; one of the bare update will do as well."""
+        super().load_state_dict(dict(state_dict))
+        if "estimator" in state_dict:
+            self.estimator.load_state_dict(state_dict["estimator"])
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = {name: getattr(self, name) for name in ("estimator", "update", "constraints", "last")}
+        return {**super().__getstate__(), **own}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._share()
+
+    def _share(self) -> None:
+        """Let the update work on the very groups and state that users of this optimizer see."""
+        self.update.__setstate__({"state": self.state, "param_groups": self.param_groups})
+
+    def _parameters(self) -> list[nn.Parameter]:
+        return [p for group in self.param_groups for p in group["params"]]
+
+
+def _check_finite(gradients: Gradients) -> None:
+    """A sum is finite only if all its terms are; only if it is not does the slower exact test decide."""
+    if gradients and not torch.isfinite(torch.stack([g.sum().float() for g in gradients.values()]).sum()):
+        broken = [tuple(p.shape) for p, g in gradients.items() if not torch.isfinite(g).all()]
+        if broken:
+            raise DivergedError(
+                f"The gradient of parameters of shapes {broken} is not finite. Nothing was changed. Way out: a smaller "
+                "learning rate, or look for exploding weights."
+            )

@@ -1,0 +1,149 @@
+"""Settling: go to an equilibrium of an energy, and say how near one came. The only settling loop.
+
+A solver proposes the next point; the loop counts, measures, lets each example stop on its own, and judges.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mep.energy import Energy, State
+from mep.errors import ArgumentError
+from mep.graph import Point
+
+
+class Result(str, enum.Enum):
+    """How settling ended."""
+
+    CONVERGED = "converged"
+    """Every example's residual is at most the tolerance (or nothing was to be settled)."""
+    FIXED_STEPS = "ran the fixed number of steps"
+    """`adaptive=False`: exactly `settle_steps`, and some example is still above the tolerance."""
+    STEP_LIMIT = "reached the step limit"
+    """`settle_steps` did not suffice for some example."""
+    OUT_OF_REACH = "nudge too strong for the equilibrium to be reached"
+    """The iteration expands: only a smaller beta helps."""
+    DIVERGED = "diverged"
+    """A residual is not finite."""
+    BACKPROP = "exact: backpropagation, nothing to settle"
+    """The estimator does not settle."""
+
+    def __str__(self) -> str:
+        return self.value
+
+
+@dataclass(frozen=True)
+class Settled:
+    """Where settling ended.
+
+    `residual` is `[batch]`, the largest relative residual over the nodes (see `mep.energy.relative_residual`);
+    `errors` are the scaled errors `(mu - s) / beta` of every node, where the solver works with them.
+    """
+
+    point: Point
+    residual: Tensor
+    iterations: int
+    result: Result
+    errors: State | None = None
+
+
+@dataclass
+class Iterate:
+    """A point on the way. `errors` and `residual` belong to it; `memory` is the solver's own.
+
+    `residual` may be a lower bound as long as it exceeds the tolerance. `out_of_reach`: the iteration expands.
+    """
+
+    point: Point
+    residual: Tensor
+    errors: State | None = None
+    out_of_reach: bool = False
+    memory: Any = None
+
+
+@dataclass(frozen=True)
+class Solver(ABC):
+    """One algorithm for going to an equilibrium.
+
+    Args:
+        settle_steps: the largest number of iterations, or with `adaptive=False` the exact one.
+        tol: an example has settled when its relative residual is at most this.
+        patience: ... in this many consecutive iterations.
+        adaptive: stop when every example has settled.
+    """
+
+    settle_steps: int
+    tol: float
+    patience: int
+    adaptive: bool
+
+    beta_limited = False
+    """Whether a smaller beta makes an equilibrium easier to reach."""
+
+    def __post_init__(self) -> None:
+        name = type(self).__name__
+        if not (isinstance(self.settle_steps, int) and self.settle_steps >= 1):
+            raise ArgumentError(f"{name}(settle_steps={self.settle_steps!r}): must be an integer >= 1.")
+        if not (isinstance(self.patience, int) and self.patience >= 1):
+            raise ArgumentError(f"{name}(patience={self.patience!r}): must be an integer >= 1.")
+        if not (isinstance(self.tol, (int, float)) and 0 < self.tol < math.inf):
+            raise ArgumentError(f"{name}(tol={self.tol!r}): must be a positive number.")
+
+    @abstractmethod
+    def start(self, energy: Energy, point: Point) -> Iterate:
+        """The first iterate, at `point`."""
+
+    @abstractmethod
+    def advance(self, energy: Energy, iterate: Iterate, active: Tensor | None) -> Iterate:
+        """The next iterate; where `active` ([batch], None for all) is False, an example stays where it is."""
+
+    def certify(self, energy: Energy, iterate: Iterate) -> Iterate:
+        """The same iterate with its exact residual, where `advance` was content with a lower bound."""
+        return iterate
+
+
+def settle(energy: Energy, point: Point, solver: Solver) -> Settled:
+    """Run `solver` on `energy` from `point` until every example has settled or the steps are used up."""
+    iterate = solver.start(energy, point)
+    quiet = torch.zeros(energy.batch, dtype=torch.int64, device=iterate.residual.device)
+    active: Tensor | None = None
+    result = Result.STEP_LIMIT if solver.adaptive else Result.FIXED_STEPS
+    iterations = 0
+    while True:
+        if solver.adaptive:
+            settled = iterate.residual <= solver.tol
+            if solver.patience > 1:
+                quiet = torch.where(settled, quiet + 1, 0)
+                settled = quiet >= solver.patience
+            if settled.all():
+                result = Result.CONVERGED
+                break
+            active = ~settled if active is None else active & ~settled
+            if bool(active.all()):
+                active = None
+        if iterations == solver.settle_steps:
+            break
+        if iterate.out_of_reach and solver.adaptive:
+            result = Result.OUT_OF_REACH
+            break
+        if not math.isfinite(float(iterate.residual.sum())):
+            break
+        iterate = solver.advance(energy, iterate, active)
+        iterations += 1
+    return _judge(solver.certify(energy, iterate), iterations, result, solver.tol)
+
+
+def _judge(iterate: Iterate, iterations: int, result: Result, tol: float) -> Settled:
+    worst = float(iterate.residual.max())
+    if not math.isfinite(worst):
+        result = Result.DIVERGED
+    elif worst <= tol:
+        result = Result.CONVERGED
+    return Settled(iterate.point, iterate.residual, iterations, result, iterate.errors)

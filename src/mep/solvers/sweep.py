@@ -1,0 +1,235 @@
+"""Sweeps in error form: the fast way to the nudged equilibrium of the prediction energy.
+
+With the scaled errors `delta_n = (mu_n - s_n) / beta`, the equilibrium reads
+
+    s_n = mu_n - beta delta_n                                 walk forward, injecting the errors
+    delta_out = dC/ds_out,   delta_n = sum_c J_c^T delta_c    walk backward, collecting new ones
+
+A **sweep** is one backward and one forward walk. For beta -> 0 the first sweep's errors are those of backpropagation:
+that is equilibrium propagation's theorem. At any finite beta the two differ, and the residual says whether the states
+have followed the errors. The map contracts like `beta |sum_n A_n A_n^T|` with `A_n = ds_out / ds_n`; where that is not
+small, the output error is mixed over the sweeps (`anderson.py`). It is the only unknown: given `delta_out` and the
+Jacobians, one backward walk makes every other error consistent.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from mep.energy import Energy, State, example_norm, per_example, relative_residual
+from mep.errors import ArgumentError
+from mep.graph import Point
+from mep.nodes import Node
+from mep.settle import Iterate, Solver
+from mep.solvers import kinks
+from mep.solvers.anderson import mix
+from mep.solvers.secant import solve_output
+
+_EXPANDS = 4.0
+"""Mixing still finds the equilibrium of a map that expands by a few; beyond, a smaller beta is cheaper."""
+
+
+@dataclass(frozen=True)
+class Sweep(Solver):
+    """Backward and forward walks in error form, with Anderson mixing on the output error.
+
+    Args:
+        settle_steps: the largest number of sweeps, or with `adaptive=False` the exact one.
+        tol: relative residual at which an example has settled.
+        patience: consecutive sweeps at or below `tol`.
+        adaptive: stop when every example has settled.
+        history: how many earlier sweeps are mixed in; 0 is plain iteration.
+
+    Only for `energy="prediction"`. When the equilibrium is out of reach the estimator tries a smaller beta.
+
+    Example:
+        >>> Sweep(tol=1e-3).settle_steps
+        30
+    """
+
+    settle_steps: int = 30
+    tol: float = 1e-2
+    patience: int = 1
+    adaptive: bool = True
+    history: int = 4
+
+    beta_limited = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not (isinstance(self.history, int) and self.history >= 0):
+            raise ArgumentError(f"Sweep(history={self.history!r}): must be an integer >= 0.")
+
+    def start(self, energy: Energy, point: Point) -> Iterate:
+        """The free equilibrium: every error is zero and the nudge unanswered."""
+        if energy.coupling.name != "prediction":
+            raise ArgumentError(
+                f"Sweep settles the energy 'prediction' only, not {energy.coupling.name!r}: it works with the errors "
+                "mu - s. Use solver=mep.Descent(...)."
+            )
+        errors = {n.name: torch.zeros_like(point.values[n.name]) for n in energy.graph.states}
+        wanted = _wanted(energy, point)
+        residual = _output_residual(energy, point, errors, wanted)
+        return Iterate(point, residual, errors, memory=_Memory(wanted, errors, free=point))
+
+    def advance(self, energy: Energy, iterate: Iterate, active: Tensor | None) -> Iterate:
+        """One sweep."""
+        memory: _Memory = iterate.memory
+        target = self._next_output_error(energy, iterate, active)
+        sent, resting = _walk_back(energy, iterate.point, target, memory, active)
+        point, errors = _walk_forward(energy, sent, resting)
+        wanted = _wanted(energy, point)
+        residual = _output_residual(energy, point, errors, wanted)
+        trial = (sent[energy.graph.output], energy.output(point), wanted)
+        history = (*memory.history, trial)[-self.history - 1 :]
+        now = _Memory(wanted, sent, memory.free, resting, history, memory.sweeps + 1)
+        moved = Iterate(point, residual, errors, memory=now)
+        if memory.sweeps == 0:
+            moved.out_of_reach = _expansion(target, wanted, energy.batch, active) > _EXPANDS
+        near = residual <= self.tol if active is None else (residual <= self.tol) & active
+        return self.certify(energy, moved) if bool(near.any()) else moved
+
+    def _next_output_error(self, energy: Energy, iterate: Iterate, active: Tensor | None) -> Tensor:
+        """What the next backward walk starts from; the examples that are not active are left out of the reckoning."""
+        memory: _Memory = iterate.memory
+        if not memory.history or not self.history:
+            return memory.wanted
+        trials, free, nudge = memory.history, energy.output(memory.free), energy.nudge
+        assert nudge is not None
+        target = nudge.target
+        if active is not None:
+            rows = active.nonzero().squeeze(1)
+            trials = tuple((x[rows], s[rows], f[rows]) for x, s, f in trials)
+            free, target = free[rows], target[rows]
+        if nudge.cost.curvature(free, target) is None:
+            *earlier, latest = [(x, f) for x, _, f in trials]
+            found = mix(earlier, *latest)
+        else:
+            gains = [(x, (free - s) / energy.beta) for x, s, _ in trials[-self.history :]]
+            found = solve_output(nudge.cost, target, free, energy.beta, gains)
+        return found if active is None else memory.sent[energy.graph.output].index_copy(0, rows, found)
+
+    def certify(self, energy: Energy, iterate: Iterate) -> Iterate:
+        """Measure every node: one more backward walk, with the errors that the states really have.
+
+        While the branches of a piecewise-linear network are held its Jacobians do not change: every node but the
+        output stays balanced, and there is nothing more to measure.
+        """
+        if iterate.memory.sweeps == 0 or (energy.held.hold_branches and energy.graph.is_affine_when_held):
+            return iterate
+        assert iterate.errors is not None
+        found = _residuals(energy, iterate.point, iterate.errors, iterate.memory.wanted)
+        return replace(iterate, residual=torch.stack(list(found.values())).amax(0))
+
+
+@dataclass(frozen=True)
+class _Memory:
+    """`wanted`: dC/ds_out at the point; `sent`: the errors that the last backward walk handed down.
+
+    `history`: output error, output and dC/ds_out of the last sweeps, oldest first.
+    `resting` holds, for every state before a kink, the kink at which a unit rests, NaN where it rests at none.
+    """
+
+    wanted: Tensor
+    sent: State
+    free: Point
+    resting: State = field(default_factory=dict)
+    history: tuple[tuple[Tensor, Tensor, Tensor], ...] = ()
+    sweeps: int = 0
+
+
+def _wanted(energy: Energy, point: Point) -> Tensor:
+    gradient = energy.cost_gradient(point)
+    assert gradient is not None, "the free equilibrium of the prediction energy is the forward walk"
+    return gradient
+
+
+def _expansion(delta: Tensor, wanted: Tensor, batch: int, active: Tensor | None) -> float:
+    """By how much the first sweep's answer differs from its question: about beta |K|, the worst example's."""
+    ratio = example_norm(wanted - delta, batch) / example_norm(delta, batch).clamp_min(torch.finfo(delta.dtype).tiny)
+    return float(ratio.max() if active is None else (ratio * active).max())
+
+
+def _walk_back(
+    energy: Energy, point: Point, target: Tensor, memory: _Memory, active: Tensor | None
+) -> tuple[State, State]:
+    """New errors for every node, from the output's; and where units come to rest at a kink."""
+    sent: State = {}
+    resting: State = {}
+    behind_kink: State = {}
+
+    def transmit(node: Node, force: Tensor | None) -> Tensor | None:
+        if _is_stopped_at_kink(energy, node, force, behind_kink):
+            return None
+        if not node.owns_state:
+            return force
+        name, before = node.name, memory.sent[node.name]
+        delta = target if name == energy.graph.output else torch.zeros_like(before) if force is None else force
+        if name in behind_kink:
+            mu, x0 = point.predictions[name], memory.free.values[name]
+            delta, rest = kinks.relax(mu, delta, behind_kink[name], energy.beta, energy.kinks[name], x0)
+            delta = kinks.damp(node, delta, before, rest)
+            resting[name] = _keep(rest, memory.resting.get(name, torch.full_like(rest, torch.nan)), active)
+        sent[name] = _keep(delta, before, active)
+        return sent[name]
+
+    energy.graph.pull(point, None, transmit)
+    return sent, resting
+
+
+def _walk_forward(energy: Energy, sent: State, resting: State) -> tuple[Point, State]:
+    """The states that follow the errors, and the errors that they then really have."""
+    errors = dict(sent)
+    beta = energy.beta
+
+    def place(node: Node, mu: Tensor) -> Tensor:
+        s = torch.add(mu, sent[node.name], alpha=-beta)
+        if node.name in resting:
+            rest = resting[node.name]
+            s = torch.where(rest.isnan(), s, rest)
+            errors[node.name] = torch.where(rest.isnan(), sent[node.name], (mu - rest) / beta)
+        return s
+
+    return energy.graph.evaluate(energy.inputs, energy.held, place), errors
+
+
+def _output_residual(energy: Energy, point: Point, errors: State, wanted: Tensor) -> Tensor:
+    delta = errors[energy.graph.output]
+    return relative_residual(delta, wanted, energy.output(point), energy.batch, unit=energy.beta)
+
+
+def _residuals(energy: Energy, point: Point, errors: State, wanted: Tensor) -> State:
+    """The relative residual of every node; at a kink, how far zero is from the subdifferential."""
+    found: State = {}
+    behind_kink: State = {}
+
+    def transmit(node: Node, force: Tensor | None) -> Tensor | None:
+        if _is_stopped_at_kink(energy, node, force, behind_kink):
+            return None
+        if not node.owns_state:
+            return force
+        name, s, delta = node.name, point.values[node.name], errors[node.name]
+        pull = wanted if name == energy.graph.output else torch.zeros_like(s) if force is None else force
+        if name in behind_kink:
+            pull = kinks.balancing_pull(s, delta, pull, behind_kink[name], energy.kinks[name])
+        found[name] = relative_residual(delta, pull, s, energy.batch, unit=energy.beta)
+        return delta
+
+    energy.graph.pull(point, None, transmit)
+    return found
+
+
+def _is_stopped_at_kink(energy: Energy, node: Node, force: Tensor | None, behind_kink: State) -> bool:
+    """Whether a node is a kink whose state must decide itself what passes; its force is laid by for that."""
+    if node.owns_state or node.parents[0] not in energy.kinks:
+        return False
+    if force is not None:
+        behind_kink[node.parents[0]] = force
+    return True
+
+
+def _keep(new: Tensor, old: Tensor, active: Tensor | None) -> Tensor:
+    return new if active is None else torch.where(per_example(active, new), new, old)

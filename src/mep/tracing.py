@@ -1,0 +1,350 @@
+"""`trace(module)`: read a model as a graph of nodes. The only file that knows `torch.fx`.
+
+A **node** is a parametrised operation together with the parameter-free operations that feed it; it owns a state. The
+output owns one too. A parameter-free value that several nodes read becomes a **junction**: computed once, no state.
+Parameter expressions and shape queries are repeated in every node that reads them.
+
+    Linear -> ReLU -> Linear           nodes: (Linear) (ReLU, Linear)
+    h = fc1(x);  fc2(h) + h            nodes: (fc1) (fc2) (add: the output)
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import operator
+import re
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from mep import activations
+from mep.activations import Activation
+from mep.errors import TraceError
+from mep.graph import Graph
+from mep.nodes import Node, has_hooks, make_node
+from mep.ops import Op, Ref, references
+
+Leaves = Sequence[type[nn.Module] | str]
+Box = tuple[float, float]
+_FREE: Box = (-math.inf, math.inf)
+_SHAPE_METHODS = {"size", "dim", "numel", "ndimension", "stride"}
+_SHAPE_ATTRIBUTES = {"shape", "dtype", "device", "ndim"}
+
+
+def trace(module: nn.Module, leaves: Leaves = ()) -> Graph:
+    """The graph of a model: nodes, junctions and what connects them.
+
+    Args:
+        module: any module that `torch.fx` can trace symbolically. It is not changed.
+        leaves: module types, or qualified names, that are kept whole: autograd inside, equilibrium between.
+
+    Raises:
+        TraceError: the model cannot be represented; the message names the place and the way out.
+
+    Example:
+        >>> import mep
+        >>> net = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+        >>> [(node.name, node.parents) for node in mep.trace(net).nodes]
+        [('0', ('input',)), ('2', ('0',))]
+    """
+    return _Reading(module, leaves).graph()
+
+
+def trace_kinks(module: nn.Module, leaves: Leaves = ()) -> Graph:
+    """As `trace`, but every piecewise-linear activation is a junction of its own, so that its kink can be seen.
+
+    Raises:
+        TraceError: a kink does not stand directly and alone behind a state (max pooling, ReLU of a sum).
+    """
+    reading = _Reading(module, leaves)
+    kinks = [n for n in reading.data_ops() if _is_kink(reading.ops[n]) and n not in reading.roots]
+    reading.junctions |= set(kinks)
+    graph = reading.graph()
+    made = {node.name: node for node in graph.nodes}
+    found: dict[str, Activation] = {}
+    for n in kinks:
+        junction, activation = made[reading.names[n]], reading.ops[n].activation
+        if junction.clamped:
+            continue
+        (parent, *others), alone = junction.parents, len(junction.program) == 1
+        if activation is None or others or not alone or not made[parent].owns_state or parent in found:
+            raise TraceError(
+                f"branches='exact' needs every kink directly and alone behind a node with a state, and {_place(n)} is "
+                "not. Way out: branches='held' (the default), a smooth activation, or average pooling."
+            )
+        found[parent] = activation
+    graph.kinks = found
+    return graph
+
+
+def trace_activations(module: nn.Module, leaves: Leaves = ()) -> Graph:
+    """The Hopfield reading: states stand behind the activations, each in the interval onto which that projects.
+
+    Raises:
+        TraceError: an activation is no projection (tanh, GELU...), or a value is read before and behind it.
+    """
+    reading = _Reading(module, leaves)
+    reading.move_states_behind_activations()
+    return reading.graph()
+
+
+class _Tracer(fx.Tracer):
+    record_stack_traces = True
+
+    def __init__(self, leaves: Leaves):
+        super().__init__()
+        self.types = tuple(leaf for leaf in leaves if isinstance(leaf, type))
+        self.names = {leaf for leaf in leaves if isinstance(leaf, str)}
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        kept = isinstance(m, self.types) or module_qualified_name in self.names
+        return kept or super().is_leaf_module(m, module_qualified_name)
+
+
+class _Reading:
+    """What the fx graph of a model says: which operations need a state, and which merely feed them."""
+
+    def __init__(self, module: nn.Module, leaves: Leaves):
+        self.module = module
+        self.fx, self.root = _record(module, leaves)
+        self.nodes = list(self.fx.nodes)
+        self.names = _names(self.nodes)
+        self.alias: dict[fx.Node, fx.Node] = {}
+        self.ops = {n: self._op(n) for n in self.nodes if n.op not in ("placeholder", "output")}
+        self.data = self._depends_on_data()
+        self.output = self._output()
+        self.junctions: set[fx.Node] = set()
+        self.roots: dict[fx.Node, Box] = {self._tensor_of(n): _FREE for n in self.data_ops() if self._parametrised(n)}
+        self.roots[self.alias.get(self.output, self.output)] = _FREE
+
+    def data_ops(self) -> list[fx.Node]:
+        """The operations whose value depends on an input, not merely on its shape."""
+        return [n for n in self.ops if self.data[n]]
+
+    def graph(self) -> Graph:
+        """Fold what feeds one node into it, make a junction of what feeds several, and connect."""
+        self._find_junctions()
+        made: dict[fx.Node, Node] = {}
+        for n in self.nodes:
+            if n in self.roots or n in self.junctions:
+                made[n] = self._node(n, made)
+        placeholders = [n for n in self.nodes if n.op == "placeholder"]
+        return Graph(
+            model=self.module,
+            inputs=tuple(self.names[n] for n in placeholders),
+            defaults={self.names[n]: n.args[0] for n in placeholders if n.args},
+            nodes=tuple(made.values()),
+            output=self.names[self.alias.get(self.output, self.output)],
+            modes=tuple(m.training for m in self.module.modules()),
+        )
+
+    def move_states_behind_activations(self) -> None:
+        """The input of every activation becomes a root whose box is the activation's; nothing else is one."""
+        self.roots = {}
+        for n in self.data_ops():
+            activation = self.ops[n].activation
+            if activation is None or activation.name == "identity":
+                continue
+            read = n.all_input_nodes[0]
+            before = self.alias.get(read, read)
+            if activation.box is None:
+                raise TraceError(
+                    f"The Hopfield energy has states in a box, and {_place(n)} ({activation.name}) projects on none. "
+                    "Use ReLU, ReLU6, Hardtanh or clamp, or the energy 'prediction'."
+                )
+            if len(before.users) > 1 or before.op == "placeholder":
+                raise TraceError(
+                    f"The Hopfield energy cannot read {_place(before)} both before and behind {_place(n)}. "
+                    "Use the energy 'prediction'."
+                )
+            self.alias[n], self.roots[before] = before, activation.box
+        self.roots.setdefault(self.alias.get(self.output, self.output), _FREE)
+        self.ops = {n: self._op(n) for n in self.ops}
+
+    def _op(self, n: fx.Node) -> Op:
+        """The operation that fx recorded, with its closed form if it has one."""
+        args, kwargs = (_plain(t, self._ref) for t in (n.args, n.kwargs))
+        given = {"name": self.names[n], "args": args, "kwargs": kwargs}
+        if n.op == "get_attr":
+            path, _, attribute = str(n.target).rpartition(".")
+            return Op(kind="attribute", target=attribute, owner=self.root.get_submodule(path), **given)
+        if n.op == "call_module":
+            module = self.root.get_submodule(str(n.target))
+            if has_hooks(module):
+                return Op(kind="module", target=module, **given)
+            activation, pool = activations.of_module(module), activations.pool_of_module(module)
+            return Op(kind="module", target=module, activation=activation, pool=pool, **given)
+        kind = "method" if n.op == "call_method" else "function"
+        if not args or not isinstance(args[0], Ref) or any(references((args[1:], kwargs))):
+            return Op(kind=kind, target=n.target, **given)
+        activation = activations.of_call(n.target, args, kwargs)
+        pool = activations.pool_of_call(n.target, args, kwargs)
+        return Op(kind=kind, target=n.target, activation=activation, pool=pool, **given)
+
+    def _ref(self, n: fx.Node) -> Ref:
+        return Ref(self.names[self.alias.get(n, n)])
+
+    def _depends_on_data(self) -> dict[fx.Node, bool]:
+        data: dict[fx.Node, bool] = {}
+        for n in self.nodes:
+            asks_shape = (n.op == "call_method" and n.target in _SHAPE_METHODS) or (
+                n.target is getattr and n.args[1] in _SHAPE_ATTRIBUTES
+            )
+            data[n] = n.op == "placeholder" or (not asks_shape and any(data[a] for a in n.all_input_nodes))
+        return data
+
+    def _output(self) -> fx.Node:
+        result = self.nodes[-1].args[0]
+        if not isinstance(result, fx.Node) or not self.data[result] or result.op == "placeholder":
+            raise TraceError(
+                f"Cannot trace {type(self.module).__name__}: its forward returns {result}; the output must be one "
+                "tensor computed from the input. Way out: wrap the model in a module that returns that tensor."
+            )
+        return result
+
+    def _parametrised(self, n: fx.Node) -> bool:
+        """Whether it reads parameters itself or through an expression that does not depend on the data."""
+        read = self.ops[n].parameters() if n in self.ops else []
+        return bool(read) or any(not self.data[a] and self._parametrised(a) for a in n.all_input_nodes)
+
+    def _tensor_of(self, n: fx.Node) -> fx.Node:
+        """`n`, or the one element of its result that the model reads."""
+        users = list(n.users)
+        picks = [u.args[1] for u in users if u.target is operator.getitem and isinstance(u.args[1], int)]
+        if len(picks) < len(users) or not users:
+            return n
+        if len(set(picks)) > 1:
+            raise TraceError(
+                f"Cannot trace {type(self.module).__name__}: {_place(n)} returns several values and the model reads "
+                f"elements {sorted(set(picks))}. Way out: wrap it in a module that returns one tensor, and keep that "
+                "module whole with leaves=(ThatModule,)."
+            )
+        self.alias |= {u: users[0] for u in users[1:]}
+        return users[0]
+
+    def _find_junctions(self) -> None:
+        """Walk backwards, noting which roots each parameter-free operation feeds."""
+        feeds: dict[fx.Node, set[fx.Node]] = {}
+        for n in reversed(self.nodes[:-1]):
+            users = [u for u in n.users if u.op != "output"]
+            fed = {o for u in users for o in ({u} if u in self.roots else feeds.get(u, {u}))}
+            unpacked = all(u.target is operator.getitem and isinstance(u.args[1], int) for u in users)
+            if n not in self.roots and n in self.ops and self.data[n] and len(fed) > 1 and not unpacked:
+                self.junctions.add(n)
+            feeds[n] = {n} if n in self.junctions else fed
+
+    def _node(self, root: fx.Node, made: dict[fx.Node, Node]) -> Node:
+        """A root or junction with everything that only feeds it."""
+        program: list[fx.Node] = []
+        parents: list[fx.Node] = []
+
+        def visit(n: fx.Node) -> None:
+            for a in (self.alias.get(a, a) for a in n.all_input_nodes):
+                if a.op == "placeholder" or a in made:
+                    if a not in parents:
+                        parents.append(a)
+                elif a not in program:
+                    visit(a)
+            program.append(n)
+
+        visit(root)
+        ops = [self.ops[n] for n in program]
+        return make_node(
+            ops,
+            [self.names[p] for p in parents],
+            name=self.names[root],
+            flows=tuple(p in made and (made[p].owns_state or not made[p].clamped) for p in parents),
+            owns_state=root in self.roots,
+            parameters=tuple(dict.fromkeys(p for op in ops for p in op.parameters())),
+            box=self.roots.get(root, _FREE),
+        )
+
+
+def _record(module: nn.Module, leaves: Leaves) -> tuple[fx.Graph, nn.Module]:
+    """The functional fx graph of a module, and the root that its names refer to."""
+    tracer = _Tracer(leaves)
+    modules = dict(module.named_modules())
+    for leaf in leaves:
+        if leaf not in modules and not (isinstance(leaf, type) and any(isinstance(m, leaf) for m in modules.values())):
+            raise TraceError(f"trace(leaves=...): {leaf!r} is no module of {type(module).__name__}.")
+    root = nn.Sequential(module) if tracer.is_leaf_module(module, "") else module
+    try:
+        graph = tracer.trace(root)
+    except Exception as error:
+        raise TraceError(
+            f"Cannot trace {type(module).__name__}: {error}{_user_line(error)}\n"
+            "Way out: keep the module with this code whole, leaves=(ThatModule,): autograd runs inside it, "
+            "equilibrium propagation between it and the rest."
+        ) from error
+    _make_pure(graph, root)
+    for n in reversed(list(graph.nodes)):
+        if not n.users and n.op not in ("placeholder", "output"):
+            graph.erase_node(n)
+    return graph, root
+
+
+def _user_line(error: Exception) -> str:
+    """The innermost line that is neither torch's nor ours."""
+    ours = inspect.getfile(_user_line)
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename != ours]
+    frames = [f for f in frames if "/torch/" not in f.filename and not f.filename.startswith("<eval")]
+    return f"\n  at line {frames[-1].lineno} in {frames[-1].name}: {frames[-1].line}" if frames else ""
+
+
+def _place(n: fx.Node) -> str:
+    line = re.findall(r"line (\d+), in forward\n\s+(.*)", n.stack_trace or "")
+    return f"node `{n.name}`" + (f" (line {line[-1][0]}: `{line[-1][1]}`)" if line else "")
+
+
+def _make_pure(graph: fx.Graph, root: nn.Module) -> None:
+    """Replace in-place calls by pure ones; what read the overwritten value later, reads the result."""
+    order = {n: i for i, n in enumerate(graph.nodes)}
+    for n in list(graph.nodes):
+        if n.target is operator.setitem:
+            raise TraceError(f"Cannot trace: {_place(n)} assigns to a slice. Way out: torch.where or torch.cat.")
+        name = n.target if n.op == "call_method" else getattr(n.target, "__name__", "")
+        if n.op in ("call_method", "call_function") and re.fullmatch(r"[a-z]\w*[a-z0-9]_", str(name)):
+            homes: list[Any] = [Tensor] if n.op == "call_method" else [torch, nn.functional]
+            pure: list[Callable[..., Any]] = [getattr(h, name[:-1]) for h in homes if hasattr(h, name[:-1])]
+            if not pure:
+                raise TraceError(f"Cannot trace: {_place(n)} works in place and has no pure form. Rewrite it.")
+            n.target = name[:-1] if n.op == "call_method" else pure[0]
+        elif n.kwargs.get("inplace") is True:
+            n.kwargs = {**n.kwargs, "inplace": False}
+        elif n.op != "call_module" or not getattr(root.get_submodule(str(n.target)), "inplace", False):
+            continue
+        for user in list(n.args[0].users):
+            if order[user] > order[n]:
+                user.replace_input_with(n.args[0], n)
+
+
+def _names(nodes: Sequence[fx.Node]) -> dict[fx.Node, str]:
+    """A readable unique name each: the module's path where there is one, numbered from its second use on."""
+    names: dict[fx.Node, str] = {}
+    for n in nodes:
+        wanted = str(n.target) if n.op in ("call_module", "placeholder") else n.name
+        copies = sum(name.partition("#")[0] == wanted for name in names.values())
+        names[n] = f"{wanted}#{copies + 1}" if copies else wanted
+    return names
+
+
+def _is_kink(op: Op) -> bool:
+    return op.pool is not None or (op.activation is not None and bool(op.activation.kinks))
+
+
+def _plain(template: Any, ref: Callable[[fx.Node], Ref]) -> Any:
+    """fx's immutable lists and dicts as ordinary ones, its nodes as references."""
+    if isinstance(template, fx.Node):
+        return ref(template)
+    if isinstance(template, (tuple, list)):
+        items = [_plain(t, ref) for t in template]
+        return items if isinstance(template, list) else tuple(items)
+    if isinstance(template, dict):
+        return {k: _plain(v, ref) for k, v in template.items()}
+    if isinstance(template, slice):
+        return slice(*(_plain(t, ref) for t in (template.start, template.stop, template.step)))
+    return template

@@ -1,0 +1,9 @@
+import torch
+from hypothesis import settings
+
+# One thread for each pytest worker: together they fill the machine, and sums do not depend on its size.
+torch.set_num_threads(1)
+
+# A busy machine must not fail a test, and a failing test must fail again.
+settings.register_profile("mep", deadline=None, derandomize=True)
+settings.load_profile("mep")
