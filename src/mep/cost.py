@@ -9,7 +9,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mep.errors import ArgumentError, InputError
@@ -33,8 +32,11 @@ class Cost:
         """d value.sum() / d output."""
         raise NotImplementedError
 
-    def curvature(self, output: Tensor, target: Tensor) -> Curvature | None:
-        """`(d, p)` if the Hessian of every example is `diag(d) - p p^T` (p may be None); None if it is not known."""
+    def curvature(self, output: Tensor, target: Tensor, gradient: Tensor) -> Curvature | None:
+        """`(d, p)` if the Hessian of every example is `diag(d) - p p^T` (p may be None); None if it is not known.
+
+        `gradient` is that at the same output: often it tells the Hessian too.
+        """
         return None
 
 
@@ -58,7 +60,7 @@ class SquaredError(Cost):
         """2 (s - y) / features."""
         return (output - target).mul_(2 * len(output) / output.numel())
 
-    def curvature(self, output: Tensor, target: Tensor) -> Curvature | None:
+    def curvature(self, output: Tensor, target: Tensor, gradient: Tensor) -> Curvature | None:
         """2 / features."""
         return (torch.full_like(output, 2 * len(output) / output.numel()), None) if output.ndim == 2 else None
 
@@ -94,18 +96,22 @@ class CrossEntropy(Cost):
 
     def value(self, output: Tensor, target: Tensor) -> Tensor:
         """[batch]."""
-        return F.cross_entropy(output, target, reduction="none").reshape(len(output), -1).mean(1)
+        chosen = (output * target).where(target != 0, 0).sum(1)
+        return (output.logsumexp(1) * target.sum(1) - chosen).reshape(len(output), -1).mean(1)
 
     def gradient(self, output: Tensor, target: Tensor) -> Tensor:
         """(softmax(s) sum_c q_c - q) / positions; q sums to one for labels and for probabilities proper."""
         positions = output.numel() // (output.shape[0] * output.shape[1])
-        gradient = torch.softmax(output, 1).mul_(target.sum(1, keepdim=True)).sub_(target)
-        return gradient.div_(positions) if positions > 1 else gradient
+        p = (output - output.amax(1, keepdim=True)).exp_()  # torch.softmax is slow along short rows
+        p.mul_(target.sum(1, keepdim=True).div_(p.sum(1, keepdim=True))).sub_(target)
+        return p.div_(positions) if positions > 1 else p
 
-    def curvature(self, output: Tensor, target: Tensor) -> Curvature | None:
+    def curvature(self, output: Tensor, target: Tensor, gradient: Tensor) -> Curvature | None:
         """`diag(p) - p p^T` with p = softmax(s), for a target that sums to one."""
-        p = torch.softmax(output, 1)
-        return (p, p) if output.ndim == 2 else None
+        if output.ndim != 2:
+            return None
+        p = gradient + target
+        return p, p
 
 
 @dataclass(frozen=True)

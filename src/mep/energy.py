@@ -106,6 +106,11 @@ class Energy:
         """The activation behind each state that meets a true kink; none while the branches are held."""
         return {} if self.held.hold_branches else self.graph.kinks
 
+    @property
+    def is_affine(self) -> bool:
+        """Whether the Jacobians do not depend on the state: every node but the output is then balanced by a sweep."""
+        return self.held.hold_branches and self.graph.is_affine_when_held
+
     def rest(self) -> Point:
         """Every state on its prediction, inside its box: the free equilibrium of the prediction energy."""
         return self.graph.evaluate(self.inputs, self.held, inside_box)
@@ -218,11 +223,8 @@ def relative_residual(
         force = torch.where((state <= low) & (force > 0), 0, force)
     if high < math.inf:
         force = torch.where((state >= high) & (force < 0), 0, force)
-    scale = torch.maximum(example_norm(error, batch), example_norm(pull, batch))
-    return example_norm(force, batch) / torch.maximum(scale, noise_floor(state, batch) / abs(unit))
-
-
-def noise_floor(state: Tensor, batch: int) -> Tensor:
-    """The size below which an error of this state drowns in its rounding: [batch], positive."""
     limits = torch.finfo(state.dtype)
-    return example_norm(state, batch).mul_(1e3 * limits.eps).add_(limits.tiny)
+    unresolved = 1e3 * limits.eps / abs(unit) * state
+    rows = torch.stack([force, error, pull, unresolved]).reshape(4, batch, -1)
+    norms = torch.linalg.vector_norm(rows, dim=2)
+    return norms[0] / norms[1:].amax(0).add_(limits.tiny)

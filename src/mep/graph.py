@@ -41,11 +41,12 @@ class Graph:
         self.states = tuple(n for n in self.nodes if n.owns_state)
         self.is_affine_when_held = all(n.clamped or n.is_affine_when_held for n in self.nodes)
         """Whether no Jacobian changes while the branches are held: pointwise pieces and linear layers only."""
+        self._modules = tuple(self.model.modules())
 
     @property
     def is_current(self) -> bool:
         """Whether every module is in the mode (train or eval) in which the model was traced."""
-        return self.modes == tuple(m.training for m in self.model.modules())
+        return self.modes == tuple(m.training for m in self._modules)
 
     def parameters(self) -> list[nn.Parameter]:
         """Every parameter that some node uses, each once."""

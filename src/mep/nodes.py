@@ -63,10 +63,9 @@ class Node:
     parameters: tuple[nn.Parameter, ...]
     box: tuple[float, float] = (-math.inf, math.inf)
 
-    @property
-    def clamped(self) -> bool:
+    def __post_init__(self) -> None:
+        self.clamped = not any(self.flows)
         """Whether it sees only the input, so that its prediction never changes while settling."""
-        return not any(self.flows)
 
     @property
     def is_affine_when_held(self) -> bool:
@@ -153,14 +152,18 @@ class Chain(Node):
         """True unless an activation is curved."""
         return all(op.activation is None or op.activation.piecewise for op in self.program)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        last = self.program[-1]
+        self.linear: nn.Linear | None = last.target if _is_linear(last) else None
+        self.before = self.program if self.linear is None else self.program[:-1]
+
     def predict(self, parents: Sequence[Any], held: Held) -> tuple[Tensor, Any]:
         """Each operation in turn; `steps` keeps what its backward reads."""
         h = parents[0]
         steps: list[tuple[Op, Any]] = []
-        for op in self.program:
+        for op in self.before:
             if op.activation is None:
-                if _is_linear(op):
-                    break
                 steps.append((op, h.shape))
                 h = op.run({op.args[0].name: h})
             elif op.activation.piecewise and held.hold_branches:
@@ -175,14 +178,14 @@ class Chain(Node):
                 y = op.activation.value(h)
                 steps.append((op, (h, y)))
                 h = y
-        linear = self._linear
+        linear = self.linear
         mu = h if linear is None else F.linear(h, linear.weight, linear.bias)
         return mu, (steps, h)
 
     def pull(self, saved: Any, force: Tensor) -> Sequence[Tensor | None]:
         """Closed form, last operation first."""
         steps, _ = saved
-        linear = self._linear
+        linear = self.linear
         g = force if linear is None else force @ linear.weight
         for op, kept in reversed(steps):
             g = g.reshape(kept) if op.activation is None else op.activation.backward(g, *kept)
@@ -190,7 +193,7 @@ class Chain(Node):
 
     def contract(self, saved: Any, force: Tensor, weight: float) -> Sequence[Tensor | None]:
         """dW = force^T h and db = sum force, over every dimension but the last."""
-        linear = self._linear
+        linear = self.linear
         if linear is None:
             return ()
         rows, h, (w, b) = force.flatten(0, -2), saved[1].flatten(0, -2), (linear.weight, linear.bias)
@@ -198,11 +201,6 @@ class Chain(Node):
         if b is not None:
             gradients.append(rows.sum(0).mul_(weight) if b.requires_grad else None)
         return gradients
-
-    @property
-    def _linear(self) -> nn.Linear | None:
-        last = self.program[-1]
-        return last.target if _is_linear(last) else None
 
 
 def make_node(program: Sequence[Op], parents: Sequence[str], **fields: Any) -> Node:

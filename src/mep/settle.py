@@ -112,38 +112,36 @@ class Solver(ABC):
 def settle(energy: Energy, point: Point, solver: Solver) -> Settled:
     """Run `solver` on `energy` from `point` until every example has settled or the steps are used up."""
     iterate = solver.start(energy, point)
-    quiet = torch.zeros(energy.batch, dtype=torch.int64, device=iterate.residual.device)
     active: Tensor | None = None
-    result = Result.STEP_LIMIT if solver.adaptive else Result.FIXED_STEPS
-    iterations = 0
-    while True:
+    quiet: Tensor | None = None
+    for iterations in range(solver.settle_steps + 1):
+        worst = float(iterate.residual.max())
         if solver.adaptive:
-            settled = iterate.residual <= solver.tol
-            if solver.patience > 1:
-                quiet = torch.where(settled, quiet + 1, 0)
-                settled = quiet >= solver.patience
-            if settled.all():
-                result = Result.CONVERGED
+            if solver.patience == 1 and worst <= solver.tol:
                 break
-            active = ~settled if active is None else active & ~settled
-            if bool(active.all()):
-                active = None
-        if iterations == solver.settle_steps:
-            break
-        if iterate.out_of_reach and solver.adaptive:
-            result = Result.OUT_OF_REACH
-            break
-        if not math.isfinite(float(iterate.residual.sum())):
+            loud = iterate.residual > solver.tol
+            if solver.patience > 1:
+                quiet = torch.where(loud, 0, 1 if quiet is None else quiet + 1)
+                loud = quiet < solver.patience
+            active = loud if active is None else active & loud
+            left = int(active.count_nonzero())
+            if left == 0:
+                break
+            active = None if left == energy.batch else active
+        if iterations == solver.settle_steps or iterate.out_of_reach or not math.isfinite(worst):
             break
         iterate = solver.advance(energy, iterate, active)
-        iterations += 1
-    return _judge(solver.certify(energy, iterate), iterations, result, solver.tol)
+    return _judge(solver, solver.certify(energy, iterate), iterations)
 
 
-def _judge(iterate: Iterate, iterations: int, result: Result, tol: float) -> Settled:
+def _judge(solver: Solver, iterate: Iterate, iterations: int) -> Settled:
     worst = float(iterate.residual.max())
     if not math.isfinite(worst):
         result = Result.DIVERGED
-    elif worst <= tol:
+    elif worst <= solver.tol:
         result = Result.CONVERGED
+    elif not solver.adaptive:
+        result = Result.FIXED_STEPS
+    else:
+        result = Result.OUT_OF_REACH if iterate.out_of_reach else Result.STEP_LIMIT
     return Settled(iterate.point, iterate.residual, iterations, result, iterate.errors)

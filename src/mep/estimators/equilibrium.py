@@ -126,7 +126,7 @@ class EquilibriumPropagation:
                 raise InputError(f"The output has {len(output)} rows for {batch} examples; dimension 0 is the batch.")
             prepared = self.cost.prepare(output, target)
             loss = self.cost.value(output, prepared).mean()
-            if not torch.isfinite(loss):
+            if not math.isfinite(float(loss)):
                 raise DivergedError(
                     f"The loss is {float(loss)} before settling: the target or the weights are not finite, or the "
                     "output overflows. Nothing was changed."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,7 +22,7 @@ def batch_size(x: Any) -> int:
     if not tensors or tensors[0].ndim == 0 or len(tensors[0]) == 0:
         raise InputError(f"The batch is empty: {[tuple(t.shape) for t in tensors]}. Pass at least one example.")
     for t in tensors:
-        if t.is_floating_point() and not torch.isfinite(t.sum()) and not torch.isfinite(t).all():
+        if t.is_floating_point() and not math.isfinite(float(t.sum())) and not torch.isfinite(t).all():
             raise InputError("The input contains NaN or Inf. Nothing was changed; mend or drop this batch.")
     return len(tensors[0])
 

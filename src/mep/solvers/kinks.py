@@ -54,7 +54,7 @@ def balancing_pull(s: Tensor, delta: Tensor, f: Tensor, u: Tensor, activation: A
     return torch.where(left < right, delta.clamp(left, right), left)
 
 
-def damp(node: Node, delta: Tensor, before: Tensor, rest: Tensor) -> Tensor:
+def damp(node: Node, delta: Tensor, before: Tensor | None, rest: Tensor) -> Tensor:
     """Step units that rest at a kink by `1 / (1 + |W_row|^2)`: they feel their own error through the layers below.
 
     There mu moves by about `-|W_row|^2 beta` times the error, so a full step would overshoot.
@@ -67,4 +67,5 @@ def damp(node: Node, delta: Tensor, before: Tensor, rest: Tensor) -> Tensor:
         gain = gain if isinstance(last, nn.Linear) else gain.view(-1, *[1] * (delta.ndim - 2))
     else:
         gain = torch.ones((), dtype=delta.dtype, device=delta.device)
-    return torch.where(rest.isnan(), delta, before + (delta - before) / (1 + gain))
+    start = torch.zeros_like(delta) if before is None else before
+    return torch.where(rest.isnan(), delta, start + (delta - start) / (1 + gain))

@@ -11,59 +11,72 @@ It needs two or three sweeps where mixing needs ten: the nonlinearity is the cos
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from mep.cost import Cost
+from mep.cost import Cost, Curvature
 
-Pair = tuple[Tensor, Tensor]
 _NEWTON_STEPS = 2
+"""More gain nothing: after two, the error is that of the model."""
 
 
-def solve_output(cost: Cost, target: Tensor, free: Tensor, beta: float, pairs: Sequence[Pair]) -> Tensor:
+def solve_output(cost: Cost, target: Tensor, free: Tensor, errors: Tensor, shifts: Tensor, gradient: Tensor) -> Tensor:
     """The output error that the model predicts, [batch, features].
 
     Args:
         cost: one with a `curvature`.
         target: as prepared by the cost.
         free: the output of the free equilibrium.
-        beta: nudging strength (its sign counts).
-        pairs: `(x_i, M x_i)`, oldest first.
+        errors: output errors x_i tried so far, [batch, trials, features], oldest first.
+        shifts: how far each moved the output, `free - s_i = beta M x_i`.
+        gradient: dC at the latest output.
     """
-    x = pairs[-1][0]
-    inputs, products = (torch.stack([pair[i] for pair in pairs], 2) for i in (0, 1))
+    x, shift = errors[:, -1], shifts[:, -1]
     tiny = torch.finfo(x.dtype).tiny
-    kappa = (x * products[..., -1]).sum(1, keepdim=True) / x.square().sum(1, keepdim=True).clamp_min(tiny)
-    gram = inputs.mT @ inputs
-    ridge = 10 * torch.finfo(x.dtype).eps * gram.diagonal(dim1=1, dim2=2).sum(1) + tiny
-    gram.diagonal(dim1=1, dim2=2).add_(ridge.unsqueeze(1))
-    w = torch.linalg.solve_ex(gram, inputs.mT)[0]
-    u = products - kappa.unsqueeze(2) * inputs
-    for _ in range(_NEWTON_STEPS):
-        output = free - beta * (kappa * x + _apply(u, _apply(w, x)))
-        x = x + _newton_step(cost, target, output, cost.gradient(output, target) - x, beta, kappa, u, w)
-    return torch.where(x.isfinite(), x, cost.gradient(free - beta * products[..., -1], target))
+    k = (torch.linalg.vecdot(x, shift) / torch.linalg.vecdot(x, x).add_(tiny)).unsqueeze(1)
+    w = _dual(errors)
+    u = shifts - k.unsqueeze(2) * errors
+    output, known = free - shift, gradient
+    for newton_step in range(_NEWTON_STEPS):
+        if newton_step:
+            output = free - (k * x + _combine(u, _products(w, x)))
+            known = cost.gradient(output, target)
+        x = x + _newton_step(cost.curvature(output, target, known), known - x, k, u, w)
+    return torch.where(x.isfinite(), x, gradient)
 
 
-def _newton_step(
-    cost: Cost, target: Tensor, output: Tensor, r: Tensor, beta: float, kappa: Tensor, u: Tensor, w: Tensor
-) -> Tensor:
-    """Solve `(I + beta H M^) step = r` with `H = diag(d) - p p^T`: a diagonal plus `left @ right` of low rank."""
-    curvature = cost.curvature(output, target)
+def _newton_step(curvature: Curvature | None, r: Tensor, k: Tensor, u: Tensor, w: Tensor) -> Tensor:
+    """Solve `(I + H (k I + u^T w)) step = r` with `H = diag(d) - p p^T`: a diagonal plus a few outer products."""
     assert curvature is not None
     d, p = curvature
-    left, right = d.unsqueeze(2) * u, w
+    diagonal = 1 + k * d
+    left, right = d.unsqueeze(1) * u, w
     if p is not None:
-        left = torch.cat([left - p.unsqueeze(2) * _apply(u.mT, p).unsqueeze(1), (-kappa * p).unsqueeze(2)], 2)
+        left = torch.cat([left - _products(u, p).unsqueeze(2) * p.unsqueeze(1), (-k * p).unsqueeze(1)], 1)
         right = torch.cat([w, p.unsqueeze(1)], 1)
-    diagonal = 1 + beta * kappa * d
-    left = beta * left / diagonal.unsqueeze(2)
-    step = r / diagonal
-    small = torch.eye(right.shape[1], dtype=r.dtype, device=r.device) + right @ left
-    return step - _apply(left, torch.linalg.solve_ex(small, _apply(right, step))[0])
+    columns = torch.cat([left, r.unsqueeze(1)], 1) / diagonal.unsqueeze(1)
+    system = right @ columns.mT
+    system.diagonal(dim1=1, dim2=2).add_(1)
+    unknowns = torch.linalg.solve_ex(system[..., :-1], system[..., -1:])[0]
+    return columns[:, -1] - _combine(columns[:, :-1], unknowns.squeeze(2))
 
 
-def _apply(matrix: Tensor, vector: Tensor) -> Tensor:
-    return (matrix @ vector.unsqueeze(2)).squeeze(2)
+def _dual(rows: Tensor) -> Tensor:
+    """W with `W_i x_j = delta_ij` for the rows x_j, regularised relative to their size: [batch, trials, features]."""
+    limits = torch.finfo(rows.dtype)
+    gram = rows @ rows.mT
+    if rows.shape[1] == 1:
+        return rows / gram.add_(limits.tiny)
+    diagonal = gram.diagonal(dim1=1, dim2=2)
+    diagonal.add_(diagonal.sum(1, keepdim=True), alpha=10 * limits.eps).add_(limits.tiny)
+    return torch.linalg.solve_ex(gram, rows)[0]
+
+
+def _products(rows: Tensor, vector: Tensor) -> Tensor:
+    """<rows_i, vector> for every i."""
+    return (rows @ vector.unsqueeze(2)).squeeze(2)
+
+
+def _combine(rows: Tensor, coefficients: Tensor) -> Tensor:
+    """sum_i coefficients_i rows_i."""
+    return (coefficients.unsqueeze(1) @ rows).squeeze(1)

@@ -14,6 +14,7 @@ Jacobians, one backward walk makes every other error consistent.
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -41,7 +42,7 @@ class Sweep(Solver):
         tol: relative residual at which an example has settled.
         patience: consecutive sweeps at or below `tol`.
         adaptive: stop when every example has settled.
-        history: how many earlier sweeps are mixed in; 0 is plain iteration.
+        history: how many sweeps the next output error is inferred from; 0 is plain iteration.
 
     Only for `energy="prediction"`. When the equilibrium is out of reach the estimator tries a smaller beta.
 
@@ -70,10 +71,8 @@ class Sweep(Solver):
                 f"Sweep settles the energy 'prediction' only, not {energy.coupling.name!r}: it works with the errors "
                 "mu - s. Use solver=mep.Descent(...)."
             )
-        errors = {n.name: torch.zeros_like(point.values[n.name]) for n in energy.graph.states}
-        wanted = _wanted(energy, point)
-        residual = _output_residual(energy, point, errors, wanted)
-        return Iterate(point, residual, errors, memory=_Memory(wanted, errors, free=point))
+        unanswered = energy.output(point).new_ones(energy.batch)
+        return Iterate(point, unanswered, memory=_Memory(_wanted(energy, point), {}, free=point))
 
     def advance(self, energy: Energy, iterate: Iterate, active: Tensor | None) -> Iterate:
         """One sweep."""
@@ -83,33 +82,33 @@ class Sweep(Solver):
         point, errors = _walk_forward(energy, sent, resting)
         wanted = _wanted(energy, point)
         residual = _output_residual(energy, point, errors, wanted)
-        trial = (sent[energy.graph.output], energy.output(point), wanted)
-        history = (*memory.history, trial)[-self.history - 1 :]
+        trial = torch.stack([sent[energy.graph.output], energy.output(point), wanted]).unsqueeze(1)
+        history = trial if memory.history is None else torch.cat([memory.history, trial], 1)[:, -self.history or None :]
         now = _Memory(wanted, sent, memory.free, resting, history, memory.sweeps + 1)
         moved = Iterate(point, residual, errors, memory=now)
-        if memory.sweeps == 0:
-            moved.out_of_reach = _expansion(target, wanted, energy.batch, active) > _EXPANDS
+        if memory.sweeps == 0 and self.adaptive:
+            moved.out_of_reach = _expands(target, wanted, energy.batch)
         near = residual <= self.tol if active is None else (residual <= self.tol) & active
-        return self.certify(energy, moved) if bool(near.any()) else moved
+        return self.certify(energy, moved) if not energy.is_affine and bool(near.any()) else moved
 
     def _next_output_error(self, energy: Energy, iterate: Iterate, active: Tensor | None) -> Tensor:
         """What the next backward walk starts from; the examples that are not active are left out of the reckoning."""
         memory: _Memory = iterate.memory
-        if not memory.history or not self.history:
+        if memory.history is None or not self.history:
             return memory.wanted
-        trials, free, nudge = memory.history, energy.output(memory.free), energy.nudge
+        free, nudge = energy.output(memory.free), energy.nudge
         assert nudge is not None
         target = nudge.target
+        trials = memory.history
         if active is not None:
             rows = active.nonzero().squeeze(1)
-            trials = tuple((x[rows], s[rows], f[rows]) for x, s, f in trials)
-            free, target = free[rows], target[rows]
-        if nudge.cost.curvature(free, target) is None:
-            *earlier, latest = [(x, f) for x, _, f in trials]
-            found = mix(earlier, *latest)
+            trials, free, target = trials[:, :, rows], free[rows], target[rows]
+        errors, outputs, gradients = trials
+        if nudge.cost.curvature(free, target, gradients[-1]) is None:
+            found = mix(list(zip(errors[:-1], gradients[:-1], strict=True)), errors[-1], gradients[-1])
         else:
-            gains = [(x, (free - s) / energy.beta) for x, s, _ in trials[-self.history :]]
-            found = solve_output(nudge.cost, target, free, energy.beta, gains)
+            tried, shifts = errors.transpose(0, 1), (free - outputs).transpose(0, 1)
+            found = solve_output(nudge.cost, target, free, tried, shifts, gradients[-1])
         return found if active is None else memory.sent[energy.graph.output].index_copy(0, rows, found)
 
     def certify(self, energy: Energy, iterate: Iterate) -> Iterate:
@@ -118,7 +117,7 @@ class Sweep(Solver):
         While the branches of a piecewise-linear network are held its Jacobians do not change: every node but the
         output stays balanced, and there is nothing more to measure.
         """
-        if iterate.memory.sweeps == 0 or (energy.held.hold_branches and energy.graph.is_affine_when_held):
+        if iterate.memory.sweeps == 0 or energy.is_affine:
             return iterate
         assert iterate.errors is not None
         found = _residuals(energy, iterate.point, iterate.errors, iterate.memory.wanted)
@@ -129,7 +128,7 @@ class Sweep(Solver):
 class _Memory:
     """`wanted`: dC/ds_out at the point; `sent`: the errors that the last backward walk handed down.
 
-    `history`: output error, output and dC/ds_out of the last sweeps, oldest first.
+    `history`: output error, output and dC/ds_out of the last sweeps, [3, sweeps, batch, ...], oldest first.
     `resting` holds, for every state before a kink, the kink at which a unit rests, NaN where it rests at none.
     """
 
@@ -137,7 +136,7 @@ class _Memory:
     sent: State
     free: Point
     resting: State = field(default_factory=dict)
-    history: tuple[tuple[Tensor, Tensor, Tensor], ...] = ()
+    history: Tensor | None = None
     sweeps: int = 0
 
 
@@ -147,33 +146,36 @@ def _wanted(energy: Energy, point: Point) -> Tensor:
     return gradient
 
 
-def _expansion(delta: Tensor, wanted: Tensor, batch: int, active: Tensor | None) -> float:
-    """By how much the first sweep's answer differs from its question: about beta |K|, the worst example's."""
-    ratio = example_norm(wanted - delta, batch) / example_norm(delta, batch).clamp_min(torch.finfo(delta.dtype).tiny)
-    return float(ratio.max() if active is None else (ratio * active).max())
+def _expands(delta: Tensor, wanted: Tensor, batch: int) -> bool:
+    """Whether the first sweep's answer is much larger than its question, for some example: beta |K| is too large."""
+    return bool((example_norm(wanted - delta, batch) > _EXPANDS * example_norm(delta, batch)).any())
 
 
 def _walk_back(
     energy: Energy, point: Point, target: Tensor, memory: _Memory, active: Tensor | None
 ) -> tuple[State, State]:
-    """New errors for every node, from the output's; and where units come to rest at a kink."""
+    """New errors for every node, from the output's; and where units come to rest at a kink.
+
+    Examples that are not active keep theirs. If the Jacobians are constant that follows from their output error.
+    """
     sent: State = {}
     resting: State = {}
     behind_kink: State = {}
+    kinked, output = energy.kinks, energy.graph.output
+    consistent = active is None or energy.is_affine
 
     def transmit(node: Node, force: Tensor | None) -> Tensor | None:
-        if _is_stopped_at_kink(energy, node, force, behind_kink):
+        if _is_stopped_at_kink(kinked, node, force, behind_kink):
             return None
         if not node.owns_state:
             return force
-        name, before = node.name, memory.sent[node.name]
-        delta = target if name == energy.graph.output else torch.zeros_like(before) if force is None else force
+        name, mu = node.name, point.predictions[node.name]
+        delta = target if name == output else torch.zeros_like(mu) if force is None else force
         if name in behind_kink:
-            mu, x0 = point.predictions[name], memory.free.values[name]
-            delta, rest = kinks.relax(mu, delta, behind_kink[name], energy.beta, energy.kinks[name], x0)
-            delta = kinks.damp(node, delta, before, rest)
-            resting[name] = _keep(rest, memory.resting.get(name, torch.full_like(rest, torch.nan)), active)
-        sent[name] = _keep(delta, before, active)
+            delta, rest = kinks.relax(mu, delta, behind_kink[name], energy.beta, kinked[name], memory.free.values[name])
+            delta = kinks.damp(node, delta, memory.sent.get(name), rest)
+            resting[name] = rest if consistent else _keep(rest, memory.resting[name], active)
+        sent[name] = delta if consistent else _keep(delta, memory.sent[name], active)
         return sent[name]
 
     energy.graph.pull(point, None, transmit)
@@ -207,7 +209,7 @@ def _residuals(energy: Energy, point: Point, errors: State, wanted: Tensor) -> S
     behind_kink: State = {}
 
     def transmit(node: Node, force: Tensor | None) -> Tensor | None:
-        if _is_stopped_at_kink(energy, node, force, behind_kink):
+        if _is_stopped_at_kink(energy.kinks, node, force, behind_kink):
             return None
         if not node.owns_state:
             return force
@@ -222,9 +224,9 @@ def _residuals(energy: Energy, point: Point, errors: State, wanted: Tensor) -> S
     return found
 
 
-def _is_stopped_at_kink(energy: Energy, node: Node, force: Tensor | None, behind_kink: State) -> bool:
+def _is_stopped_at_kink(kinked: Container[str], node: Node, force: Tensor | None, behind_kink: State) -> bool:
     """Whether a node is a kink whose state must decide itself what passes; its force is laid by for that."""
-    if node.owns_state or node.parents[0] not in energy.kinks:
+    if node.owns_state or node.parents[0] not in kinked:
         return False
     if force is not None:
         behind_kink[node.parents[0]] = force

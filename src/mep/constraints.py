@@ -1,0 +1,186 @@
+"""Constraints: what stays true of the weights after an update. They are step post-hooks and know no energy.
+
+    spectral_bound(gamma):   W <- W min(1, gamma / sigma_max(W))
+
+keeps the largest singular value of every weight at or below gamma, so that no layer stretches any input by more than
+gamma. It scales the whole matrix: it is neither the projection, which would clip each singular value, nor
+`torch.nn.utils.parametrizations.spectral_norm`, which changes what the model computes.
+
+An estimate of sigma_max by iteration comes from below: a direction that the iteration has not met yet may be longer. So
+it needs a proof, and a Cholesky factorisation is one: `t^2 I - W W^T` has a factor if and only if `sigma_max(W) < t`.
+
+References: Lanczos process and Cholesky factorisation as in Golub and Van Loan 2013, "Matrix Computations", sections
+10.1 and 4.2. The bound as a regulariser: Yoshida and Miyato 2017, https://arxiv.org/abs/1705.10941.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mep.errors import ArgumentError
+
+TOLERANCE = 1e-3
+# Up to this many rows all eigenvalues cost no more than an estimate and its proof.
+EXACT_ROWS = 128
+# Beyond this many steps all eigenvalues are cheaper.
+MOST_STEPS = 32
+
+
+def spectral_bound(gamma: float) -> Callable[..., None]:
+    """A step post-hook that scales every weight whose largest singular value exceeds `gamma` down to it.
+
+    `sigma_max(W) <= gamma (1 + 1e-3)` holds after every step for each parameter with `ndim >= 2` (convolutions count
+    as `[out, rest]`) that the step could move: one that requires and has a gradient, in a group with `lr != 0`. All
+    others stay exactly as they are, and so do weights that hold a NaN or an infinity.
+
+    On the CPU, weights with more than 128 rows and columns keep one vector, `optimizer.state[p]["spectral_vector"]`,
+    where the next estimate starts. Other devices are never made to wait for the host.
+
+    Args:
+        gamma: the bound, in units of singular values.
+
+    Returns:
+        A function for `optimizer.register_step_post_hook`. After a step, calling it with the optimizer does the same.
+
+    Raises:
+        ArgumentError: `gamma` is not positive and finite; when called, a weight is complex or sparse.
+
+    Example:
+        >>> import torch
+        >>> weight = torch.nn.Parameter(torch.diag(torch.tensor([3.0, 1.0])))
+        >>> optimizer = torch.optim.SGD([weight], lr=0.1)
+        >>> handle = optimizer.register_step_post_hook(spectral_bound(1.5))
+        >>> weight.grad = torch.zeros(2, 2)
+        >>> optimizer.step()
+        >>> torch.allclose(weight, torch.diag(torch.tensor([1.5, 0.5])))
+        True
+    """
+    if not 0 < gamma < math.inf:
+        raise ArgumentError(f"spectral_bound(gamma={gamma!r}) must be positive and finite.")
+    return functools.partial(_bound_all_, gamma=gamma)
+
+
+def largest_eigenpair(square: Tensor, start: Tensor) -> tuple[float, Tensor]:
+    """The largest eigenvalue of a symmetric matrix A and its vector, as far as the Lanczos process from `start` sees.
+
+    It is the largest eigenvalue theta of `Q A Q^T`, where the orthonormal rows of Q span `{q, A q, A^2 q, ...}`. Power
+    iteration uses only the last of these, and needs the square of the number of steps. It stops where theta is within
+    the tolerance of an eigenvalue of A, which need not be the largest, or after `MOST_STEPS`.
+    """
+    most = min(MOST_STEPS, len(start))
+    basis = square.new_empty(most, len(start))
+    projected = square.new_zeros(most, most)
+    row = start / torch.linalg.vector_norm(start)
+    theta = 0.0
+    for count in range(1, most + 1):
+        basis[count - 1] = row
+        known = basis[:count]
+        product = square @ row
+        overlaps = known @ product
+        projected[count - 1, :count] = overlaps
+        product = torch.addmv(product, known.mT, overlaps, alpha=-1)
+        # Once more: where eigenvalues crowd, little is left of the product, and rounding weighs heavily in it.
+        product = torch.addmv(product, known.mT, known @ product, alpha=-1)
+        rest = torch.linalg.vector_norm(product).item()
+        # What is left of the product is the next direction; if nothing is left, it would be rounding noise.
+        theta = max(theta, overlaps[-1].item())
+        enough = TOLERANCE / 2 * theta
+        if count % 2 == 0 or count == most or rest <= enough:
+            values, vectors = torch.linalg.eigh(projected[:count, :count])
+            theta = values[-1].item()
+            if rest * abs(vectors[-1, -1].item()) <= enough:
+                break
+        row = product / rest
+    return theta, vectors[:, -1] @ known
+
+
+def eigenvalues_below(square: Tensor, bound: float) -> bool:
+    """Whether all eigenvalues of a symmetric matrix are below `bound`: proven by a Cholesky factorisation."""
+    shifted = -square
+    shifted.diagonal().add_(bound)
+    return torch.linalg.cholesky_ex(shifted).info.item() == 0
+
+
+def largest_by_squaring(square: Tensor) -> Tensor:
+    """The largest eigenvalue of a positive semidefinite matrix, or up to twice the tolerance more, by products alone.
+
+    `lambda^(2^k) <= |A^(2^k)|_F <= rows^(1/2) lambda^(2^k)`: the root closes the gap.
+    """
+    squarings = math.ceil(math.log2(max(1.0, math.log(len(square)) / (4 * TOLERANCE))))
+    logarithm = torch.zeros((), dtype=square.dtype, device=square.device)
+    for k in range(squarings + 1):
+        if k > 0:
+            square = square @ square
+        norm = torch.linalg.vector_norm(square)
+        logarithm = logarithm + norm.log() / 2**k
+        square = square / norm
+    return logarithm.exp()
+
+
+@torch.no_grad()
+def _bound_all_(optimizer: torch.optim.Optimizer, args: Any = (), kwargs: Any = None, *, gamma: float) -> None:
+    for group in optimizer.param_groups:
+        if group.get("lr", 1.0) == 0:
+            continue
+        for p in group["params"]:
+            if p.ndim >= 2 and p.requires_grad and p.grad is not None and p.numel() > 0:
+                with torch.autocast(p.device.type, enabled=False):
+                    _bound_(p, optimizer.state[p], gamma)
+
+
+def _bound_(weight: Tensor, state: dict[str, Any], gamma: float) -> None:
+    if weight.is_complex() or weight.layout != torch.strided:
+        raise ArgumentError(
+            f"spectral_bound: a weight of shape {list(weight.shape)} is {weight.dtype}, {weight.layout}, but only real "
+            f"dense weights can be bounded. Give this one to an optimizer without the hook."
+        )
+    wide = weight.flatten(1)
+    if wide.shape[0] > wide.shape[1]:
+        wide = wide.mT
+    if torch.finfo(wide.dtype).bits < 32:
+        wide = wide.float()
+    if weight.device.type == "cpu":
+        norm = _norm_on_cpu(wide, weight.dtype, state, gamma)
+        if norm > gamma:
+            weight.mul_(gamma / norm)
+    else:
+        weight.mul_(_factor_without_waiting(wide, gamma))
+
+
+def _factor_without_waiting(wide: Tensor, gamma: float) -> Tensor:
+    largest = wide.abs().amax()
+    wide = wide / largest  # so that the squares neither overflow nor vanish
+    norm = largest * largest_by_squaring(wide @ wide.mT).sqrt()
+    return torch.where((norm > gamma) & norm.isfinite(), gamma / norm, 1.0)
+
+
+def _norm_on_cpu(wide: Tensor, dtype: torch.dtype, state: dict[str, Any], gamma: float) -> float:
+    frobenius = torch.linalg.vector_norm(wide).item()
+    if frobenius == math.inf:  # perhaps only the squares overflow
+        wide = wide.double()
+        frobenius = torch.linalg.vector_norm(wide).item()
+    if not gamma < frobenius < math.inf:
+        return 0.0
+    square = wide @ wide.mT
+    if len(square) > EXACT_ROWS:
+        noise = _pseudo_random(len(square)).to(wide.dtype)
+        theta, vector = largest_eigenpair(square, state.get("spectral_vector", noise).to(wide.dtype))
+        proven = eigenvalues_below(square, max(theta, gamma**2) * (1 + TOLERANCE))
+        # Without a proof the vector lacks a direction. In the dtype of the weight `load_state_dict` leaves it as it is.
+        state["spectral_vector"] = (vector if proven else vector + noise).to(dtype)
+        if proven:
+            return math.sqrt(theta)
+    return math.sqrt(torch.linalg.eigvalsh(square)[-1].item())
+
+
+def _pseudo_random(size: int) -> Tensor:
+    # From a generator of its own, since the global one is the user's. A vector with structure, all ones for one, would
+    # be orthogonal to weights with structure.
+    noise = torch.randn(size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return noise / noise.norm()

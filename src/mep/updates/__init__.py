@@ -1,0 +1,6 @@
+"""Updates: `torch.optim.Optimizer` classes that see `p.grad` and know no energy."""
+
+from mep.updates.muon import Muon
+from mep.updates.orthogonal import METHODS, orthogonalise
+
+__all__ = ["METHODS", "Muon", "orthogonalise"]
