@@ -60,7 +60,7 @@ def eqprop(
         >>> opt.last.iterations <= 4, float(opt.last.residual.max()) <= 1e-2
         (True, True)
     """
-    solver = _solver(settle_steps, settle_lr, adaptive, tol, patience)
+    solver = _solver(energy, settle_steps, settle_lr, adaptive, tol, patience)
     estimator = EquilibriumPropagation(model, cost, beta, solver, energy, phases, branches, leaves)
     update = torch.optim.SGD(params, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov)
     return EPOptimizer(estimator, update)
@@ -97,7 +97,7 @@ def smep(
         cost, beta, energy, phases, branches, leaves: as in `mep.EquilibriumPropagation`.
         settle_steps, settle_lr, adaptive, tol, patience: how to settle, see `mep.presets`.
     """
-    solver = _solver(settle_steps, settle_lr, adaptive, tol, patience)
+    solver = _solver(energy, settle_steps, settle_lr, adaptive, tol, patience)
     estimator = EquilibriumPropagation(model, cost, beta, solver, energy, phases, branches, leaves)
     update = Muon(params, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov)
     return EPOptimizer(estimator, update, [spectral_bound(gamma)])
@@ -128,7 +128,7 @@ def smep_fast(
 
     Takes the arguments of `smep`. One or two sweeps a step suffice.
     """
-    solver = _solver(settle_steps, settle_lr, adaptive, tol, patience)
+    solver = _solver(energy, settle_steps, settle_lr, adaptive, tol, patience)
     estimator = EquilibriumPropagation(model, cost, beta, solver, energy, phases, branches, leaves)
     update = Muon(params, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov)
     return EPOptimizer(estimator, update, [spectral_bound(gamma)])
@@ -156,9 +156,13 @@ def muon_backprop(
     return EPOptimizer(Backprop(model, cost), update)
 
 
-def _solver(steps: int, settle_lr: float | None, adaptive: bool | None, tol: float, patience: int) -> Solver:
+def _solver(
+    energy: str, steps: int, settle_lr: float | None, adaptive: bool | None, tol: float, patience: int
+) -> Solver:
     if settle_lr is None:
+        if energy != "prediction":
+            raise ArgumentError(f"energy={energy!r} settles by descent: give settle_lr, for instance settle_lr=0.3.")
         return Sweep(settle_steps=steps, tol=tol, patience=patience, adaptive=adaptive is not False)
-    if adaptive is None and patience > 1:
+    if not adaptive and patience > 1:
         raise ArgumentError(f"patience={patience} does something only with adaptive=True.")
     return Descent(steps, tol, patience, bool(adaptive), settle_lr)

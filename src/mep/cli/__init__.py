@@ -1,0 +1,64 @@
+"""Train, compare and draw.
+
+mep train --data digits --epochs 5
+mep bench --quick
+mep plot runs/bench/mnist5k.json
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+try:
+    import typer
+    from typer.core import TyperGroup
+except ImportError as error:
+    raise ImportError('The command `mep` needs: pip install "mep-torch[cli]"') from error
+
+import mep
+from mep.cli import bench, plot, train
+from mep.errors import MepError
+
+
+class TidyErrors(TyperGroup):
+    """Shows an expected error as its message alone; any other exception is a bug and keeps its traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command; 2 is the exit code of a refusal, 130 that of Ctrl-C."""
+        try:
+            return super().invoke(ctx)
+        except MepError as error:
+            typer.secho("Error", fg="red", bold=True, err=True, nl=False)
+            typer.echo(f": {error}", err=True)
+            raise typer.Exit(2) from error
+        except KeyboardInterrupt:
+            raise typer.Exit(130) from None
+
+
+app = typer.Typer(
+    cls=TidyErrors,
+    help="Train PyTorch modules by equilibrium propagation.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+for module, command in ((train, train.train), (bench, bench.bench), (plot, plot.plot)):
+    # The head of the file is the help; a backspace keeps the lines of the paragraph that follows it.
+    app.command(help=str(module.__doc__).replace("\n\n    mep", "\n\n\b\n    mep"))(command)
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"mep {mep.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit."),
+    ] = False,
+) -> None:
+    """Train PyTorch modules by equilibrium propagation."""

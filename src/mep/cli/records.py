@@ -1,0 +1,116 @@
+"""JSON records of runs: numbers, with everything needed to know what made them."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import re
+import shlex
+import subprocess
+import sys
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import mep
+from mep.cli.files import write_atomically
+from mep.errors import DataError
+
+Record = dict[str, Any]
+
+
+def header(kind: str, device: Any) -> Record:
+    """What made a record: its kind, command, commit, versions and machine."""
+    return {
+        "kind": kind,
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": shlex.join(["mep", *sys.argv[1:]]),
+        "commit": commit(),
+        "versions": versions(),
+        "machine": machine(device),
+    }
+
+
+def versions() -> dict[str, str]:
+    """The versions that decide the numbers."""
+    import torch
+
+    return {"mep": mep.__version__, "torch": torch.__version__, "python": platform.python_version()}
+
+
+def machine(device: Any) -> Record:
+    """The hardware that decides the times, as far as the machine tells."""
+    import torch
+
+    gpu = torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else None
+    return {
+        "system": f"{platform.system()} {platform.machine()}",
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": gpu,
+    }
+
+
+def commit() -> str | None:
+    """The git commit of the current directory, with `+changes` if tracked files differ from it."""
+    head = _git("rev-parse", "HEAD")
+    if head is None:
+        return None
+    return head + ("+changes" if _git("status", "--porcelain", "--untracked-files=no") else "")
+
+
+def write(path: Path, record: Record) -> None:
+    """Write a record atomically. JSON has no NaN: a number that is not finite becomes null."""
+    text = json.dumps(_finite(record), indent=1, allow_nan=False)
+    text = re.sub(r"\[\n[^\[\]{}\"]*\]", lambda numbers: re.sub(r"\s+", " ", numbers[0]), text)  # a list a line
+    write_atomically(path, lambda file: _put(file, text + "\n"))
+
+
+def read(path: Path, kind: str) -> Record:
+    """Read a record of this kind; anything else is refused."""
+    try:
+        record = json.loads(path.read_text())
+    except OSError as error:
+        raise DataError(f"Cannot read {path}: {error.strerror}. `mep bench` writes such records.") from error
+    except ValueError as error:
+        raise DataError(f"{path} is not a JSON record: {error}.") from error
+    found = record.get("kind") if isinstance(record, dict) else None
+    if found != kind:
+        raise DataError(f"{path} is a record of kind {found!r}; this command reads {kind!r}.")
+    return record
+
+
+def _put(file: BinaryIO, text: str) -> None:
+    file.write(text.encode())
+
+
+def _git(*arguments: str) -> str | None:
+    """The output of a git command that writes nothing, or None outside a repository."""
+    command = ["git", "--no-optional-locks", *arguments]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor())
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return value

@@ -1,0 +1,129 @@
+"""What `mep train` and `mep bench` share: the order of examples, sums over steps, accuracy, the device."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mep import Estimate
+from mep.cli.optimizers import Optimizer
+from mep.data import DataSet
+from mep.errors import ArgumentError
+
+
+class Batches:
+    """An endless stream of shuffled batches; `epoch` and `position` suffice to rejoin it anywhere."""
+
+    def __init__(self, x: Tensor, y: Tensor, size: int, seed: int) -> None:
+        if size < 1:
+            raise ArgumentError(f"--batch-size must be at least 1, not {size}.")
+        self.x, self.y, self.size, self.seed = x, y, size, seed
+        self.epoch, self.position = 0, 0
+        self._order, self._order_epoch = torch.empty(0), -1
+
+    @property
+    def epochs(self) -> float:
+        """Passes over the data so far, fractions included."""
+        return self.epoch + self.position / len(self.x)
+
+    @property
+    def per_epoch(self) -> int:
+        """Batches in an epoch."""
+        return math.ceil(len(self.x) / self.size)
+
+    def next(self) -> tuple[Tensor, Tensor]:
+        """The next batch; the last of an epoch may be smaller."""
+        if self._order_epoch != self.epoch:
+            self._order = epoch_order(len(self.x), self.seed, self.epoch).to(self.x.device)
+            self._order_epoch = self.epoch
+        chosen = self._order[self.position : self.position + self.size]
+        self.position += self.size
+        if self.position >= len(self.x):
+            self.epoch, self.position = self.epoch + 1, 0
+        return self.x[chosen], self.y[chosen]
+
+
+def epoch_order(length: int, seed: int, epoch: int) -> Tensor:
+    """A permutation that depends on the seed and the epoch alone."""
+    # torch's CPU generator keeps only the low 32 bits of a seed, so the two must be mixed within them.
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**32)
+    return torch.randperm(length, generator=generator)
+
+
+class Tally:
+    """Sums over steps. They stay on the device until `means` reads them: no step waits for the host."""
+
+    def __init__(self) -> None:
+        self.steps = self.examples = self.settled = self.converged = self.sweeps = 0
+        # On the CPU until the first step; a sum with a tensor on the GPU is on the GPU.
+        self.loss, self.residual, self.residual_max = torch.zeros(3, dtype=torch.float64).unbind()
+
+    def add(self, estimate: Estimate, examples: int) -> None:
+        """Count one step."""
+        self.steps += 1
+        self.examples += examples
+        self.loss = self.loss + estimate.loss.double() * examples
+        if estimate.residual is not None:
+            residual = estimate.residual.double()
+            self.residual = self.residual + residual.sum()
+            self.residual_max = torch.maximum(self.residual_max, residual.max())
+            self.settled += 1
+            self.converged += estimate.converged
+            self.sweeps += estimate.iterations
+
+    def means(self) -> dict[str, float | None]:
+        """Mean cost; of the steps that settled, mean and largest residual, sweeps, share that converged."""
+        settled = self.settled > 0
+        return {
+            "loss": float(self.loss) / self.examples if self.examples else None,
+            "residual": float(self.residual) / self.examples if settled else None,
+            "residual_max": float(self.residual_max) if settled else None,
+            "sweeps": self.sweeps / self.settled if settled else None,
+            "converged": self.converged / self.settled if settled else None,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """All sums."""
+        return dict(vars(self))
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        vars(self).update(state)
+
+
+def targets(data: DataSet, cost: str | None) -> Tensor:
+    """What the cost compares outputs with in training: the labels, or for `mse` one-hot rows of them."""
+    return F.one_hot(data.train_y, data.classes).float() if cost == "mse" else data.train_y
+
+
+def accuracy(model: nn.Module, optimizer: Optimizer, x: Tensor, y: Tensor, batch_size: int = 1000) -> float:
+    """The percentage of `x` whose largest output is the right class, in evaluation mode."""
+    model.eval()
+    pairs = zip(x.split(batch_size), y.split(batch_size), strict=True)
+    right = sum(int((optimizer.predict(part).argmax(1) == label).sum()) for part, label in pairs)
+    model.train()
+    return 100.0 * right / len(y)
+
+
+def on_device(data: DataSet, device: torch.device) -> DataSet:
+    """The whole data set on the device, so that no step waits for a transfer."""
+    parts = ("train_x", "train_y", "test_x", "test_y")
+    return replace(data, **{part: getattr(data, part).to(device) for part in parts})
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is the GPU where there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ArgumentError(f"Unknown --device {name!r}. Choose auto, cpu or cuda.") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ArgumentError("--device cuda: this torch sees no GPU. Use --device cpu, or install a CUDA build.")
+    return device
