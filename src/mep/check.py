@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from mep.errors import TraceError
 from mep.graph import Graph
 from mep.nodes import Node
+from mep.snapshot import Buffers
 
 
 def check_graph(graph: Graph, x: Any, against_model: bool = True) -> None:
@@ -28,16 +30,16 @@ def check_graph(graph: Graph, x: Any, against_model: bool = True) -> None:
     """
     inputs = graph.bind(x)
     batch = len(next(v for v in inputs.values() if isinstance(v, Tensor)))
-    buffers = [(b, b.clone()) for b in graph.model.buffers()]
+    buffers = Buffers(graph.model)
     devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
     try:
         with torch.random.fork_rng(devices):
             expected, reached = _model(graph, inputs) if against_model else (None, None)
+        buffers.rewind()
         with torch.random.fork_rng(devices):
             output = _nodes(graph, inputs, batch)
     finally:
-        for b, kept in buffers:
-            b.copy_(kept)
+        buffers.undo()
     if expected is None or reached is None:
         return
     _compare_parameters(graph, reached)
@@ -45,7 +47,7 @@ def check_graph(graph: Graph, x: Any, against_model: bool = True) -> None:
     close = output.shape == expected.shape and torch.allclose(output, expected, atol=scale * 1e-4, equal_nan=True)
     if not close:
         raise TraceError(
-            f"The graph of {type(graph.model).__name__} does not compute what its forward does. Its forward has effects "
+            f"The graph of {type(graph.model).__name__} does not compute what its forward does: that has effects "
             "that tracing cannot see (an in-place write to an alias, a value read outside torch). Way out: keep the "
             "module that does so whole with leaves=(ThatModule,)."
         )
@@ -53,7 +55,10 @@ def check_graph(graph: Graph, x: Any, against_model: bool = True) -> None:
 
 def _model(graph: Graph, inputs: dict[str, Any]) -> tuple[Tensor, set[nn.Parameter]]:
     with torch.enable_grad():
-        output = graph.model(*(inputs[name] for name in graph.inputs))
+        names = inspect.signature(graph.model.forward).parameters
+        by_name = {n: inputs[n] for n in graph.inputs if n in names}
+        rest = [inputs[n] for n in graph.inputs if n not in names]
+        output = graph.model(*rest, **by_name)
     return output.detach(), _behind(output)
 
 

@@ -121,8 +121,8 @@ class Custom(Cost):
     function: PerExample
 
     def prepare(self, output: Tensor, target: Tensor) -> Tensor:
-        """The target as it is; the function is tried once, so that a wrong shape is reported before settling."""
-        self.value(output, target)
+        """The target as it is; the function is tried once, so that what is wrong with it is told before settling."""
+        self.gradient(output, target)
         return target
 
     def value(self, output: Tensor, target: Tensor) -> Tensor:
@@ -140,7 +140,10 @@ class Custom(Cost):
         """By autograd through the function alone."""
         with torch.enable_grad():
             leaf = output.detach().requires_grad_()
-            (gradient,) = torch.autograd.grad(self.value(leaf, target).sum(), leaf)
+            value = self.value(leaf, target)
+            if not value.requires_grad:
+                raise InputError("cost: the function must be differentiable in the output; it returned a constant.")
+            (gradient,) = torch.autograd.grad(value.sum(), leaf)
         return gradient
 
 

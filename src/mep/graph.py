@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from mep.activations import Activation
 from mep.errors import InputError
 from mep.nodes import Held, Node
+from mep.snapshot import Snapshot
 
 Transmit = Callable[[Node, Tensor | None], Tensor | None]
 
@@ -33,7 +34,6 @@ class Graph:
     defaults: Mapping[str, Any]
     nodes: tuple[Node, ...]
     output: str
-    modes: tuple[bool, ...]
     kinks: Mapping[str, Activation] = field(default_factory=dict)
     """State -> the piecewise-linear activation that alone stands behind it (`trace_kinks` only)."""
 
@@ -41,12 +41,7 @@ class Graph:
         self.states = tuple(n for n in self.nodes if n.owns_state)
         self.is_affine_when_held = all(n.clamped or n.is_affine_when_held for n in self.nodes)
         """Whether no Jacobian changes while the branches are held: pointwise pieces and linear layers only."""
-        self._modules = tuple(self.model.modules())
-
-    @property
-    def is_current(self) -> bool:
-        """Whether every module is in the mode (train or eval) in which the model was traced."""
-        return self.modes == tuple(m.training for m in self._modules)
+        self.snapshot = Snapshot(self.model)
 
     def parameters(self) -> list[nn.Parameter]:
         """Every parameter that some node uses, each once."""
@@ -70,6 +65,8 @@ class Graph:
         self, inputs: Mapping[str, Any], held: Held, place: Callable[[Node, Tensor], Tensor] | None = None
     ) -> Point:
         """Walk the nodes in order; `place(node, mu)` says where a state stands (by default on its prediction)."""
+        if held.buffers and not held.recording:
+            held.buffers.rewind()
         values, predictions, saved = dict(inputs), {}, {}
         for node in self.nodes:
             mu, saved[node.name] = node.evaluate([values[p] for p in node.parents], held)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from mep.activations import Activation, MaxPool
 from mep.ops import Op, Ref
+from mep.snapshot import Buffers
 
 
 @dataclass
@@ -40,6 +41,7 @@ class Held:
     branches: dict[tuple[str, str], Tensor] = field(default_factory=dict)
     noise: dict[str, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
     clamped: dict[str, tuple[Tensor, Any]] = field(default_factory=dict)
+    buffers: Buffers | None = None
 
     def count(self, piece: Activation | MaxPool, x: Tensor, branch: Tensor) -> None:
         """Note how many units of `x` are off the branch on which they are held."""

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from mep.errors import ArgumentError, DivergedError, ParameterError
+from mep.errors import ArgumentError, ParameterError
 from mep.estimators.estimate import Estimate, Gradients
 
 Constraint = Callable[[torch.optim.Optimizer], None]
@@ -86,11 +86,12 @@ class EPOptimizer(torch.optim.Optimizer):
             The mean cost at the free equilibrium (0-dim tensor), or what the closure returned, or None.
         """
         loss = None
+        if closure is not None and not callable(closure):
+            raise ArgumentError(f"step({type(closure).__name__}): batches go by name, step(x=inputs, target=labels).")
         if x is not None or target is not None:
             if x is None or target is None or closure is not None:
                 raise ArgumentError("step(...): pass x and target together, and no closure with them.")
             gradients, estimate = self.estimator.gradients(x, target)
-            _check_finite(gradients)
             for p in self._parameters():
                 p.grad = gradients.get(p)
             self.last, loss = estimate, estimate.loss
@@ -117,7 +118,10 @@ class EPOptimizer(torch.optim.Optimizer):
         Raises:
             ParameterError: a parameter is not the model's.
         """
-        super().add_param_group(param_group)
+        if self.param_groups is self.update.param_groups:
+            self.update.add_param_group(param_group)
+        else:  # under construction: the update has checked these groups already
+            super().add_param_group(param_group)
         owned = set(self.model.parameters())
         foreign = [tuple(p.shape) for p in self.param_groups[-1]["params"] if p not in owned]
         if foreign:
@@ -151,14 +155,3 @@ class EPOptimizer(torch.optim.Optimizer):
 
     def _parameters(self) -> list[nn.Parameter]:
         return [p for group in self.param_groups for p in group["params"]]
-
-
-def _check_finite(gradients: Gradients) -> None:
-    """A sum is finite only if all its terms are; only if it is not does the slower exact test decide."""
-    if gradients and not torch.isfinite(torch.stack([g.sum().float() for g in gradients.values()]).sum()):
-        broken = [tuple(p.shape) for p, g in gradients.items() if not torch.isfinite(g).all()]
-        if broken:
-            raise DivergedError(
-                f"The gradient of parameters of shapes {broken} is not finite. Nothing was changed. Way out: a smaller "
-                "learning rate, or look for exploding weights."
-            )

@@ -8,13 +8,15 @@ is True for sweeps and False for descent.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.optim.optimizer import ParamsT
 
 from mep.constraints import spectral_bound
 from mep.cost import Cost, PerExample
-from mep.errors import ArgumentError
+from mep.errors import ArgumentError, ParameterError
 from mep.estimators import Backprop, EquilibriumPropagation
 from mep.optimizer import EPOptimizer
 from mep.settle import Solver
@@ -62,7 +64,9 @@ def eqprop(
     """
     solver = _solver(energy, settle_steps, settle_lr, adaptive, tol, patience)
     estimator = EquilibriumPropagation(model, cost, beta, solver, energy, phases, branches, leaves)
-    update = torch.optim.SGD(params, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov)
+    _check_sgd(lr=lr, momentum=momentum, weight_decay=weight_decay)
+    groups = _listed(params, model)
+    update = torch.optim.SGD(groups, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov)
     return EPOptimizer(estimator, update)
 
 
@@ -99,7 +103,7 @@ def smep(
     """
     solver = _solver(energy, settle_steps, settle_lr, adaptive, tol, patience)
     estimator = EquilibriumPropagation(model, cost, beta, solver, energy, phases, branches, leaves)
-    update = Muon(params, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov)
+    update = Muon(_listed(params, model), lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov)
     return EPOptimizer(estimator, update, [spectral_bound(gamma)])
 
 
@@ -130,7 +134,7 @@ def smep_fast(
     """
     solver = _solver(energy, settle_steps, settle_lr, adaptive, tol, patience)
     estimator = EquilibriumPropagation(model, cost, beta, solver, energy, phases, branches, leaves)
-    update = Muon(params, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov)
+    update = Muon(_listed(params, model), lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov)
     return EPOptimizer(estimator, update, [spectral_bound(gamma)])
 
 
@@ -152,8 +156,26 @@ def muon_backprop(
         lr, momentum, weight_decay, nesterov: as in `mep.Muon`.
         cost: as in `mep.EquilibriumPropagation`.
     """
-    update = Muon(params, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov)
-    return EPOptimizer(Backprop(model, cost), update)
+    estimator = Backprop(model, cost)
+    update = Muon(_listed(params, model), lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov)
+    return EPOptimizer(estimator, update)
+
+
+def _listed(params: ParamsT, model: nn.Module) -> list[Any]:
+    """The parameters or groups as a list, after checking that there are some."""
+    listed = list(params)
+    if not listed:
+        raise ParameterError(
+            f"params is empty: pass model.parameters() of {type(model).__name__}; a generator can be read only once."
+        )
+    return listed
+
+
+def _check_sgd(**settings: float) -> None:
+    """torch lets NaN pass, and raises errors of its own for the rest."""
+    for name, value in settings.items():
+        if not (isinstance(value, (int, float, torch.Tensor)) and value >= 0):
+            raise ArgumentError(f"eqprop({name}={value!r}): must be a number >= 0.")
 
 
 def _solver(
@@ -162,7 +184,9 @@ def _solver(
     if settle_lr is None:
         if energy != "prediction":
             raise ArgumentError(f"energy={energy!r} settles by descent: give settle_lr, for instance settle_lr=0.3.")
-        return Sweep(settle_steps=steps, tol=tol, patience=patience, adaptive=adaptive is not False)
-    if not adaptive and patience > 1:
+        adaptive = adaptive is not False
+    if not adaptive and patience != 1:
         raise ArgumentError(f"patience={patience} does something only with adaptive=True.")
+    if settle_lr is None:
+        return Sweep(settle_steps=steps, tol=tol, patience=patience, adaptive=bool(adaptive))
     return Descent(steps, tol, patience, bool(adaptive), settle_lr)

@@ -31,7 +31,7 @@ class Result(str, enum.Enum):
     OUT_OF_REACH = "nudge too strong for the equilibrium to be reached"
     """The iteration expands: only a smaller beta helps."""
     DIVERGED = "diverged"
-    """A residual is not finite."""
+    """The forces grow without bound."""
     BACKPROP = "exact: backpropagation, nothing to settle"
     """The estimator does not settle."""
 
@@ -58,13 +58,15 @@ class Settled:
 class Iterate:
     """A point on the way. `errors` and `residual` belong to it; `memory` is the solver's own.
 
-    `residual` may be a lower bound as long as it exceeds the tolerance. `out_of_reach`: the iteration expands.
+    `residual` may be a lower bound as long as it exceeds the tolerance. `out_of_reach`: the iteration expands, and a
+    smaller beta would help; `diverging`: it runs away for good.
     """
 
     point: Point
     residual: Tensor
     errors: State | None = None
     out_of_reach: bool = False
+    diverging: bool = False
     memory: Any = None
 
 
@@ -136,7 +138,7 @@ def settle(energy: Energy, point: Point, solver: Solver) -> Settled:
 
 def _judge(solver: Solver, iterate: Iterate, iterations: int) -> Settled:
     worst = float(iterate.residual.max())
-    if not math.isfinite(worst):
+    if iterate.diverging or not math.isfinite(worst):
         result = Result.DIVERGED
     elif worst <= solver.tol:
         result = Result.CONVERGED

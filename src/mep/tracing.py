@@ -139,7 +139,6 @@ class _Reading:
             defaults={self.names[n]: n.args[0] for n in placeholders if n.args},
             nodes=tuple(made.values()),
             output=self.names[self.alias.get(self.output, self.output)],
-            modes=tuple(m.training for m in self.module.modules()),
         )
 
     def move_states_behind_activations(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -9,8 +10,8 @@ from torch import Tensor, nn
 
 from mep.cost import Cost, PerExample, make_cost
 from mep.errors import DivergedError
-from mep.estimators.estimate import Estimate, Gradients, accumulate
-from mep.estimators.inputs import batch_size, call_model
+from mep.estimators.estimate import Estimate, Gradients, accumulate, finished
+from mep.estimators.inputs import batch_size, buffers_written_once, call_model, check_model
 from mep.settle import Result
 
 
@@ -25,6 +26,7 @@ class Backprop:
     """
 
     def __init__(self, model: nn.Module, cost: str | PerExample | Cost = "cross_entropy"):
+        check_model(model, "Backprop")
         self.model = model
         self.cost = make_cost(cost)
 
@@ -36,15 +38,18 @@ class Backprop:
 
     def gradients(self, x: Any, target: Tensor) -> tuple[Gradients, Estimate]:
         """The gradient of every trained parameter that the loss reaches."""
-        batch_size(x)
-        with torch.enable_grad():
+        batch_size(x, target)
+        check_model(self.model, "Backprop")
+        with buffers_written_once(self.model) as buffers, torch.enable_grad():
             output = call_model(self.model, x)
-            loss = self.cost.value(output, self.cost.prepare(output.detach(), target)).mean()
+            buffers.keep_writes()
+            prepared = self.cost.prepare(output.detach(), target)
+            loss = self.cost.value(output, prepared).mean()
+            if not math.isfinite(float(loss)):
+                raise DivergedError(f"The loss is {float(loss)}: check target and weights. Nothing was changed.")
             trained = [p for p in self.model.parameters() if p.requires_grad]
             found = torch.autograd.grad(loss, trained, allow_unused=True)
-        if not torch.isfinite(loss):
-            raise DivergedError(f"The loss is {loss.item()}: check the batch and the weights. Nothing was changed.")
-        gradients = {p: g for p, g in zip(trained, found, strict=True) if g is not None}
+            gradients = finished({p: g for p, g in zip(trained, found, strict=True) if g is not None})
         return gradients, Estimate(loss.detach(), None, 0, 0.0, Result.BACKPROP)
 
     def predict(self, x: Any) -> Tensor:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -15,19 +13,22 @@ from torch import Tensor, nn
 from mep.check import check_graph
 from mep.cost import Cost, PerExample, make_cost
 from mep.energy import Energy, make_coupling, nudge
-from mep.errors import ArgumentError, DivergedError, InputError, ParameterError
+from mep.errors import ArgumentError, DivergedError, InputError
 from mep.estimators.contrast import CONTRASTS
-from mep.estimators.estimate import Estimate, Gradients, accumulate
-from mep.estimators.inputs import batch_size
+from mep.estimators.estimate import Estimate, Gradients, accumulate, finished
+from mep.estimators.inputs import batch_size, buffers_written_once, check_model
 from mep.graph import Graph
 from mep.nodes import Held
 from mep.settle import Result, Settled, Solver, settle
+from mep.snapshot import Buffers
 from mep.solvers import Descent, Sweep
 from mep.tracing import Leaves, trace, trace_activations, trace_kinks
 
 _SHRINK = 0.5
 _GROWTH = 1.02
 _TRIES = 16
+_KEPT_GRAPHS = 3
+"""Older graphs that are kept: enough for a model that goes to and fro between train and eval."""
 
 
 class EquilibriumPropagation:
@@ -76,10 +77,7 @@ class EquilibriumPropagation:
         leaves: Leaves = (),
         diagnostics: bool = False,
     ):
-        if not isinstance(model, nn.Module):
-            raise ArgumentError(f"EquilibriumPropagation(model={model!r}): must be a torch.nn.Module.")
-        if not any(p.requires_grad for p in model.parameters()):
-            raise ParameterError(f"{type(model).__name__} has no parameter that requires a gradient: nothing to train.")
+        check_model(model, "EquilibriumPropagation")
         if not (isinstance(beta, (int, float)) and 0 < beta < math.inf):
             raise ArgumentError(f"EquilibriumPropagation(beta={beta!r}): must be a positive number.")
         if phases not in CONTRASTS:
@@ -117,10 +115,10 @@ class EquilibriumPropagation:
     @torch.no_grad()
     def gradients(self, x: Any, target: Tensor) -> tuple[Gradients, Estimate]:
         """The estimated gradient of the mean cost for every trained parameter, without touching `p.grad`."""
-        batch = batch_size(x)
-        graph = self._graph(x)
-        with _buffers_written_once(self.model) as after_first:
-            energy, free = self._free(graph, x, batch, after_first)
+        batch = batch_size(x, target)
+        check_model(self.model, "EquilibriumPropagation")
+        with buffers_written_once(self.model) as buffers:
+            energy, free = self._free(x, batch, buffers)
             output = energy.output(free.point)
             if len(output) != batch:
                 raise InputError(f"The output has {len(output)} rows for {batch} examples; dimension 0 is the batch.")
@@ -132,13 +130,13 @@ class EquilibriumPropagation:
                     "output overflows. Nothing was changed."
                 )
             beta, phases = self._nudged(energy, free, prepared)
-            return self._contrast(phases, batch), self._estimate(loss, beta, phases)
+            return finished(self._contrast(phases, batch)), self._estimate(loss, beta, phases)
 
     @torch.no_grad()
     def predict(self, x: Any) -> Tensor:
         """The output of the free equilibrium; for the prediction energy that is `model(x)`."""
-        with _buffers_written_once(self.model) as after_first:
-            energy, free = self._free(self._graph(x), x, batch_size(x), after_first)
+        with buffers_written_once(self.model) as buffers:
+            energy, free = self._free(x, batch_size(x, x), buffers)
         return energy.output(free.point)
 
     def state_dict(self) -> dict[str, Any]:
@@ -165,24 +163,27 @@ class EquilibriumPropagation:
         return (trace if self.branches == "held" else trace_kinks)(self.model, self.leaves)
 
     def _graph(self, x: Any) -> Graph:
-        """The graph for the model's present train/eval modes, checked against the model on its first batch."""
-        graph = next((g for g in self._graphs if g.is_current), None)
+        """The graph of the model as it is now, checked against it on its first batch."""
+        graph = next((g for g in self._graphs if g.snapshot.matches()), None)
         if graph is None:
             graph = self._trace()
-            self._graphs.append(graph)
+            self._graphs = [graph, *self._graphs[:_KEPT_GRAPHS]]
+            self._checked &= {id(g) for g in self._graphs}
         if id(graph) not in self._checked:
             check_graph(graph, x, against_model=self.coupling.name == "prediction")
             self._checked.add(id(graph))
         return graph
 
-    def _free(self, graph: Graph, x: Any, batch: int, after_first: Callable[[], None]) -> tuple[Energy, Settled]:
+    def _free(self, x: Any, batch: int, buffers: Buffers) -> tuple[Energy, Settled]:
         """The free equilibrium, and the energy as the nudged phases are to see it."""
+        graph = self._graph(x)
         hold = self.branches == "held"
         is_forward = self.coupling.vanishes_when_free
-        energy = Energy(graph, self.coupling, graph.bind(x), Held(hold_branches=hold and is_forward), batch)
+        held = Held(hold_branches=hold and is_forward, buffers=buffers)
+        energy = Energy(graph, self.coupling, graph.bind(x), held, batch)
         point = energy.rest()
-        energy.held.recording = False
-        after_first()
+        held.recording = False
+        buffers.keep_writes()
         if is_forward:
             return energy, Settled(point, torch.zeros(batch, device=energy.output(point).device), 0, Result.CONVERGED)
         free = settle(energy, point, self.solver)
@@ -243,27 +244,3 @@ class EquilibriumPropagation:
 
 
 _HOPFIELD_SOLVER = Descent(settle_steps=200, settle_lr=0.3, adaptive=True, tol=1e-3)
-
-
-@contextmanager
-def _buffers_written_once(model: nn.Module) -> Iterator[Callable[[], None]]:
-    """However often the model is evaluated inside, its buffers end as they were when the yielded function was called.
-
-    That is after the first evaluation: running statistics move once a step. On an error they end as they began.
-    """
-    buffers = list(model.buffers()) if model.training else []
-    kept = [b.clone() for b in buffers]
-
-    def keep_now() -> None:
-        for i, b in enumerate(buffers):
-            kept[i] = b.clone()
-
-    before = list(kept)
-    try:
-        yield keep_now
-    except BaseException:
-        kept = before
-        raise
-    finally:
-        for b, value in zip(buffers, kept, strict=True):
-            b.copy_(value)

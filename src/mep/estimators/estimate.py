@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
+from mep.errors import DivergedError
 from mep.settle import Result
 
 Gradients = dict[nn.Parameter, Tensor]
@@ -38,10 +41,25 @@ class Estimate:
         return self.result in (Result.CONVERGED, Result.BACKPROP)
 
 
+def finished(gradients: Gradients) -> Gradients:
+    """The gradients in the dtypes of their parameters, after checking that every number is finite.
+
+    A sum is finite only if all its terms are; only if it is not does the slower exact test decide.
+    """
+    if gradients and not math.isfinite(sum(float(g.sum()) for g in gradients.values())):
+        broken = [tuple(p.shape) for p, g in gradients.items() if not torch.isfinite(g).all()]
+        if broken:
+            raise DivergedError(
+                f"The gradient of parameters of shapes {broken} is not finite. Nothing was changed. Way out: a smaller "
+                "learning rate, or look for exploding weights."
+            )
+    return {p: g.to(p.dtype) for p, g in gradients.items()}
+
+
 def accumulate(gradients: Mapping[nn.Parameter, Tensor]) -> None:
     """Add to `p.grad` what `loss.backward()` would add."""
     for p, g in gradients.items():
         if p.grad is None:
-            p.grad = g.to(p.dtype)
+            p.grad = g
         else:
             p.grad.add_(g)

@@ -3,28 +3,57 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mep.errors import InputError
+from mep.errors import ArgumentError, InputError, ParameterError
+from mep.snapshot import Buffers
 
 
-def batch_size(x: Any) -> int:
-    """The number of examples, after checking that there are some and that every number is finite.
+def batch_size(x: Any, target: Any) -> int:
+    """The number of examples, after checking that there are some and that every number of the input is finite.
 
     A sum is finite only if all its terms are; only if it is not does the slower exact test decide.
     """
-    values = x.values() if isinstance(x, Mapping) else x if isinstance(x, (tuple, list)) else (x,)
+    values = list(x.values()) if isinstance(x, Mapping) else x if isinstance(x, (tuple, list)) else [x]
     tensors = [v for v in values if isinstance(v, Tensor)]
-    if not tensors or tensors[0].ndim == 0 or len(tensors[0]) == 0:
+    if not tensors:
+        raise InputError(f"x must be a tensor, or a tuple or dict of them, not {type(x).__name__}: torch.as_tensor(x).")
+    if not isinstance(target, Tensor):
+        raise InputError(f"The target must be a tensor, not {type(target).__name__}: torch.as_tensor(target).")
+    if tensors[0].ndim == 0 or len(tensors[0]) == 0:
         raise InputError(f"The batch is empty: {[tuple(t.shape) for t in tensors]}. Pass at least one example.")
-    for t in tensors:
+    for t in (t.detach() for t in tensors):
         if t.is_floating_point() and not math.isfinite(float(t.sum())) and not torch.isfinite(t).all():
             raise InputError("The input contains NaN or Inf. Nothing was changed; mend or drop this batch.")
     return len(tensors[0])
+
+
+def check_model(model: nn.Module, caller: str) -> None:
+    """Refuse what is no module, or has nothing to train."""
+    if not isinstance(model, nn.Module):
+        raise ArgumentError(f"{caller}(model={model!r}): must be a torch.nn.Module.")
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ParameterError(f"{type(model).__name__} has no parameter that requires a gradient: nothing to train.")
+
+
+@contextmanager
+def buffers_written_once(model: nn.Module) -> Iterator[Buffers]:
+    """However often the model is evaluated inside, its buffers end as the first evaluation left them.
+
+    On an error, an interruption included, they end as they began.
+    """
+    buffers = Buffers(model)
+    try:
+        yield buffers
+        buffers.finish()
+    except BaseException:
+        buffers.undo()
+        raise
 
 
 def call_model(model: nn.Module, x: Any) -> Any:

@@ -8,15 +8,19 @@ settles this way. A signal moves one node per step, so a deep network needs at l
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from mep.energy import Energy, State, inside_box, per_example
+from mep.energy import Energy, State, example_norm, inside_box, per_example
 from mep.errors import ArgumentError
 from mep.graph import Point
 from mep.settle import Iterate, Solver
+
+_RUNAWAY = 1e4
+"""A force so many times the first one is not on its way to zero."""
 
 
 @dataclass(frozen=True)
@@ -45,18 +49,18 @@ class Descent(Solver):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.settle_lr > 0:
-            raise ArgumentError(f"Descent(settle_lr={self.settle_lr!r}): must be positive.")
-        if not 0 <= self.momentum < 1:
+        if not (isinstance(self.settle_lr, (int, float)) and 0 < self.settle_lr < math.inf):
+            raise ArgumentError(f"Descent(settle_lr={self.settle_lr!r}): must be a positive number.")
+        if not (isinstance(self.momentum, (int, float)) and 0 <= self.momentum < 1):
             raise ArgumentError(f"Descent(momentum={self.momentum!r}): must lie in [0, 1).")
 
     def start(self, energy: Energy, point: Point) -> Iterate:
         """At rest, without velocity."""
-        return self._measured(energy, energy.at(energy.state(point)), {})
+        return self._measured(energy, energy.at(energy.state(point)), {}, None)
 
     def advance(self, energy: Energy, iterate: Iterate, active: Tensor | None) -> Iterate:
         """One step of every state against its force."""
-        force, before = iterate.memory
+        force, before, scale = iterate.memory
         state: State = {}
         velocity: State = {}
         for node in energy.graph.states:
@@ -65,9 +69,13 @@ class Descent(Solver):
             moved = inside_box(node, s.sub(v, alpha=self.settle_lr))
             velocity[node.name] = v
             state[node.name] = moved if active is None else torch.where(per_example(active, s), moved, s)
-        return self._measured(energy, energy.at(state), velocity)
+        return self._measured(energy, energy.at(state), velocity, scale)
 
-    def _measured(self, energy: Energy, point: Point, velocity: State) -> Iterate:
+    def _measured(self, energy: Energy, point: Point, velocity: State, scale: Tensor | None) -> Iterate:
         pulls = energy.pulls(point)
         residual = torch.stack(list(energy.residuals(point, pulls).values())).amax(0)
-        return Iterate(point, residual, memory=(energy.forces(point, pulls), velocity))
+        force = energy.forces(point, pulls)
+        size = torch.stack([example_norm(g, energy.batch) for g in force.values()]).amax(0)
+        scale = size if scale is None else scale
+        diverging = bool((size > _RUNAWAY * scale.clamp_min(torch.finfo(size.dtype).tiny)).any())
+        return Iterate(point, residual, diverging=diverging, memory=(force, velocity, scale))

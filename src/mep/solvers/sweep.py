@@ -103,12 +103,15 @@ class Sweep(Solver):
         if active is not None:
             rows = active.nonzero().squeeze(1)
             trials, free, target = trials[:, :, rows], free[rows], target[rows]
+        if torch.finfo(trials.dtype).bits < 32:  # small systems are solved in float32
+            trials, free, target = trials.float(), free.float(), _widened(target)
         errors, outputs, gradients = trials
         if nudge.cost.curvature(free, target, gradients[-1]) is None:
             found = mix(list(zip(errors[:-1], gradients[:-1], strict=True)), errors[-1], gradients[-1])
         else:
             tried, shifts = errors.transpose(0, 1), (free - outputs).transpose(0, 1)
             found = solve_output(nudge.cost, target, free, tried, shifts, gradients[-1])
+        found = found.to(memory.wanted.dtype)
         return found if active is None else memory.sent[energy.graph.output].index_copy(0, rows, found)
 
     def certify(self, energy: Energy, iterate: Iterate) -> Iterate:
@@ -138,6 +141,10 @@ class _Memory:
     resting: State = field(default_factory=dict)
     history: Tensor | None = None
     sweeps: int = 0
+
+
+def _widened(target: Tensor) -> Tensor:
+    return target.float() if target.is_floating_point() else target
 
 
 def _wanted(energy: Energy, point: Point) -> Tensor:
@@ -175,7 +182,8 @@ def _walk_back(
             delta, rest = kinks.relax(mu, delta, behind_kink[name], energy.beta, kinked[name], memory.free.values[name])
             delta = kinks.damp(node, delta, memory.sent.get(name), rest)
             resting[name] = rest if consistent else _keep(rest, memory.resting[name], active)
-        sent[name] = delta if consistent else _keep(delta, memory.sent[name], active)
+        follows = consistent and (active is None or name != output)
+        sent[name] = delta if follows else _keep(delta, memory.sent[name], active)
         return sent[name]
 
     energy.graph.pull(point, None, transmit)

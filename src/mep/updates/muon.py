@@ -36,7 +36,7 @@ SCALES: dict[str, Callable[[int, int], float]] = {
 
 def accumulate_(buffers: list[Tensor], grads: list[Tensor], momentum: float, nesterov: bool) -> list[Tensor]:
     """Let the momentum `buffers` decay and add `grads`; return the directions, which may be the buffers themselves."""
-    torch._foreach_mul_(buffers, momentum)
+    _scale_(buffers, momentum)
     torch._foreach_add_(buffers, grads)
     return list(torch._foreach_add(grads, buffers, alpha=momentum)) if nesterov else buffers
 
@@ -155,7 +155,7 @@ class Muon(torch.optim.Optimizer):
         lr = float(group["lr"])
         if matrices:
             if group["weight_decay"] > 0:
-                torch._foreach_mul_(matrices, 1 - lr * group["weight_decay"])
+                _scale_(matrices, 1 - lr * group["weight_decay"])
             scale = SCALES[group["scale"]]
             turned = orthogonal_directions(directions[: len(matrices)], group["method"], group["steps"])
             for p, direction in zip(matrices, turned, strict=True):
@@ -164,7 +164,7 @@ class Muon(torch.optim.Optimizer):
         if vectors:
             lr *= group["vector_scale"]
             if group["weight_decay"] > 0:
-                torch._foreach_mul_(vectors, 1 - lr * group["weight_decay"])
+                _scale_(vectors, 1 - lr * group["weight_decay"])
             torch._foreach_add_(vectors, directions[len(matrices) :], alpha=-lr)
 
     def _momentum_buffer(self, p: Tensor) -> Tensor:
@@ -172,6 +172,12 @@ class Muon(torch.optim.Optimizer):
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.preserve_format)
         return state["momentum_buffer"]
+
+
+def _scale_(tensors: list[Tensor], factor: float) -> None:
+    # One by one: on the CPU `_foreach_mul_` rounds the factor to the dtype, so that 0.999 would be 1 in bfloat16.
+    for tensor in tensors:
+        tensor.mul_(factor)
 
 
 def _check_group(group: dict[str, Any]) -> None:
@@ -192,6 +198,6 @@ def _check_grads(params: Sequence[Tensor]) -> None:
         if grad is not None and (grad.layout != torch.strided or grad.is_complex()):
             kind = "sparse" if grad.layout != torch.strided else "complex"
             raise ArgumentError(
-                f"Muon.step: the gradient of a parameter of shape {list(p.shape)} is {kind}, which has no momentum to "
-                f"orthogonalise here. Give this parameter to another optimizer."
+                f"Muon.step: the gradient of a parameter of shape {list(p.shape)} is {kind}, but only real dense "
+                f"gradients can be orthogonalised. Give this parameter to another optimizer."
             )
