@@ -49,6 +49,10 @@ class Prediction:
         """-de/dmu."""
         return s - mu
 
+    def balance(self, s: Tensor, mu: Tensor, pull: Tensor) -> tuple[Tensor, Tensor]:
+        """The two sides that are equal at equilibrium: the error, and the pull of the children."""
+        return s - mu, pull
+
 
 class Hopfield:
     """`e = 1/2 |s|^2 - <s, mu>` with s in a box: the deep Hopfield network of Scellier and Bengio 2017."""
@@ -63,6 +67,10 @@ class Hopfield:
     def tension(self, s: Tensor, mu: Tensor) -> Tensor:
         """-de/dmu."""
         return s
+
+    def balance(self, s: Tensor, mu: Tensor, pull: Tensor) -> tuple[Tensor, Tensor]:
+        """The two sides that are equal at equilibrium: the state, and all its input."""
+        return s, mu + pull
 
 
 Coupling = Prediction | Hopfield
@@ -170,12 +178,20 @@ class Energy:
         return {name: point.values[name] - mu - pulls[name] for name, mu in point.predictions.items()}
 
     def residuals(self, point: Point, pulls: Mapping[str, Tensor] | None = None) -> State:
-        """The relative residual of every state: {node: [batch]}, see `relative_residual`."""
+        """The relative residual of every state: {node: [batch]}, see `relative_residual`.
+
+        An example whose nudge cannot be told from the rounding of the output has nothing to settle.
+        """
         pulls = self.pulls(point) if pulls is None else pulls
         found = {}
         for node in self.graph.states:
-            s, mu = point.values[node.name], point.predictions[node.name]
-            found[node.name] = relative_residual(s - mu, pulls[node.name], s, self.batch, node.box)
+            s = point.values[node.name]
+            sides = self.coupling.balance(s, point.predictions[node.name], pulls[node.name])
+            found[node.name] = relative_residual(*sides, s, self.batch, node.box)
+        gradient = self.cost_gradient(point)
+        if gradient is not None:
+            felt = abs(self.beta) * example_norm(gradient, self.batch) > 10 * rounding(self.output(point), self.batch)
+            found = {name: residual * felt for name, residual in found.items()}
         return found
 
     def parameter_gradient(self, point: Point, errors: Mapping[str, Tensor] | None, weight: float) -> dict[Any, Tensor]:
@@ -208,23 +224,25 @@ def per_example(mask: Tensor, like: Tensor) -> Tensor:
     return rows.view(-1, *[1] * (like.ndim - 1))
 
 
-def relative_residual(
-    error: Tensor, pull: Tensor, state: Tensor, batch: int, box: Box = FREE, unit: float = 1.0
-) -> Tensor:
-    """`|error - pull| / max(|error|, |pull|)` of one node, per example: 0 at equilibrium, 1 before a signal arrives.
+def relative_residual(side: Tensor, other: Tensor, state: Tensor, batch: int, box: Box = FREE) -> Tensor:
+    """`|side - other| / max(|side|, |other|)` of one node, per example: 0 at equilibrium, 1 before a signal arrives.
 
-    At equilibrium the error `s - mu` balances the pull of the children; both may be given in a `unit`. What a face of
-    the box holds back does not count. The scale is at least a thousand roundings of the state: a smaller error cannot
-    be resolved.
+    At equilibrium the two sides are equal: `s - mu` and the pull of the children. What a face of the box holds back
+    does not count. Where nothing pulls at all, a side as small as the rounding of the state counts as zero.
     """
-    force = error - pull
+    force = side - other
     low, high = box
     if low > -math.inf:
         force = torch.where((state <= low) & (force > 0), 0, force)
     if high < math.inf:
         force = torch.where((state >= high) & (force < 0), 0, force)
+    rows = torch.stack([force, side, other, state]).reshape(4, batch, -1)
+    violated, one, two, size = torch.linalg.vector_norm(rows, dim=2)
     limits = torch.finfo(state.dtype)
-    unresolved = 1e3 * limits.eps / abs(unit) * state
-    rows = torch.stack([force, error, pull, unresolved]).reshape(4, batch, -1)
-    norms = torch.linalg.vector_norm(rows, dim=2)
-    return norms[0] / norms[1:].amax(0).add_(limits.tiny)
+    floor = torch.where(two == 0, 10 * limits.eps * size, limits.tiny)
+    return violated / torch.maximum(torch.maximum(one, two), floor).add_(limits.tiny)
+
+
+def rounding(state: Tensor, batch: int) -> Tensor:
+    """How far a state may be off by rounding: ten units in the last place, [batch]."""
+    return example_norm(state, batch).mul_(10 * torch.finfo(state.dtype).eps)

@@ -31,7 +31,6 @@ class Graph:
 
     model: nn.Module
     inputs: tuple[str, ...]
-    defaults: Mapping[str, Any]
     nodes: tuple[Node, ...]
     output: str
     kinks: Mapping[str, Activation] = field(default_factory=dict)
@@ -48,18 +47,14 @@ class Graph:
         return list(dict.fromkeys(p for n in self.nodes for p in n.parameters))
 
     def bind(self, x: Any) -> dict[str, Any]:
-        """The inputs by name: `x` is a tensor, a tuple (by position) or a dict (by name)."""
+        """The inputs by name, detached: `x` is a tensor, a tuple (by position) or a dict (by name)."""
         if isinstance(x, Mapping):
             values = dict(x)
         else:
             values = dict(zip(self.inputs, x if isinstance(x, (tuple, list)) else (x,), strict=False))
-            if isinstance(x, (tuple, list)) and len(x) > len(self.inputs):
-                raise InputError(f"The model takes {len(self.inputs)} inputs {self.inputs}, got {len(x)}.")
-        wrong = [k for k in values if k not in self.inputs]
-        missing = [k for k in self.inputs if k not in values and k not in self.defaults]
-        if wrong or missing:
-            raise InputError(f"The model takes inputs {self.inputs}; missing {missing}, unknown {wrong}.")
-        return {**self.defaults, **values}
+        if set(values) != set(self.inputs) or (isinstance(x, (tuple, list)) and len(x) != len(values)):
+            raise InputError(f"The model takes the inputs {', '.join(self.inputs)}; got {describe(x)}.")
+        return {k: v.detach() if isinstance(v, Tensor) else v for k, v in values.items()}
 
     def evaluate(
         self, inputs: Mapping[str, Any], held: Held, place: Callable[[Node, Tensor], Tensor] | None = None
@@ -104,3 +99,10 @@ class Graph:
                 if g is not None:
                     total[p] = total[p] + g if p in total else g
         return total
+
+
+def describe(x: Any) -> str:
+    """What kind of input this is, for messages."""
+    if isinstance(x, Mapping):
+        return "a dict of " + ", ".join(map(str, x))
+    return f"a tuple of {len(x)}" if isinstance(x, (tuple, list)) else type(x).__name__

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from mep.activations import Activation, MaxPool
 from mep.ops import Op, Ref
-from mep.snapshot import Buffers
+from mep.snapshot import Buffers, generators, set_generators
 
 
 @dataclass
@@ -257,26 +257,15 @@ class _same_noise:
 
     def __enter__(self) -> None:
         if self.held.recording:
-            self.before = _generators()
+            self.before = generators()
         elif self.node.name in self.held.noise:
-            self.before = _generators()
-            _set_generators(self.held.noise[self.node.name])
+            self.before = generators()
+            set_generators(self.held.noise[self.node.name])
 
     def __exit__(self, *exception: object) -> None:
         if self.held.recording:
-            pairs = zip(self.before, _generators(), strict=True)
+            pairs = zip(self.before, generators(), strict=True)
             if not all(torch.equal(a, b) for a, b in pairs if a is not None and b is not None):
                 self.held.noise[self.node.name] = self.before
         elif self.node.name in self.held.noise:
-            _set_generators(self.before)
-
-
-def _generators() -> tuple[Tensor, Tensor | None]:
-    cuda = torch.cuda.is_initialized()
-    return torch.get_rng_state(), torch.cuda.get_rng_state() if cuda else None
-
-
-def _set_generators(state: tuple[Tensor, Tensor | None]) -> None:
-    torch.set_rng_state(state[0])
-    if state[1] is not None:
-        torch.cuda.set_rng_state(state[1])
+            set_generators(self.before)

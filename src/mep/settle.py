@@ -114,7 +114,7 @@ class Solver(ABC):
 def settle(energy: Energy, point: Point, solver: Solver) -> Settled:
     """Run `solver` on `energy` from `point` until every example has settled or the steps are used up."""
     iterate = solver.start(energy, point)
-    active: Tensor | None = None
+    active: Tensor | None = None  # an example that has settled rests, until another one disturbs it
     quiet: Tensor | None = None
     for iterations in range(solver.settle_steps + 1):
         worst = float(iterate.residual.max())
@@ -125,11 +125,10 @@ def settle(energy: Energy, point: Point, solver: Solver) -> Settled:
             if solver.patience > 1:
                 quiet = torch.where(loud, 0, 1 if quiet is None else quiet + 1)
                 loud = quiet < solver.patience
-            active = loud if active is None else active & loud
-            left = int(active.count_nonzero())
+            left = int(loud.count_nonzero())
             if left == 0:
                 break
-            active = None if left == energy.batch else active
+            active = None if left == energy.batch else loud
         if iterations == solver.settle_steps or iterate.out_of_reach or not math.isfinite(worst):
             break
         iterate = solver.advance(energy, iterate, active)

@@ -1,38 +1,66 @@
-"""What a model was when it was traced, and how to put its buffers back."""
+"""What a step must find as it was, or leave as it was: the traced model, its buffers, the random numbers."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
 class Snapshot:
     """Tells whether a model is still the one that was traced: modules, parameters, modes, hooks and settings.
 
-    Values of parameters and buffers may change; what `forward` would do may not.
+    Values of parameters and buffers may change, and so may what a module notes down while it runs.
     """
 
     def __init__(self, model: nn.Module):
         self.modules = tuple(model.modules())
         self.facts = [_facts(m) for m in self.modules]
+        self.notes: list[set[str]] = [set() for _ in self.modules]
 
     def matches(self) -> bool:
         """Whether every module is as it was."""
-        return all(_facts(m) == kept for m, kept in zip(self.modules, self.facts, strict=True))
+        now = [_facts(m) for m in self.modules]
+        return now == self.facts or all(
+            _changed(old, new) <= notes for old, new, notes in zip(self.facts, now, self.notes, strict=True)
+        )
+
+    def allow_notes(self) -> None:
+        """Call when the model has just run, and nothing else happened: what changed is what it notes down itself."""
+        for module, old, notes in zip(self.modules, self.facts, self.notes, strict=True):
+            notes |= _changed(old, _facts(module))
+
+
+def _changed(old: dict[str, Any], new: dict[str, Any]) -> set[str]:
+    return {name for name in old.keys() | new.keys() if name not in old or name not in new or old[name] != new[name]}
 
 
 def _facts(module: nn.Module) -> dict[str, Any]:
-    """A module's attributes; dictionaries (of parameters, submodules, hooks) and tensors by identity."""
+    """A module's attributes; dictionaries (of parameters, submodules, hooks) by their items' identity."""
     return {
         name: (tuple(value), tuple(map(id, value.values())))
         if isinstance(value, dict)
         else value
-        if isinstance(value, (bool, int, float, str, tuple, type(None)))
+        if isinstance(value, (bool, int, float, str, type(None)))
         else id(value)
         for name, value in vars(module).items()
         if name != "_buffers"
     }
+
+
+@contextmanager
+def attributes_kept(model: nn.Module) -> Iterator[None]:
+    """Whatever modules note down on themselves inside is gone afterwards."""
+    before = [(m, dict(vars(m))) for m in model.modules()]
+    try:
+        yield
+    finally:
+        for module, attributes in before:
+            vars(module).clear()
+            vars(module).update(attributes)
 
 
 class Buffers:
@@ -74,3 +102,16 @@ class Buffers:
                 if buffer is not None and value is not None:
                     buffer.copy_(value)
                 home[name] = buffer
+
+
+def generators() -> tuple[Tensor, Tensor | None]:
+    """The states of the random number generators of the CPU and of the present GPU."""
+    cuda = torch.cuda.is_initialized()
+    return torch.get_rng_state(), torch.cuda.get_rng_state() if cuda else None
+
+
+def set_generators(state: tuple[Tensor, Tensor | None]) -> None:
+    """Set what `generators` returned."""
+    torch.set_rng_state(state[0])
+    if state[1] is not None:
+        torch.cuda.set_rng_state(state[1])

@@ -15,7 +15,8 @@ import math
 import operator
 import re
 import traceback
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from mep.errors import TraceError
 from mep.graph import Graph
 from mep.nodes import Node, has_hooks, make_node
 from mep.ops import Op, Ref, references
+from mep.snapshot import attributes_kept
 
 Leaves = Sequence[type[nn.Module] | str]
 Box = tuple[float, float]
@@ -35,12 +37,14 @@ _SHAPE_METHODS = {"size", "dim", "numel", "ndimension", "stride"}
 _SHAPE_ATTRIBUTES = {"shape", "dtype", "device", "ndim"}
 
 
-def trace(module: nn.Module, leaves: Leaves = ()) -> Graph:
+def trace(module: nn.Module, leaves: Leaves = (), inputs: Sequence[str] | None = None) -> Graph:
     """The graph of a model: nodes, junctions and what connects them.
 
     Args:
         module: any module that `torch.fx` can trace symbolically. It is not changed.
         leaves: module types, or qualified names, that are kept whole: autograd inside, equilibrium between.
+        inputs: the arguments of `forward` that will be given, by default those that must be; others keep their
+            defaults.
 
     Raises:
         TraceError: the model cannot be represented; the message names the place and the way out.
@@ -51,16 +55,16 @@ def trace(module: nn.Module, leaves: Leaves = ()) -> Graph:
         >>> [(node.name, node.parents) for node in mep.trace(net).nodes]
         [('0', ('input',)), ('2', ('0',))]
     """
-    return _Reading(module, leaves).graph()
+    return _Reading(module, leaves, inputs).graph()
 
 
-def trace_kinks(module: nn.Module, leaves: Leaves = ()) -> Graph:
+def trace_kinks(module: nn.Module, leaves: Leaves = (), inputs: Sequence[str] | None = None) -> Graph:
     """As `trace`, but every piecewise-linear activation is a junction of its own, so that its kink can be seen.
 
     Raises:
         TraceError: a kink does not stand directly and alone behind a state (max pooling, ReLU of a sum).
     """
-    reading = _Reading(module, leaves)
+    reading = _Reading(module, leaves, inputs)
     kinks = [n for n in reading.data_ops() if _is_kink(reading.ops[n]) and n not in reading.roots]
     reading.junctions |= set(kinks)
     graph = reading.graph()
@@ -81,13 +85,13 @@ def trace_kinks(module: nn.Module, leaves: Leaves = ()) -> Graph:
     return graph
 
 
-def trace_activations(module: nn.Module, leaves: Leaves = ()) -> Graph:
+def trace_activations(module: nn.Module, leaves: Leaves = (), inputs: Sequence[str] | None = None) -> Graph:
     """The Hopfield reading: states stand behind the activations, each in the interval onto which that projects.
 
     Raises:
         TraceError: an activation is no projection (tanh, GELU...), or a value is read before and behind it.
     """
-    reading = _Reading(module, leaves)
+    reading = _Reading(module, leaves, inputs)
     reading.move_states_behind_activations()
     return reading.graph()
 
@@ -108,9 +112,9 @@ class _Tracer(fx.Tracer):
 class _Reading:
     """What the fx graph of a model says: which operations need a state, and which merely feed them."""
 
-    def __init__(self, module: nn.Module, leaves: Leaves):
+    def __init__(self, module: nn.Module, leaves: Leaves, inputs: Sequence[str] | None):
         self.module = module
-        self.fx, self.root = _record(module, leaves)
+        self.fx, self.root = _record(module, leaves, inputs)
         self.nodes = list(self.fx.nodes)
         self.names = _names(self.nodes)
         self.alias: dict[fx.Node, fx.Node] = {}
@@ -136,7 +140,6 @@ class _Reading:
         return Graph(
             model=self.module,
             inputs=tuple(self.names[n] for n in placeholders),
-            defaults={self.names[n]: n.args[0] for n in placeholders if n.args},
             nodes=tuple(made.values()),
             output=self.names[self.alias.get(self.output, self.output)],
         )
@@ -263,7 +266,7 @@ class _Reading:
         )
 
 
-def _record(module: nn.Module, leaves: Leaves) -> tuple[fx.Graph, nn.Module]:
+def _record(module: nn.Module, leaves: Leaves, inputs: Sequence[str] | None) -> tuple[fx.Graph, nn.Module]:
     """The functional fx graph of a module, and the root that its names refer to."""
     tracer = _Tracer(leaves)
     modules = dict(module.named_modules())
@@ -271,8 +274,11 @@ def _record(module: nn.Module, leaves: Leaves) -> tuple[fx.Graph, nn.Module]:
         if leaf not in modules and not (isinstance(leaf, type) and any(isinstance(m, leaf) for m in modules.values())):
             raise TraceError(f"trace(leaves=...): {leaf!r} is no module of {type(module).__name__}.")
     root = nn.Sequential(module) if tracer.is_leaf_module(module, "") else module
+    constants = _left_out(root, inputs)
     try:
-        graph = tracer.trace(root)
+        with attributes_kept(module), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # fx says that it does not assert the constants
+            graph = tracer.trace(root, constants)
     except Exception as error:
         raise TraceError(
             f"Cannot trace {type(module).__name__}: {error}{_user_line(error)}\n"
@@ -281,9 +287,28 @@ def _record(module: nn.Module, leaves: Leaves) -> tuple[fx.Graph, nn.Module]:
         ) from error
     _make_pure(graph, root)
     for n in reversed(list(graph.nodes)):
-        if not n.users and n.op not in ("placeholder", "output"):
+        is_constant = n.op == "placeholder" and str(n.target).rpartition("_")[0] in constants
+        if not n.users and n.op != "output" and (n.op != "placeholder" or is_constant):
             graph.erase_node(n)
     return graph, root
+
+
+def argument_names(module: nn.Module, x: Any) -> tuple[str, ...] | None:
+    """The arguments of `forward` that an input gives: a tensor the first, a tuple the first few, a dict those named."""
+    known = inspect.signature(module.forward).parameters.values()
+    if any(p.kind is p.VAR_POSITIONAL for p in known):
+        return None
+    if isinstance(x, Mapping):
+        return tuple(p.name for p in known if p.name in x)
+    return tuple(p.name for p in known)[: len(x) if isinstance(x, (tuple, list)) else 1]
+
+
+def _left_out(root: nn.Module, inputs: Sequence[str] | None) -> dict[str, Any]:
+    """The arguments that will not be given, with their defaults."""
+    known = inspect.signature(root.forward).parameters
+    if inputs is not None and not set(inputs) & set(known):
+        return {}  # a wrapped leaf: its one argument has another name
+    return {name: p.default for name, p in known.items() if p.default is not p.empty and name not in (inputs or ())}
 
 
 def _user_line(error: Exception) -> str:

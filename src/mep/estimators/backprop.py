@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mep.cost import Cost, PerExample, make_cost
 from mep.errors import DivergedError
 from mep.estimators.estimate import Estimate, Gradients, accumulate, finished
-from mep.estimators.inputs import batch_size, buffers_written_once, call_model, check_model
+from mep.estimators.inputs import batch_size, call_model, check_model, check_target, undone_on_error
 from mep.settle import Result
 
 
@@ -38,15 +38,17 @@ class Backprop:
 
     def gradients(self, x: Any, target: Tensor) -> tuple[Gradients, Estimate]:
         """The gradient of every trained parameter that the loss reaches."""
-        batch_size(x, target)
+        batch_size(x)
+        check_target(target)
         check_model(self.model, "Backprop")
-        with buffers_written_once(self.model) as buffers, torch.enable_grad():
+        with undone_on_error(self.model) as buffers, torch.enable_grad():
             output = call_model(self.model, x)
             buffers.keep_writes()
             prepared = self.cost.prepare(output.detach(), target)
             loss = self.cost.value(output, prepared).mean()
-            if not math.isfinite(float(loss)):
-                raise DivergedError(f"The loss is {float(loss)}: check target and weights. Nothing was changed.")
+            value = float(loss.detach())
+            if not math.isfinite(value):
+                raise DivergedError(f"The loss is {value}: check target and weights. Nothing was changed.")
             trained = [p for p in self.model.parameters() if p.requires_grad]
             found = torch.autograd.grad(loss, trained, allow_unused=True)
             gradients = finished({p: g for p, g in zip(trained, found, strict=True) if g is not None})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,13 +17,13 @@ from mep.energy import Energy, make_coupling, nudge
 from mep.errors import ArgumentError, DivergedError, InputError
 from mep.estimators.contrast import CONTRASTS
 from mep.estimators.estimate import Estimate, Gradients, accumulate, finished
-from mep.estimators.inputs import batch_size, buffers_written_once, check_model
+from mep.estimators.inputs import batch_size, check_model, check_target, undone_on_error
 from mep.graph import Graph
 from mep.nodes import Held
 from mep.settle import Result, Settled, Solver, settle
 from mep.snapshot import Buffers
 from mep.solvers import Descent, Sweep
-from mep.tracing import Leaves, trace, trace_activations, trace_kinks
+from mep.tracing import Leaves, argument_names, trace, trace_activations, trace_kinks
 
 _SHRINK = 0.5
 _GROWTH = 1.02
@@ -115,9 +116,10 @@ class EquilibriumPropagation:
     @torch.no_grad()
     def gradients(self, x: Any, target: Tensor) -> tuple[Gradients, Estimate]:
         """The estimated gradient of the mean cost for every trained parameter, without touching `p.grad`."""
-        batch = batch_size(x, target)
+        batch = batch_size(x)
+        check_target(target)
         check_model(self.model, "EquilibriumPropagation")
-        with buffers_written_once(self.model) as buffers:
+        with undone_on_error(self.model) as buffers:
             energy, free = self._free(x, batch, buffers)
             output = energy.output(free.point)
             if len(output) != batch:
@@ -135,8 +137,8 @@ class EquilibriumPropagation:
     @torch.no_grad()
     def predict(self, x: Any) -> Tensor:
         """The output of the free equilibrium; for the prediction energy that is `model(x)`."""
-        with buffers_written_once(self.model) as buffers:
-            energy, free = self._free(x, batch_size(x, x), buffers)
+        with undone_on_error(self.model) as buffers:
+            energy, free = self._free(x, batch_size(x), buffers)
         return energy.output(free.point)
 
     def state_dict(self) -> dict[str, Any]:
@@ -157,16 +159,17 @@ class EquilibriumPropagation:
         twin._checked, twin._graphs = set(), [twin._trace()]
         return twin
 
-    def _trace(self) -> Graph:
+    def _trace(self, inputs: Sequence[str] | None = None) -> Graph:
         if self.coupling.name == "hopfield":
-            return trace_activations(self.model, self.leaves)
-        return (trace if self.branches == "held" else trace_kinks)(self.model, self.leaves)
+            return trace_activations(self.model, self.leaves, inputs)
+        return (trace if self.branches == "held" else trace_kinks)(self.model, self.leaves, inputs)
 
     def _graph(self, x: Any) -> Graph:
         """The graph of the model as it is now, checked against it on its first batch."""
-        graph = next((g for g in self._graphs if g.snapshot.matches()), None)
+        names = argument_names(self.model, x)
+        graph = next((g for g in self._graphs if _gives(names, g) and g.snapshot.matches()), None)
         if graph is None:
-            graph = self._trace()
+            graph = self._trace(names)
             self._graphs = [graph, *self._graphs[:_KEPT_GRAPHS]]
             self._checked &= {id(g) for g in self._graphs}
         if id(graph) not in self._checked:
@@ -243,4 +246,9 @@ class EquilibriumPropagation:
         )
 
 
-_HOPFIELD_SOLVER = Descent(settle_steps=200, settle_lr=0.3, adaptive=True, tol=1e-3)
+_HOPFIELD_SOLVER = Descent(settle_steps=500, settle_lr=0.3, adaptive=True, tol=1e-4)
+
+
+def _gives(names: Sequence[str] | None, graph: Graph) -> bool:
+    """Whether an input gives what the graph takes; a module kept whole at the root has one argument of another name."""
+    return names is None or set(names) == set(graph.inputs) or len(graph.inputs) == len(names) == 1

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from mep.errors import ArgumentError, InputError, ParameterError
-from mep.snapshot import Buffers
+from mep.snapshot import Buffers, generators, set_generators
 
 
-def batch_size(x: Any, target: Any) -> int:
+def batch_size(x: Any) -> int:
     """The number of examples, after checking that there are some and that every number of the input is finite.
 
     A sum is finite only if all its terms are; only if it is not does the slower exact test decide.
@@ -23,14 +23,18 @@ def batch_size(x: Any, target: Any) -> int:
     tensors = [v for v in values if isinstance(v, Tensor)]
     if not tensors:
         raise InputError(f"x must be a tensor, or a tuple or dict of them, not {type(x).__name__}: torch.as_tensor(x).")
-    if not isinstance(target, Tensor):
-        raise InputError(f"The target must be a tensor, not {type(target).__name__}: torch.as_tensor(target).")
     if tensors[0].ndim == 0 or len(tensors[0]) == 0:
         raise InputError(f"The batch is empty: {[tuple(t.shape) for t in tensors]}. Pass at least one example.")
     for t in (t.detach() for t in tensors):
         if t.is_floating_point() and not math.isfinite(float(t.sum())) and not torch.isfinite(t).all():
             raise InputError("The input contains NaN or Inf. Nothing was changed; mend or drop this batch.")
     return len(tensors[0])
+
+
+def check_target(target: Any) -> None:
+    """Refuse a target that is no tensor; its shape and values are the cost's business."""
+    if not isinstance(target, Tensor):
+        raise InputError(f"The target must be a tensor, not {type(target).__name__}: torch.as_tensor(target).")
 
 
 def check_model(model: nn.Module, caller: str) -> None:
@@ -42,17 +46,18 @@ def check_model(model: nn.Module, caller: str) -> None:
 
 
 @contextmanager
-def buffers_written_once(model: nn.Module) -> Iterator[Buffers]:
+def undone_on_error(model: nn.Module) -> Iterator[Buffers]:
     """However often the model is evaluated inside, its buffers end as the first evaluation left them.
 
-    On an error, an interruption included, they end as they began.
+    On an error, an interruption included, they and the random number generators end as they began.
     """
-    buffers = Buffers(model)
+    buffers, noise = Buffers(model), generators()
     try:
         yield buffers
         buffers.finish()
     except BaseException:
         buffers.undo()
+        set_generators(noise)
         raise
 
 

@@ -19,7 +19,7 @@ from mep.errors import ArgumentError
 from mep.graph import Point
 from mep.settle import Iterate, Solver
 
-_RUNAWAY = 1e4
+_RUNAWAY = 1e2
 """A force so many times the first one is not on its way to zero."""
 
 

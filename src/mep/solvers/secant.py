@@ -20,6 +20,10 @@ _NEWTON_STEPS = 2
 """More gain nothing: after two, the error is that of the model."""
 
 
+_RIDGE = 1e-5
+"""Relative to the trials: they grow alike, and what distinguishes them must not drown in the rounding of a solve."""
+
+
 def solve_output(cost: Cost, target: Tensor, free: Tensor, errors: Tensor, shifts: Tensor, gradient: Tensor) -> Tensor:
     """The output error that the model predicts, [batch, features].
 
@@ -31,15 +35,16 @@ def solve_output(cost: Cost, target: Tensor, free: Tensor, errors: Tensor, shift
         shifts: how far each moved the output, `free - s_i = beta M x_i`.
         gradient: dC at the latest output.
     """
-    x, shift = errors[:, -1], shifts[:, -1]
-    tiny = torch.finfo(x.dtype).tiny
-    k = (torch.linalg.vecdot(x, shift) / torch.linalg.vecdot(x, x).add_(tiny)).unsqueeze(1)
+    latest, shift = errors[:, -1], shifts[:, -1]
+    tiny = torch.finfo(latest.dtype).tiny
+    k = (torch.linalg.vecdot(latest, shift) / torch.linalg.vecdot(latest, latest).add_(tiny)).unsqueeze(1)
     w = _dual(errors)
     u = shifts - k.unsqueeze(2) * errors
-    output, known = free - shift, gradient
+    x, output, known = latest, free - shift, gradient
     for newton_step in range(_NEWTON_STEPS):
-        if newton_step:
-            output = free - (k * x + _combine(u, _products(w, x)))
+        if newton_step:  # around the latest trial, where the output is known: M^ need only be right for the step
+            step = x - latest
+            output = free - shift - k * step - _combine(u, _products(w, step))
             known = cost.gradient(output, target)
         x = x + _newton_step(cost.curvature(output, target, known), known - x, k, u, w)
     return torch.where(x.isfinite(), x, gradient)
@@ -68,7 +73,7 @@ def _dual(rows: Tensor) -> Tensor:
     if rows.shape[1] == 1:
         return rows / gram.add_(limits.tiny)
     diagonal = gram.diagonal(dim1=1, dim2=2)
-    diagonal.add_(diagonal.sum(1, keepdim=True), alpha=10 * limits.eps).add_(limits.tiny)
+    diagonal.add_(diagonal.sum(1, keepdim=True), alpha=_RIDGE).add_(limits.tiny)
     return torch.linalg.solve_ex(gram, rows)[0]
 
 

@@ -207,8 +207,12 @@ def _walk_forward(energy: Energy, sent: State, resting: State) -> tuple[Point, S
 
 
 def _output_residual(energy: Energy, point: Point, errors: State, wanted: Tensor) -> Tensor:
-    delta = errors[energy.graph.output]
-    return relative_residual(delta, wanted, energy.output(point), energy.batch, unit=energy.beta)
+    """As `relative_residual`; a cost gradient that cannot be told from the rounding of the output counts as zero."""
+    delta, output = errors[energy.graph.output], energy.output(point)
+    rows = torch.stack([delta - wanted, delta, wanted, output]).reshape(4, energy.batch, -1)
+    violated, one, two, size = torch.linalg.vector_norm(rows, dim=2)
+    limits = torch.finfo(output.dtype)
+    return violated / torch.maximum(torch.maximum(one, two), size.mul_(10 * limits.eps)).add_(limits.tiny)
 
 
 def _residuals(energy: Energy, point: Point, errors: State, wanted: Tensor) -> State:
@@ -222,10 +226,13 @@ def _residuals(energy: Energy, point: Point, errors: State, wanted: Tensor) -> S
         if not node.owns_state:
             return force
         name, s, delta = node.name, point.values[node.name], errors[node.name]
-        pull = wanted if name == energy.graph.output else torch.zeros_like(s) if force is None else force
+        if name == energy.graph.output:
+            found[name] = _output_residual(energy, point, errors, wanted)
+            return delta
+        pull = torch.zeros_like(s) if force is None else force
         if name in behind_kink:
             pull = kinks.balancing_pull(s, delta, pull, behind_kink[name], energy.kinks[name])
-        found[name] = relative_residual(delta, pull, s, energy.batch, unit=energy.beta)
+        found[name] = relative_residual(delta, pull, s, energy.batch)
         return delta
 
     energy.graph.pull(point, None, transmit)

@@ -13,9 +13,9 @@ matrices `[out, rest]`. With as many columns as M has, and M slower than the ite
 of M: Muon's direction. Small matrices, biases and gains take Muon's own step.
 
 Reference: Ahn et al. 2025, "Dion: Distributed Orthonormalized Updates", https://arxiv.org/abs/2504.05295. It is not
-distributed. Where M vanishes up to rounding, the paper would blow R up to length one; here such a direction stays zero
-in the update and keeps its column of Q. The paper's scale is `(rows / columns) ** 0.5`; here it is one of Muon's, so
-that one `lr` suits both kinds of matrix.
+distributed. Where M vanishes up to rounding, the published rule would blow R up to length one; here such a direction
+stays zero in the update and keeps its column of Q. The authors scale by `(rows / columns) ** 0.5`; here the scale is
+one of Muon's, so that one `lr` suits both kinds of matrix.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ def rank_of(rows: int, columns: int, fraction: float) -> int:
 
 
 def first_factor(short: int, rank: int) -> Tensor:
-    """Where Q starts, `[short, rank]` in float64: Gaussian columns of length one, the same ones every time."""
+    """Where Q starts, `[short, rank]` in float64: Gaussian columns, the same ones every time."""
     rows = torch.randn(rank, short, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    return torch.nn.functional.normalize(rows).mT  # each column in one piece, as `power_iteration` returns R
+    return rows.mT  # each column in one piece, as `power_iteration` returns R
 
 
 def power_iteration(tall: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
@@ -58,7 +58,7 @@ def unit_columns(right: Tensor, factor: Tensor, rounding: float) -> tuple[Tensor
     """
     lengths = torch.linalg.vector_norm(right, dim=0, dtype=torch.float64)  # squares neither overflow nor vanish
     least = (rounding * torch.linalg.vector_norm(lengths)).clamp_min(torch.finfo(right.dtype).tiny)
-    empty = lengths <= least  # False for NaN, which must stay visible
+    empty = lengths <= least
     direction = right * torch.where(empty, 0, lengths.reciprocal()).to(right.dtype)
     return direction, torch.addcmul(direction, factor, empty.to(factor.dtype))
 
@@ -235,7 +235,8 @@ def _add_product_(target: Tensor, alpha: float, left: Tensor, right: Tensor) -> 
 
 def _decay_(params: list[Tensor], by: float) -> None:
     if by > 0:
-        torch._foreach_mul_(params, 1 - by)
+        for p in params:  # one by one, as `_foreach_mul_` would round the factor in half precision
+            p.mul_(1 - by)
 
 
 def _check_group(group: dict[str, Any]) -> None:
@@ -263,6 +264,6 @@ def _check_grads(params: Sequence[Tensor]) -> None:
         if grad is not None and (grad.layout != torch.strided or grad.is_complex()):
             kind = "sparse" if grad.layout != torch.strided else "complex"
             raise ArgumentError(
-                f"Dion.step: the gradient of a parameter of shape {list(p.shape)} is {kind}, which has no momentum to "
-                f"iterate on here. Give this parameter to another optimizer."
+                f"Dion.step: the gradient of a parameter of shape {list(p.shape)} is {kind}, but only real dense "
+                f"gradients can be orthogonalised. Give this parameter to another optimizer."
             )
