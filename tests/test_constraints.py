@@ -9,7 +9,14 @@ from hypothesis import strategies as st
 from torch import nn
 
 from mep import constraints
-from mep.constraints import EXACT_ROWS, TOLERANCE, eigenvalues_below, largest_by_squaring, spectral_bound
+from mep.constraints import (
+    EXACT_ROWS,
+    TOLERANCE,
+    eigenvalues_below,
+    largest_by_squaring,
+    largest_eigenpair,
+    spectral_bound,
+)
 from mep.errors import ArgumentError
 
 LARGE = EXACT_ROWS + 2  # the smallest weights that are not measured exactly
@@ -116,8 +123,8 @@ def test_no_weight_gets_past_the_bound_of_an_accelerator(name, gamma):
     check(WEIGHTS[name], gamma, apply_as_on_an_accelerator)
 
 
-@pytest.mark.parametrize("bad", [0.0, math.nan, math.inf])
-def test_an_accelerator_leaves_zero_and_not_finite_weights_alone(bad):
+@pytest.mark.parametrize("bad", [0.0, math.nan, math.inf, 3e38])
+def test_an_accelerator_leaves_weights_without_a_finite_norm_alone(bad):
     weight = torch.full((3, 4), bad)
     assert torch.equal(apply_as_on_an_accelerator(0.5, weight).nan_to_num(nan=-1.0), weight.nan_to_num(nan=-1.0))
 
@@ -272,6 +279,37 @@ def test_the_kept_vector_becomes_the_top_singular_vector():
         optimizer.step()
     kept = optimizer.state[p]["spectral_vector"]
     assert (kept @ torch.linalg.svd(weight).U[:, 0]).abs() > (1 - 1e-6) * kept.norm()
+
+
+def test_each_step_starts_from_the_vector_that_the_last_one_kept(monkeypatch):
+    starts = []
+
+    def recorded(square, start):
+        starts.append(start.clone())
+        return largest_eigenpair(square, start)
+
+    monkeypatch.setattr(constraints, "largest_eigenpair", recorded)
+    weight = nn.Parameter(WEIGHTS["random"].clone())
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    optimizer.register_step_post_hook(spectral_bound(0.9))
+    weight.grad = torch.zeros_like(weight)
+    optimizer.step()
+    kept = optimizer.state[weight]["spectral_vector"].clone()
+    optimizer.step()
+    assert torch.equal(starts[1], kept)
+
+
+@pytest.mark.parametrize("spectrum", SPECTRA)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_the_lanczos_process_never_sees_more_than_there_is(spectrum, dtype):
+    weight = with_spectrum(SPECTRA[spectrum], LARGE, LARGE)
+    square = (weight @ weight.mT).to(dtype)
+    start = torch.randn(LARGE, generator=torch.Generator().manual_seed(3), dtype=dtype)
+    theta, vector = largest_eigenpair(square, start)
+    largest = torch.linalg.eigvalsh(square)[-1].item()
+    assert 0.9 * largest <= theta <= (1 + 1e-5) * largest
+    assert vector.norm().item() == pytest.approx(1, abs=1e-4)
+    assert (vector @ square @ vector).item() == pytest.approx(theta, rel=1e-4)
 
 
 def test_the_generator_of_the_user_is_not_touched():

@@ -68,14 +68,14 @@ def _nodes(graph: Graph, inputs: dict[str, Any], batch: int) -> Tensor:
     for node in graph.nodes:
         parents = [v.detach() if isinstance(v, Tensor) else v for v in (values[p] for p in node.parents)]
         mu = _run(node, parents)
-        if node.owns_state and (not isinstance(mu, Tensor) or mu.ndim == 0 or len(mu) % batch):
+        if not isinstance(mu, Tensor) or (node.owns_state and (mu.ndim == 0 or len(mu) % batch)):
             shape = tuple(mu.shape) if isinstance(mu, Tensor) else type(mu).__name__
             raise TraceError(
-                f"Node `{node.name}` predicts {shape} for {batch} examples; a state must be a tensor whose first "
-                "dimension is the batch. Way out: put the batch first, or keep the module around it whole with leaves."
+                f"Node `{node.name}` predicts {shape} for {batch} examples; it must be a tensor, and "
+                "that of a state must have the batch as its first dimension. Way out: put the batch first, or keep the module around it whole with leaves."
             )
         wrong = _behind(mu) ^ {p for p in node.parameters if p.requires_grad}
-        if isinstance(mu, Tensor) and wrong:
+        if wrong:
             raise TraceError(
                 f"Node `{node.name}` and the graph disagree about {_named(graph, wrong)}: a parameter is used outside "
                 "what the graph sees, or listed and not used (detached, or switched off). Way out: use it through its "

@@ -111,7 +111,7 @@ class Energy:
 
     @property
     def kinks(self) -> Mapping[str, Activation]:
-        """The activation behind each state that meets a true kink; none while the branches are held."""
+        """The junctions that are true kinks; none while the branches are held."""
         return {} if self.held.hold_branches else self.graph.kinks
 
     @property

@@ -34,7 +34,7 @@ class Graph:
     nodes: tuple[Node, ...]
     output: str
     kinks: Mapping[str, Activation] = field(default_factory=dict)
-    """State -> the piecewise-linear activation that alone stands behind it (`trace_kinks` only)."""
+    """Junction -> the piecewise-linear activation that it is, alone behind one state (`trace_kinks` only)."""
 
     def __post_init__(self) -> None:
         self.states = tuple(n for n in self.nodes if n.owns_state)

@@ -31,7 +31,8 @@ class Held:
 
     `branches`: where each piecewise-linear operation stood at the free equilibrium; `noise`: the state of the random
     number generators before each stochastic node; `clamped`: the predictions of nodes that see only the input.
-    The first evaluation (`recording`) fills it. With `hold_branches=False` kinks stay kinks. While `departures` is a
+    The first evaluation (`recording`) fills it. With `hold_branches=False` kinks stay kinks; a branch not yet known is
+    that of the evaluation in which it is first asked for. While `departures` is a
     list, every held operation appends how many of its units are off their branch, and how many it has.
     """
 
@@ -120,7 +121,7 @@ class Local(Node):
         if piece is None or not held.hold_branches:
             return op.run(values)
         key, x = (self.name, op.name), values[op.args[0].name]
-        if held.recording:
+        if key not in held.branches:
             held.branches[key] = op.pool.value_and_branch(x)[1] if op.pool else x.detach()
         held.count(piece, x, held.branches[key])
         return piece.held(x, held.branches[key])
@@ -170,12 +171,10 @@ class Chain(Node):
                 h = op.run({op.args[0].name: h})
             elif op.activation.piecewise and held.hold_branches:
                 key = (self.name, op.name)
-                if held.recording:
-                    held.branches[key] = h
-                x0 = held.branches[key]
+                x0 = held.branches.setdefault(key, h)
                 held.count(op.activation, h, x0)
                 steps.append((op, (x0, x0)))
-                h = op.activation.value(h) if held.recording else op.activation.held(h, x0)
+                h = op.activation.held(h, x0)
             else:
                 y = op.activation.value(h)
                 steps.append((op, (h, y)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 from torch import Tensor, nn
@@ -32,7 +33,7 @@ class Op:
     target: Any
     args: tuple[Any, ...] = ()
     kwargs: Mapping[str, Any] | None = None
-    owner: nn.Module | None = None
+    owner: nn.Module | SimpleNamespace | None = None
     activation: Activation | None = None
     pool: MaxPool | None = None
     where: str = ""

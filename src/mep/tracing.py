@@ -17,13 +17,13 @@ import re
 import traceback
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from mep import activations
-from mep.activations import Activation
 from mep.errors import TraceError
 from mep.graph import Graph
 from mep.nodes import Node, has_hooks, make_node
@@ -33,6 +33,7 @@ from mep.snapshot import attributes_kept
 Leaves = Sequence[type[nn.Module] | str]
 Box = tuple[float, float]
 _FREE: Box = (-math.inf, math.inf)
+_MADE = "_tensor_constant"  # what fx calls a tensor that `forward` made itself
 _SHAPE_METHODS = {"size", "dim", "numel", "ndimension", "stride"}
 _SHAPE_ATTRIBUTES = {"shape", "dtype", "device", "ndim"}
 
@@ -65,23 +66,24 @@ def trace_kinks(module: nn.Module, leaves: Leaves = (), inputs: Sequence[str] | 
         TraceError: a kink does not stand directly and alone behind a state (max pooling, ReLU of a sum).
     """
     reading = _Reading(module, leaves, inputs)
-    kinks = [n for n in reading.data_ops() if _is_kink(reading.ops[n]) and n not in reading.roots]
-    reading.junctions |= set(kinks)
+    kinks = [n for n in reading.data_ops() if _is_kink(reading.ops[n])]
+    reading.junctions |= {n for n in kinks if n not in reading.roots}
     graph = reading.graph()
     made = {node.name: node for node in graph.nodes}
-    found: dict[str, Activation] = {}
+    states: set[str] = set()
     for n in kinks:
-        junction, activation = made[reading.names[n]], reading.ops[n].activation
-        if junction.clamped:
+        node, activation = made[reading.names[n]], reading.ops[n].activation
+        if node.clamped and not node.owns_state:
             continue
-        (parent, *others), alone = junction.parents, len(junction.program) == 1
-        if activation is None or others or not alone or not made[parent].owns_state or parent in found:
+        parent = node.parents[0]
+        alone = len(node.program) == len(node.parents) == 1 and not node.owns_state and parent not in states
+        if activation is None or not alone or not made[parent].owns_state:
             raise TraceError(
                 f"branches='exact' needs every kink directly and alone behind a node with a state, and {_place(n)} is "
                 "not. Way out: branches='held' (the default), a smooth activation, or average pooling."
             )
-        found[parent] = activation
-    graph.kinks = found
+        states.add(parent)
+        graph.kinks = {**graph.kinks, node.name: activation}
     return graph
 
 
@@ -114,16 +116,17 @@ class _Reading:
 
     def __init__(self, module: nn.Module, leaves: Leaves, inputs: Sequence[str] | None):
         self.module = module
-        self.fx, self.root = _record(module, leaves, inputs)
+        self.fx, self.root, self.constants = _record(module, leaves, inputs)
         self.nodes = list(self.fx.nodes)
         self.names = _names(self.nodes)
         self.alias: dict[fx.Node, fx.Node] = {}
         self.ops = {n: self._op(n) for n in self.nodes if n.op not in ("placeholder", "output")}
         self.data = self._depends_on_data()
         self.output = self._output()
-        self.junctions: set[fx.Node] = set()
+        self.junctions = {n for n in self.data_ops() if _is_dropout(self.ops[n])}  # noise is drawn in the model's order
         self.roots: dict[fx.Node, Box] = {self._tensor_of(n): _FREE for n in self.data_ops() if self._parametrised(n)}
         self.roots[self.alias.get(self.output, self.output)] = _FREE
+        self.junctions -= self.roots.keys()
 
     def data_ops(self) -> list[fx.Node]:
         """The operations whose value depends on an input, not merely on its shape."""
@@ -173,10 +176,11 @@ class _Reading:
         given = {"name": self.names[n], "args": args, "kwargs": kwargs}
         if n.op == "get_attr":
             path, _, attribute = str(n.target).rpartition(".")
-            return Op(kind="attribute", target=attribute, owner=self.root.get_submodule(path), **given)
+            owner = self.constants if attribute.startswith(_MADE) else self.root.get_submodule(path)
+            return Op(kind="attribute", target=attribute, owner=owner, **given)
         if n.op == "call_module":
             module = self.root.get_submodule(str(n.target))
-            if has_hooks(module):
+            if has_hooks(module) or not (args and isinstance(args[0], Ref)):
                 return Op(kind="module", target=module, **given)
             activation, pool = activations.of_module(module), activations.pool_of_module(module)
             return Op(kind="module", target=module, activation=activation, pool=pool, **given)
@@ -229,13 +233,18 @@ class _Reading:
         return users[0]
 
     def _find_junctions(self) -> None:
-        """Walk backwards, noting which roots each parameter-free operation feeds."""
+        """Walk backwards, noting which roots each operation feeds. What carries parameters is repeated, not shared."""
+        carries: dict[fx.Node, bool] = {}
+        for n in self.nodes[:-1]:
+            folded = [a for a in n.all_input_nodes if a not in self.roots and self.data[a]]
+            carries[n] = self._parametrised(n) or any(carries[a] for a in folded)
         feeds: dict[fx.Node, set[fx.Node]] = {}
         for n in reversed(self.nodes[:-1]):
             users = [u for u in n.users if u.op != "output"]
             fed = {o for u in users for o in ({u} if u in self.roots else feeds.get(u, {u}))}
             unpacked = all(u.target is operator.getitem and isinstance(u.args[1], int) for u in users)
-            if n not in self.roots and n in self.ops and self.data[n] and len(fed) > 1 and not unpacked:
+            shared = n in self.ops and self.data[n] and len(fed) > 1
+            if shared and n not in self.roots and not carries[n] and not unpacked:
                 self.junctions.add(n)
             feeds[n] = {n} if n in self.junctions else fed
 
@@ -266,19 +275,22 @@ class _Reading:
         )
 
 
-def _record(module: nn.Module, leaves: Leaves, inputs: Sequence[str] | None) -> tuple[fx.Graph, nn.Module]:
-    """The functional fx graph of a module, and the root that its names refer to."""
+def _record(
+    module: nn.Module, leaves: Leaves, inputs: Sequence[str] | None
+) -> tuple[fx.Graph, nn.Module, SimpleNamespace]:
+    """The functional fx graph of a module, the root that its names refer to, and tensors that `forward` made."""
     tracer = _Tracer(leaves)
     modules = dict(module.named_modules())
     for leaf in leaves:
         if leaf not in modules and not (isinstance(leaf, type) and any(isinstance(m, leaf) for m in modules.values())):
             raise TraceError(f"trace(leaves=...): {leaf!r} is no module of {type(module).__name__}.")
     root = nn.Sequential(module) if tracer.is_leaf_module(module, "") else module
-    constants = _left_out(root, inputs)
+    left_out = _left_out(root, inputs)
     try:
         with attributes_kept(module), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # fx says that it does not assert the constants
-            graph = tracer.trace(root, constants)
+            graph = tracer.trace(root, left_out)
+            made = {n.target: getattr(root, n.target) for n in graph.nodes if str(n.target).startswith(_MADE)}
     except Exception as error:
         raise TraceError(
             f"Cannot trace {type(module).__name__}: {error}{_user_line(error)}\n"
@@ -287,10 +299,10 @@ def _record(module: nn.Module, leaves: Leaves, inputs: Sequence[str] | None) -> 
         ) from error
     _make_pure(graph, root)
     for n in reversed(list(graph.nodes)):
-        is_constant = n.op == "placeholder" and str(n.target).rpartition("_")[0] in constants
+        is_constant = n.op == "placeholder" and str(n.target).rpartition("_")[0] in left_out
         if not n.users and n.op != "output" and (n.op != "placeholder" or is_constant):
             graph.erase_node(n)
-    return graph, root
+    return graph, root, SimpleNamespace(**made)
 
 
 def argument_names(module: nn.Module, x: Any) -> tuple[str, ...] | None:
@@ -354,6 +366,11 @@ def _names(nodes: Sequence[fx.Node]) -> dict[fx.Node, str]:
         copies = sum(name.partition("#")[0] == wanted for name in names.values())
         names[n] = f"{wanted}#{copies + 1}" if copies else wanted
     return names
+
+
+def _is_dropout(op: Op) -> bool:
+    name = type(op.target).__name__ if op.kind == "module" else getattr(op.target, "__name__", op.target)
+    return "dropout" in str(name).lower()
 
 
 def _is_kink(op: Op) -> bool:

@@ -191,10 +191,8 @@ class EquilibriumPropagation:
             return energy, Settled(point, torch.zeros(batch, device=energy.output(point).device), 0, Result.CONVERGED)
         free = settle(energy, point, self.solver)
         if hold:
-            held = replace(energy.held, hold_branches=True, recording=True, clamped={}, noise={})
-            energy = replace(energy, held=held)
+            energy = replace(energy, held=replace(held, hold_branches=True))
             free = replace(free, point=energy.at(energy.state(free.point)))
-            held.recording = False
         return energy, free
 
     def _nudged(

@@ -2,8 +2,9 @@
 
 With everything else fixed, a unit minimises `1/2 (s - mu)^2 + beta (f s + u a(s))` over s, where `a` is piecewise
 linear, `f` is what pulls on s itself and `u` what pulls on a(s). On a piece with slope k the minimum is at
-`s = mu - beta (f + k u)`, if that lies on the piece. If no piece holds its own minimum, the unit rests **at** a kink:
-its error is clipped, not switched off. If several do, minima coexist and the unit stays where it came from.
+`s = mu - beta (f + k u)`, if that lies on the piece. A kink is a minimum where the two sides push toward it: the unit
+rests **at** it, its error is clipped, not switched off. Of several minima it takes the one to which descent leads from
+the free equilibrium: it stays on the branch it came from as long as there is one.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from mep.nodes import Node
 def relax(mu: Tensor, f: Tensor, u: Tensor, beta: float, activation: Activation, x0: Tensor) -> tuple[Tensor, Tensor]:
     """The scaled error `(mu - s) / beta` at the unit's equilibrium, and the kink where it rests (NaN: at none).
 
-    `x0` is the unit's state at the free equilibrium; of several minima the one nearest to its piece is taken.
+    `x0` is the unit's state at the free equilibrium, where descent to a minimum starts.
 
     Example: mu = 0.1, pulled down by 3 through a ReLU; the unit stops at zero.
         >>> from mep.activations import of_module
@@ -29,29 +30,46 @@ def relax(mu: Tensor, f: Tensor, u: Tensor, beta: float, activation: Activation,
         (tensor([1.]), tensor([0.]))
     """
     kinks, slopes = activation.kinks, activation.slopes
-    home = torch.bucketize(x0, torch.tensor(kinks, dtype=x0.dtype, device=x0.device))
-    delta, nearest = torch.zeros_like(mu), torch.full_like(mu, math.inf)
-    for piece, (low, high) in enumerate(zip((-math.inf, *kinks), (*kinks, math.inf), strict=True)):
-        candidate = f + slopes[piece] * u
-        s, distance = mu - beta * candidate, (home - piece).abs()
-        better = (s >= low) & (s <= high) & (distance < nearest)
-        delta, nearest = torch.where(better, candidate, delta), torch.where(better, distance, nearest)
-    rest = torch.full_like(mu, math.nan)
+    home = _slope(x0, activation, right=False)
+    direction = -torch.sign(x0 - mu + beta * (f + home * u))
+    delta, rest = torch.zeros_like(mu), torch.full_like(mu, math.nan)
+    nearest = torch.full_like(mu, math.inf)
+
+    def consider(s: Tensor, error: Tensor, kink: float, is_minimum: Tensor) -> None:
+        nonlocal delta, rest, nearest
+        way = torch.where(direction == 0, (s - x0).abs(), (s - x0) * direction)
+        noise = 4 * torch.finfo(s.dtype).eps * (s.abs() + x0.abs())
+        better = is_minimum & (way >= -noise) & (way < nearest)
+        delta, nearest = torch.where(better, error, delta), torch.where(better, way, nearest)
+        rest = torch.where(better, kink, rest)
+
+    for slope, low, high in zip(slopes, (-math.inf, *kinks), (*kinks, math.inf), strict=True):
+        error = f + slope * u
+        s = mu - beta * error
+        consider(s, error, math.nan, (s >= low) & (s <= high))
     for i, kink in enumerate(kinks):
         error = (mu - kink) / beta
-        stops = (f + slopes[i] * u <= error) & (error <= f + slopes[i + 1] * u) & nearest.isinf()
-        delta, rest = torch.where(stops, error, delta), torch.where(stops, kink, rest)
+        least, most = _ordered(f + slopes[i] * u, f + slopes[i + 1] * u, beta)
+        consider(torch.full_like(mu, kink), error, kink, (least <= error) & (error <= most))
     return delta, rest
 
 
-def balancing_pull(s: Tensor, delta: Tensor, f: Tensor, u: Tensor, activation: Activation) -> Tensor:
+def _slope(s: Tensor, activation: Activation, right: bool) -> Tensor:
+    """The slope of the activation at s; at a kink that of its left or right piece."""
+    edges = torch.tensor(activation.kinks, dtype=s.dtype, device=s.device)
+    return torch.tensor(activation.slopes, dtype=s.dtype, device=s.device)[torch.bucketize(s, edges, right=right)]
+
+
+def _ordered(left: Tensor, right: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """The scaled errors between which a kink is a minimum: what pulls on either side of it."""
+    return (left, right) if beta > 0 else (right, left)
+
+
+def balancing_pull(s: Tensor, delta: Tensor, f: Tensor, u: Tensor, activation: Activation, beta: float) -> Tensor:
     """What balances the error `delta`: on a piece `f + k u`; at a kink whatever of the subdifferential is nearest."""
-    kinks, slopes = activation.kinks, activation.slopes
-    edges = torch.tensor(kinks, dtype=s.dtype, device=s.device)
-    table = torch.tensor(slopes, dtype=s.dtype, device=s.device)
-    left = f + table[torch.bucketize(s, edges)] * u
-    right = f + table[torch.bucketize(s, edges, right=True)] * u
-    return torch.where(left < right, delta.clamp(left, right), left)
+    left, right = (f + _slope(s, activation, right=side) * u for side in (False, True))
+    low, high = _ordered(left, right, beta)
+    return torch.where(low < high, delta.clamp(low, high), left)
 
 
 def damp(node: Node, delta: Tensor, before: Tensor | None, rest: Tensor) -> Tensor:

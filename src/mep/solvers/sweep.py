@@ -14,12 +14,12 @@ Jacobians, one backward walk makes every other error consistent.
 
 from __future__ import annotations
 
-from collections.abc import Container
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from mep.activations import Activation
 from mep.energy import Energy, State, example_norm, per_example, relative_residual
 from mep.errors import ArgumentError
 from mep.graph import Point
@@ -28,6 +28,9 @@ from mep.settle import Iterate, Solver
 from mep.solvers import kinks
 from mep.solvers.anderson import mix
 from mep.solvers.secant import solve_output
+
+Behind = dict[str, tuple[Tensor, Activation]]
+"""State -> what pulls on it through a kink, and the activation that has it."""
 
 _EXPANDS = 4.0
 """Mixing still finds the equilibrium of a map that expands by a few; beyond, a smaller beta is cheaper."""
@@ -91,6 +94,8 @@ class Sweep(Solver):
         near = residual <= self.tol if active is None else (residual <= self.tol) & active
         return self.certify(energy, moved) if not energy.is_affine and bool(near.any()) else moved
 
+    @torch.autocast("cpu", enabled=False)
+    @torch.autocast("cuda", enabled=False)
     def _next_output_error(self, energy: Energy, iterate: Iterate, active: Tensor | None) -> Tensor:
         """What the next backward walk starts from; the examples that are not active are left out of the reckoning."""
         memory: _Memory = iterate.memory
@@ -167,19 +172,20 @@ def _walk_back(
     """
     sent: State = {}
     resting: State = {}
-    behind_kink: State = {}
-    kinked, output = energy.kinks, energy.graph.output
+    behind_kink: Behind = {}
+    output = energy.graph.output
     consistent = active is None or energy.is_affine
 
     def transmit(node: Node, force: Tensor | None) -> Tensor | None:
-        if _is_stopped_at_kink(kinked, node, force, behind_kink):
+        if _is_stopped_at_kink(energy, node, force, behind_kink):
             return None
         if not node.owns_state:
             return force
         name, mu = node.name, point.predictions[node.name]
         delta = target if name == output else torch.zeros_like(mu) if force is None else force
         if name in behind_kink:
-            delta, rest = kinks.relax(mu, delta, behind_kink[name], energy.beta, kinked[name], memory.free.values[name])
+            u, activation = behind_kink[name]
+            delta, rest = kinks.relax(mu, delta, u, energy.beta, activation, memory.free.values[name])
             delta = kinks.damp(node, delta, memory.sent.get(name), rest)
             resting[name] = rest if consistent else _keep(rest, memory.resting[name], active)
         follows = consistent and (active is None or name != output)
@@ -218,10 +224,10 @@ def _output_residual(energy: Energy, point: Point, errors: State, wanted: Tensor
 def _residuals(energy: Energy, point: Point, errors: State, wanted: Tensor) -> State:
     """The relative residual of every node; at a kink, how far zero is from the subdifferential."""
     found: State = {}
-    behind_kink: State = {}
+    behind_kink: Behind = {}
 
     def transmit(node: Node, force: Tensor | None) -> Tensor | None:
-        if _is_stopped_at_kink(energy.kinks, node, force, behind_kink):
+        if _is_stopped_at_kink(energy, node, force, behind_kink):
             return None
         if not node.owns_state:
             return force
@@ -231,7 +237,7 @@ def _residuals(energy: Energy, point: Point, errors: State, wanted: Tensor) -> S
             return delta
         pull = torch.zeros_like(s) if force is None else force
         if name in behind_kink:
-            pull = kinks.balancing_pull(s, delta, pull, behind_kink[name], energy.kinks[name])
+            pull = kinks.balancing_pull(s, delta, pull, *behind_kink[name], energy.beta)
         found[name] = relative_residual(delta, pull, s, energy.batch)
         return delta
 
@@ -239,13 +245,12 @@ def _residuals(energy: Energy, point: Point, errors: State, wanted: Tensor) -> S
     return found
 
 
-def _is_stopped_at_kink(kinked: Container[str], node: Node, force: Tensor | None, behind_kink: State) -> bool:
-    """Whether a node is a kink whose state must decide itself what passes; its force is laid by for that."""
-    if node.owns_state or node.parents[0] not in kinked:
-        return False
-    if force is not None:
-        behind_kink[node.parents[0]] = force
-    return True
+def _is_stopped_at_kink(energy: Energy, node: Node, force: Tensor | None, behind_kink: Behind) -> bool:
+    """Whether a node is a kink: what passes it, the state before it must decide; its force is laid by for that."""
+    activation = energy.kinks.get(node.name)
+    if activation is not None and force is not None:
+        behind_kink[node.parents[0]] = force, activation
+    return activation is not None
 
 
 def _keep(new: Tensor, old: Tensor, active: Tensor | None) -> Tensor:

@@ -1,0 +1,110 @@
+"""Arrows only go down: who may import whom (design, section 4)."""
+
+import ast
+import sys
+from itertools import chain
+from pathlib import Path
+
+import pytest
+
+import mep
+
+SOURCE = Path(mep.__file__).parent
+
+# A unit is a file or a folder of src/mep. It may import the units named beside it, all of which stand above it.
+ARROWS = {
+    "errors": "",
+    "activations": "",
+    "snapshot": "",
+    "cost": "errors",
+    "data": "errors",
+    "constraints": "errors",
+    "updates": "errors",
+    "ops": "activations",
+    "nodes": "activations ops snapshot",
+    "graph": "activations errors nodes snapshot",
+    "check": "errors graph nodes snapshot",
+    "tracing": "activations errors graph nodes ops snapshot",
+    "energy": "activations cost errors graph nodes",
+    "settle": "energy errors graph",
+    "solvers": "activations cost energy errors graph nodes settle",
+    "estimators": "check cost energy errors graph nodes settle snapshot solvers tracing",
+    "optimizer": "errors estimators",
+    "presets": "constraints cost errors estimators optimizer settle solvers tracing updates",
+    "__init__": "constraints errors estimators optimizer presets settle solvers tracing updates",
+    "cli": "__init__ data errors estimators presets settle",
+    "__main__": "cli",
+}
+# Packages that only these units may import. Everyone may import the standard library and torch, and nothing else.
+RESERVED = {
+    "lazy_loader": ("__init__",),
+    "torch.fx": ("tracing",),
+    "torch.distributed": (),
+    "numpy": ("cli", "data"),
+    "sklearn": ("data",),
+    "mlxtend": ("data",),
+    "typer": ("cli",),
+    "rich": ("cli",),
+    "matplotlib": ("cli",),
+    "shared": (),
+}
+EVERYWHERE = {"torch", *sys.stdlib_module_names}
+
+
+def unit(file):
+    return file.relative_to(SOURCE).parts[0].partition(".")[0]
+
+
+FILES = [*sorted(SOURCE.rglob("*.py")), SOURCE / "__init__.pyi"]  # the names of the top stand in its stub
+UNITS = {unit(file) for file in FILES}
+
+
+def modules(file):
+    """Every dotted name that a file imports, wherever in it the import stands."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            home = f"mep.{node.module}" if node.level else node.module
+            assert node.level == 0 or file.suffix == ".pyi", f"{file}: write the whole name of {home}"
+            yield from (f"{home}.{alias.name}" for alias in node.names)
+
+
+def imported_units(file):
+    """The units of ours that a file imports; `import mep` and `from mep import trace` import the top."""
+    for name in modules(file):
+        package, _, rest = name.partition(".")
+        if package == "mep":
+            first = rest.partition(".")[0]
+            yield first if first in UNITS else "__init__"
+
+
+def test_table_names_every_unit_once():
+    assert set(ARROWS) == UNITS
+
+
+def test_arrows_only_go_down():
+    above = set()
+    for name, allowed in ARROWS.items():
+        assert set(allowed.split()) <= above, name
+        above.add(name)
+
+
+@pytest.mark.parametrize("name", ARROWS)
+def test_unit_imports_only_what_stands_beside_it(name):
+    found = set(chain(*(imported_units(file) for file in FILES if unit(file) == name))) - {name}
+    assert found <= set(ARROWS[name].split())
+
+
+@pytest.mark.parametrize("name", ARROWS)
+def test_unit_imports_no_package_that_is_not_its_own(name):
+    for dotted in chain(*(modules(file) for file in FILES if unit(file) == name)):
+        reserved = [package for package in RESERVED if f"{dotted}.".startswith(f"{package}.")]
+        assert all(name in RESERVED[package] for package in reserved), dotted
+        assert reserved or dotted.partition(".")[0] in EVERYWHERE | {"mep"}, dotted
+
+
+def test_no_file_depends_on_the_workshop():
+    """What a user runs must not read the folder that this project was built in."""
+    for file in FILES:
+        assert "shared/" not in file.read_text(encoding="utf-8"), file

@@ -1,0 +1,327 @@
+"""A preset is its recipe: what the parts do by hand, no more and no less, and every keyword does something."""
+
+import inspect
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import mep
+from mep import presets, smep, smep_fast
+
+PRESETS = [f for f in vars(presets).values() if inspect.isfunction(f) and f.__module__ == presets.__name__]
+PRESETS = [f for f in PRESETS if not f.__name__.startswith("_")]
+BATCH, MOMENTUM_OF_DESCENT = 7, 0.5
+
+
+def keywords(preset):
+    return [p for p in inspect.signature(preset).parameters.values() if p.name not in ("params", "model")]
+
+
+def has(preset, keyword):
+    return keyword in inspect.signature(preset).parameters
+
+
+def default(preset, keyword):
+    return inspect.signature(preset).parameters[keyword].default
+
+
+def small_net():
+    """Its weights exceed every preset's spectral bound, so that the first update meets it."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 3)).double()
+    with torch.no_grad():
+        for layer in (net[0], net[2]):
+            layer.weight *= 4 / torch.linalg.svdvals(layer.weight)[0]
+    return net
+
+
+def batch():
+    torch.manual_seed(1)
+    return torch.randn(BATCH, 6, dtype=torch.float64), torch.randint(3, (BATCH,))
+
+
+# The recipes, by hand. A new preset needs a line in RECIPES.
+
+
+def nudged_energy(net, x, y, h, s, beta):
+    """`1/2 |h - mu_h|^2 + 1/2 |s - mu_s|^2 + beta C(s)`, summed over the batch."""
+    first, second = h - net[0](x), s - net[2](torch.tanh(h))
+    return (first.square().sum() + second.square().sum()) / 2 + beta * F.cross_entropy(s, y, reduction="sum")
+
+
+def minimise(energy, states):
+    optimizer = torch.optim.LBFGS(
+        states, max_iter=1000, tolerance_grad=1e-13, tolerance_change=0, line_search_fn="strong_wolfe"
+    )
+
+    def closure():
+        optimizer.zero_grad()
+        value = energy()
+        value.backward()
+        return value
+
+    optimizer.step(closure)
+
+
+def descend(energy, states, steps, lr):
+    velocity = [torch.zeros_like(s) for s in states]
+    for _ in range(steps):
+        for s, v, g in zip(states, velocity, torch.autograd.grad(energy(), states), strict=True):
+            v.mul_(MOMENTUM_OF_DESCENT).add_(g)
+            s.data -= lr * v
+
+
+def by_equilibrium(net, x, y, beta, settle):
+    """(dE/dtheta at the nudged equilibrium - dE/dtheta at the free one) / beta; the second vanishes."""
+    h = net[0](x).detach().requires_grad_()
+    s = net(x).detach().requires_grad_()
+    settle(lambda: nudged_energy(net, x, y, h, s, beta), [h, s])
+    energy = nudged_energy(net, x, y, h, s, beta)
+    return torch.autograd.grad(energy / (beta * BATCH), list(net.parameters()))
+
+
+def by_backprop(net, x, y):
+    return torch.autograd.grad(F.cross_entropy(net(x), y), list(net.parameters()))
+
+
+def sgd(p, g, lr, momentum, nesterov):
+    return p - lr * (g + momentum * g if nesterov else g)
+
+
+def muon(p, g, lr, momentum, nesterov):
+    if p.ndim < 2:
+        return sgd(p, g, lr, momentum, nesterov)
+    u, sigma, vt = torch.linalg.svd(g, full_matrices=False)
+    u = u * (sigma > 1e-6 * sigma[0])  # the errors of a softmax sum to zero: the last layer's gradient lacks a rank
+    return p - lr * max(1, p.shape[0] / p.shape[1]) ** 0.5 * u @ vt
+
+
+def bounded(p, gamma):
+    return p if p.ndim < 2 else p * min(1, gamma / torch.linalg.svdvals(p)[0])
+
+
+RECIPES = {
+    mep.eqprop: (by_equilibrium, sgd),
+    mep.smep: (by_equilibrium, muon),
+    mep.smep_fast: (by_equilibrium, muon),
+    mep.muon_backprop: (by_backprop, muon),
+}
+SETTLE_STEPS, SETTLE_LR = 12, 0.2
+SETTLINGS = {
+    "to the equilibrium": ({"tol": 1e-10}, minimise),
+    "by descent": (
+        {"settle_steps": SETTLE_STEPS, "settle_lr": SETTLE_LR},
+        lambda energy, states: descend(energy, states, SETTLE_STEPS, SETTLE_LR),
+    ),
+}
+
+
+@pytest.mark.parametrize("settling", SETTLINGS)
+@pytest.mark.parametrize("preset", PRESETS)
+def test_first_update_is_its_hand_written_composition(preset, settling):
+    gradient, update = RECIPES[preset]
+    given, settle = SETTLINGS[settling]
+    net, by_hand, (x, y) = small_net(), small_net(), batch()
+    lr = default(preset, "lr")
+    before = [p.detach().clone() for p in net.parameters()]
+
+    opt = preset(net.parameters(), model=net, **(given if has(preset, "beta") else {}))
+    loss = opt.step(x=x, target=y)
+
+    torch.testing.assert_close(loss, F.cross_entropy(by_hand(x), y).detach())
+    found = gradient(by_hand, x, y, *((default(preset, "beta"), settle) if has(preset, "beta") else ()))
+    for p, q, g in zip(net.parameters(), by_hand.parameters(), found, strict=True):
+        q = update(q.detach(), g, lr, default(preset, "momentum"), default(preset, "nesterov"))
+        q = bounded(q, default(preset, "gamma")) if has(preset, "gamma") else q
+        torch.testing.assert_close(p.detach(), q, rtol=1e-6, atol=1e-8)
+
+    torch.optim.SGD(by_hand.parameters(), lr=lr).step(lambda: F.cross_entropy(by_hand(x), y).backward())
+    for p, q, start in zip(net.parameters(), by_hand.parameters(), before, strict=True):
+        assert not torch.allclose(p - start, q - start, rtol=1e-3, atol=0)
+
+
+def test_sgd_is_recognised_as_itself():
+    """The comparison above would notice if a preset were SGD."""
+    net, twin, (x, y) = small_net(), small_net(), batch()
+    update = torch.optim.SGD(net.parameters(), lr=0.1)
+    mep.EPOptimizer(mep.Backprop(net), update).step(x=x, target=y)
+    torch.optim.SGD(twin.parameters(), lr=0.1).step(lambda: F.cross_entropy(twin(x), y).backward())
+    for p, q in zip(net.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, q)
+
+
+@pytest.mark.parametrize("gamma", [0.3, 2.0])
+@pytest.mark.parametrize("preset", [p for p in PRESETS if has(p, "gamma")])
+def test_every_singular_value_stays_below_gamma(preset, gamma):
+    torch.manual_seed(0)
+    convolution = nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Flatten()
+    net = nn.Sequential(*convolution, nn.Linear(64, 160), nn.Tanh(), nn.Linear(160, 150), nn.Linear(150, 3))
+    with torch.no_grad():
+        net[5].weight.mul_(10)
+    opt = preset(net.parameters(), model=net, gamma=gamma, lr=0.1)
+    for _ in range(4):
+        opt.step(x=torch.randn(5, 2, 6, 6), target=torch.randint(3, (5,)))
+        for p in net.parameters():
+            if p.ndim >= 2:
+                assert torch.linalg.svdvals(p.detach().double().flatten(1))[0] <= gamma * (1 + 1e-3)
+
+
+# Keyword -> two values that must lead to different training, and what else to ask for so that they can.
+KEYWORDS = {
+    "lr": ((0.01, 0.02), {}),
+    "momentum": ((0.3, 0.9), {}),
+    "weight_decay": ((0.0, 0.5), {}),
+    "nesterov": ((False, True), {}),
+    "gamma": ((0.3, 0.5), {}),
+    "cost": (("cross_entropy", "mse"), {}),
+    "beta": ((0.05, 0.1), {}),
+    "energy": (("prediction", "hopfield"), {"settle_lr": 0.2, "lr": 1e-3}),
+    "phases": (("one-sided", "centered"), {}),
+    "branches": (("held", "exact"), {"beta": 1.0}),
+    "leaves": (((), ("2",)), {}),
+    "settle_steps": ((1, 2), {"tol": 1e-6}),
+    "settle_lr": ((None, 0.2), {}),
+    "adaptive": ((False, True), {"settle_steps": 10}),
+    "tol": ((1e-1, 1e-4), {}),
+    "patience": ((1, 3), {}),
+}
+MORE_VALUES = {
+    "settle_lr": ((0.1, 0.2), {}),
+    "adaptive": ((False, True), {"settle_steps": 200, "settle_lr": 0.3}),
+    "tol": ((1e-1, 1e-3), {"settle_steps": 200, "settle_lr": 0.3, "adaptive": True}),
+    "patience": ((1, 3), {"settle_steps": 200, "settle_lr": 0.3, "adaptive": True}),
+}
+
+
+def trained(preset, **given):
+    """Everything two steps change: parameters, and what the optimizer reports."""
+    torch.manual_seed(0)
+    block = nn.Sequential(nn.Linear(24, 24), nn.ReLU(), nn.Linear(24, 24))
+    net = nn.Sequential(nn.Linear(5, 24), nn.ReLU(), block, nn.ReLU(), nn.Linear(24, 3))
+    opt = preset(net.parameters(), model=net, **given)
+    x, probabilities = 3 * torch.randn(8, 5), torch.rand(8, 3).softmax(1)
+    for _ in range(2):
+        opt.step(x=x, target=probabilities)
+    return [*(p.detach() for p in net.parameters()), torch.tensor([opt.last.iterations, opt.last.beta])]
+
+
+@pytest.mark.parametrize("table", [KEYWORDS, MORE_VALUES], ids=["sweep", "descent"])
+@pytest.mark.parametrize("preset,keyword", [(f, p.name) for f in PRESETS for p in keywords(f)])
+def test_every_keyword_does_something(preset, keyword, table):
+    assert keyword in KEYWORDS, f"{preset.__name__} has gained {keyword}: add two values of it to the table KEYWORDS"
+    if keyword not in table:
+        return
+    values, others = table[keyword]
+    one, other = (trained(preset, **others, **{keyword: value}) for value in values)
+    assert any(not torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_keyword_is_explicit(preset):
+    net = small_net()
+    assert list(inspect.signature(preset).parameters)[:2] == ["params", "model"]
+    assert {p.kind for p in keywords(preset)} == {inspect.Parameter.KEYWORD_ONLY}
+    for typo in ("learning_rate", "settle_step", "Beta"):
+        with pytest.raises(TypeError, match=typo):
+            preset(net.parameters(), model=net, **{typo: 1})
+
+
+# How to settle: the calls of the seeds, and the rules.
+
+SEEDS = {
+    "all steps": (lambda model: smep(model.parameters(), model=model, settle_steps=30), mep.Sweep(30)),
+    "optimized": (
+        lambda model: smep(model.parameters(), model=model, settle_steps=10, settle_lr=0.2),
+        mep.Descent(10, settle_lr=0.2, adaptive=False),
+    ),
+    "adaptive": (
+        lambda model: smep(model.parameters(), model=model, adaptive=True, tol=1e-4, patience=5),
+        mep.Sweep(30, tol=1e-4, patience=5, adaptive=True),
+    ),
+    "fast": (lambda model: smep_fast(model.parameters(), model=model), mep.Sweep(10, tol=1e-1)),
+    "fast in full": (
+        lambda model: smep_fast(model.parameters(), model=model, lr=0.01, settle_steps=10, settle_lr=0.2),
+        mep.Descent(10, settle_lr=0.2, tol=1e-1, adaptive=False),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SEEDS)
+def test_calls_of_the_seeds_work_letter_for_letter(name):
+    call, solver = SEEDS[name]
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 3)).double()
+    (x, y), optimizer = batch(), call(model)
+    assert optimizer.estimator.solver == solver
+    losses = [optimizer.step(x=x, target=y) for _ in range(10)]
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("preset", [p for p in PRESETS if has(p, "settle_lr")])
+def test_settle_lr_selects_descent(preset):
+    def solver(**given):
+        net = small_net()
+        return preset(net.parameters(), model=net, **given).estimator.solver
+
+    assert isinstance(solver(), mep.Sweep)
+    assert isinstance(solver(settle_lr=0.2), mep.Descent)
+    assert solver().adaptive
+    assert not solver(settle_lr=0.2).adaptive
+
+
+class Counting(nn.Module):
+    """A layer, kept whole, that knows how often it was evaluated."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.calls = nn.Linear(9, 9), 0
+
+    def forward(self, x):
+        self.calls += 1
+        return self.linear(x).tanh()
+
+
+@pytest.mark.parametrize("settle_lr", [None, 0.2])
+@pytest.mark.parametrize("preset", [p for p in PRESETS if has(p, "settle_steps")])
+def test_without_adaptive_exactly_settle_steps_are_made(preset, settle_lr):
+    def evaluations(steps):
+        net = nn.Sequential(nn.Linear(6, 9), Counting(), nn.Linear(9, 3)).double()
+        chosen = {"settle_steps": steps, "settle_lr": settle_lr, "adaptive": False, "leaves": (Counting,)}
+        opt = preset(net.parameters(), model=net, **chosen)
+        (x, y), calls = batch(), []
+        for _ in range(2):  # the first step also checks the graph
+            before = net[1].calls
+            opt.step(x=x, target=y)
+            assert opt.last.iterations == steps
+            calls.append(net[1].calls - before)
+        return calls[-1]
+
+    at_rest = evaluations(1) - 1
+    assert [evaluations(steps) - at_rest for steps in (2, 5, 11)] == [2, 5, 11]
+
+
+@pytest.mark.parametrize("settle_lr", [None, 0.3])
+@pytest.mark.parametrize("preset", [p for p in PRESETS if has(p, "patience")])
+def test_adaptive_stops_at_tol_sustained_for_patience(preset, settle_lr):
+    def last(**given):
+        net, (x, y) = small_net(), batch()
+        opt = preset(
+            net.parameters(), model=net, settle_steps=500, settle_lr=settle_lr, adaptive=True, beta=0.01, **given
+        )
+        opt.step(x=x, target=y)
+        return opt.last
+
+    loose, tight, patient = last(tol=1e-1), last(tol=1e-4), last(tol=1e-4, patience=4)
+    assert all(e.converged for e in (loose, tight, patient))
+    assert loose.residual.max() <= 1e-1 and max(tight.residual.max(), patient.residual.max()) <= 1e-4
+    assert loose.iterations < tight.iterations <= patient.iterations - 3
+
+
+@pytest.mark.parametrize("settle_lr,adaptive", [(0.2, None), (0.2, False), (None, False)])
+@pytest.mark.parametrize("preset", [p for p in PRESETS if has(p, "patience")])
+def test_patience_that_would_do_nothing_is_refused(preset, settle_lr, adaptive):
+    net = small_net()
+    with pytest.raises(mep.ArgumentError, match=r"patience=5.*adaptive=True"):
+        preset(net.parameters(), model=net, settle_lr=settle_lr, adaptive=adaptive, patience=5)

@@ -1,0 +1,334 @@
+"""Where settling ends is an equilibrium, how near it came is measured truly, and how it ended is told truthfully."""
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from cases import BATCH, COSTS, MODELS, Residual, call, free_energy, mlp, rows, settled
+from reference import backprop, dense_equilibrium, nudged_energy, predictions_of_graph, predictions_of_modules, residual
+from torch import nn
+
+import mep
+from mep.cost import make_cost
+from mep.energy import nudge
+from mep.settle import Result, settle
+
+TIGHT = {
+    "sweep": mep.Sweep(tol=1e-12, settle_steps=200),
+    "plain sweep": mep.Sweep(tol=1e-12, settle_steps=500, history=0),
+    "descent": mep.Descent(tol=1e-11, settle_steps=20000, adaptive=True),
+}
+LOOSE = {
+    "sweep": mep.Sweep(),
+    "plain sweep": mep.Sweep(history=0),
+    "patient sweep": mep.Sweep(patience=2),
+    "descent": mep.Descent(adaptive=True, settle_steps=2000),
+    "patient descent": mep.Descent(adaptive=True, settle_steps=2000, patience=3),
+}
+SHORT = {"one sweep": mep.Sweep(1, adaptive=False), "sweeps": mep.Sweep(3, adaptive=False), "steps": mep.Descent(4)}
+ANY = SHORT | LOOSE
+MEASURED = [(s, "cross_entropy") for s in (*SHORT, "sweep", "descent")] + [("sweep", "mse"), ("sweeps", "custom")]
+ALONE = [(s, "cross_entropy") for s in LOOSE if s != "plain sweep"] + [("sweep", "mse"), ("sweep", "custom")]
+
+
+class Straight(nn.Module):
+    """A model with every activation replaced by the identity."""
+
+    def __init__(self, model):
+        super().__init__()
+        for name, module in model.named_children():
+            self.add_module(name, module)
+
+    def forward(self, x):
+        h = self.first(x)
+        return self.last(h + self.second(h))
+
+
+LINEAR = {
+    "chain": (lambda: nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 5), nn.Linear(5, 3)), (4,)),
+    "convolution": (
+        lambda: nn.Sequential(nn.Conv1d(2, 3, 2), nn.AvgPool1d(2), nn.Conv1d(3, 2, 2), nn.Flatten(), nn.Linear(4, 3)),
+        (2, 7),
+    ),
+    "residual": (lambda: Straight(Residual()), (4,)),
+}
+
+
+def states_of(energy, point):
+    return {node.name: point.values[node.name] for node in energy.graph.states}
+
+
+def assert_same_states(found, expected, tolerance):
+    for name, s in expected.items():
+        torch.testing.assert_close(found[name], s, rtol=tolerance, atol=tolerance)
+
+
+def held_predictions(model, x, leaves=()):
+    """Predictions on the branches of the forward pass, and the forward pass."""
+    energy, point = free_energy(model, x, leaves=leaves)
+    free = states_of(energy, point)
+    return predictions_of_graph(energy.graph, energy.inputs, free), free
+
+
+@pytest.fixture(params=TIGHT)
+def tight(request):
+    return TIGHT[request.param]
+
+
+@pytest.fixture(params=LOOSE)
+def loose(request):
+    return LOOSE[request.param]
+
+
+@pytest.fixture(params=MODELS)
+def case(request):
+    return MODELS[request.param]
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_linear_networks_settle_to_the_dense_solve(name, tight):
+    make, shape = LINEAR[name]
+    torch.manual_seed(0)
+    model, x, y = make().double(), torch.randn(BATCH, *shape).double(), torch.randn(BATCH, 3).double()
+    energy, found = settled(model, x, y, "mse", 0.3, tight)
+    total = nudged_energy(
+        predictions_of_graph(energy.graph, energy.inputs), energy.graph.output, COSTS["mse"].value, y, 0.3
+    )
+    assert found.result is Result.CONVERGED
+    assert_same_states(states_of(energy, found.point), dense_equilibrium(total, states_of(energy, found.point)), 1e-8)
+
+
+def test_held_relu_networks_settle_to_the_dense_solve_of_their_linear_piece(tight):
+    model, x, y = MODELS["conv relu maxpool"].build("mse")
+    energy, found = settled(model, x, y, "mse", 0.2, tight)
+    predict, free = held_predictions(model, x)
+    total = nudged_energy(predict, energy.graph.output, COSTS["mse"].value, y, 0.2)
+    assert_same_states(states_of(energy, found.point), dense_equilibrium(total, free), 1e-8)
+
+
+@pytest.mark.parametrize(("solver", "cost"), MEASURED)
+def test_reported_residual_is_the_true_one(case, solver, cost):
+    model, x, y = case.build(cost)
+    energy, found = settled(model, x, y, COSTS[cost].argument, 0.1, ANY[solver], leaves=case.leaves)
+    predict, _ = held_predictions(model, x, case.leaves)
+    total = nudged_energy(predict, energy.graph.output, COSTS[cost].value, y, 0.1)
+    true = residual(predict, total, states_of(energy, found.point))
+    torch.testing.assert_close(found.residual, true, rtol=1e-6, atol=1e-8)
+    assert (found.result is Result.CONVERGED) == bool((true <= ANY[solver].tol).all())
+
+
+@pytest.mark.parametrize("activation", [nn.Tanh, nn.Identity])
+def test_reported_residual_is_that_of_the_energy_written_by_hand(activation):
+    torch.manual_seed(0)
+    model, x, y = mlp(activation, 4, 6, 6, 3).double(), torch.randn(5, 4).double(), torch.randint(3, (5,))
+    predict = predictions_of_modules(model, x)
+    for solver in ANY.values():
+        energy, found = settled(model, x, y, "cross_entropy", 0.5, solver)
+        total = nudged_energy(predict, "4", COSTS["cross_entropy"].value, y, 0.5)
+        s = states_of(energy, found.point)
+        torch.testing.assert_close(found.residual, residual(predict, total, s), rtol=1e-6, atol=1e-8)
+        torch.testing.assert_close(energy.value(found.point), total(s))
+
+
+def test_errors_are_the_distances_from_the_predictions(case):
+    model, x, y = case.build()
+    _, found = settled(model, x, y, "cross_entropy", 0.1, mep.Sweep(), leaves=case.leaves)
+    for name, delta in found.errors.items():
+        s, mu = found.point.values[name], found.point.predictions[name]
+        torch.testing.assert_close(delta, (mu - s) / 0.1, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["mlp tanh", "mlp relu", "residual", "concatenating", "conv gelu avgpool"])
+def test_solvers_agree_on_the_state(name):
+    model, x, y = MODELS[name].build()
+    ends = []
+    for solver in TIGHT.values():
+        energy, found = settled(model, x, y, "cross_entropy", 0.1, solver)
+        assert found.result is Result.CONVERGED
+        ends.append(states_of(energy, found.point))
+    for other in ends[1:]:
+        assert_same_states(other, ends[0], 1e-9)
+
+
+def hard_and_easy(case, cost):
+    """Examples that need different numbers of iterations."""
+    model, x, y = case.build(cost, batch=4)
+    scale = torch.logspace(-2, 0.3, 4).double()
+    spread = lambda t: t * scale.view(-1, *[1] * (t.ndim - 1)) if t.is_floating_point() else t  # noqa: E731
+    return model, tuple(map(spread, x)) if isinstance(x, tuple) else spread(x), y
+
+
+@pytest.mark.parametrize(("solver", "cost"), ALONE)
+def test_an_example_settles_alone_as_among_others(case, solver, cost):
+    if case.mixes_examples:
+        pytest.skip("batch statistics")
+    model, x, y = hard_and_easy(case, cost)
+    given = COSTS[cost].argument
+    energy, together = settled(model, x, y, given, 0.2, LOOSE[solver], leaves=case.leaves)
+    for i in range(len(y)):
+        one = slice(i, i + 1)
+        _, alone = settled(model, rows(x, one), y[one], given, 0.2, LOOSE[solver], leaves=case.leaves)
+        assert (alone.residual <= LOOSE[solver].tol) == (together.residual[one] <= LOOSE[solver].tol)
+        expected = {n: s[one] for n, s in states_of(energy, together.point).items()}
+        assert_same_states(states_of(energy, alone.point), expected, 1e-10)
+
+
+@pytest.mark.parametrize("solver", ["sweep", "descent"])
+def test_examples_that_share_statistics_settle_together(solver):
+    model, x, y = MODELS["batch norm"].build(batch=16)
+    solver = mep.Sweep() if solver == "sweep" else mep.Descent(3000, settle_lr=0.05, momentum=0.9, adaptive=True)
+    _, found = settled(model, x, y, "cross_entropy", 0.02, solver)
+    assert found.result is Result.CONVERGED
+
+
+@pytest.mark.parametrize("make", [mep.Sweep, mep.Descent])
+@pytest.mark.parametrize("steps", [1, 2, 7])
+def test_without_adaptive_exactly_settle_steps_are_taken(make, steps):
+    model, x, y = MODELS["mlp tanh"].build()
+    _, some = settled(model, x, y, "cross_entropy", 0.1, make(steps, tol=1e-13, adaptive=False))
+    _, easy = settled(model, x, y, "cross_entropy", 0.1, make(steps, tol=10.0, adaptive=False))
+    assert (some.iterations, some.result) == (steps, Result.FIXED_STEPS)
+    assert (easy.iterations, easy.result) == (steps, Result.CONVERGED)
+
+
+@pytest.mark.parametrize("make", [mep.Sweep, mep.Descent])
+def test_patience_asks_for_consecutive_quiet_iterations(make):
+    model, x, y = MODELS["mlp tanh"].build(batch=1)
+
+    def iterations(patience):
+        solver = make(1000, tol=1e-3, adaptive=True, patience=patience)
+        return settled(model, x, y, "cross_entropy", 0.1, solver)[1].iterations
+
+    assert [iterations(p) - iterations(1) for p in (2, 3, 6)] == [1, 2, 5]
+
+
+def test_patience_starts_again_after_a_loud_iteration():
+    model, x, y = MODELS["mlp tanh"].build("mse", batch=1)
+    steps = [
+        settled(model, x, y, "mse", 0.3, mep.Descent(k, settle_lr=0.3, momentum=0.9))[1].residual.item()
+        for k in range(1, 80)
+    ]
+    tol = 0.05
+    first = next(k for k, r in enumerate(steps, 1) if r <= tol)
+    for patience in (2, 4):
+        quiet = [max(steps[k - patience + 1 : k + 1]) <= tol for k in range(patience - 1, len(steps))]
+        expected = quiet.index(True) + patience
+        solver = mep.Descent(200, settle_lr=0.3, momentum=0.9, adaptive=True, tol=tol, patience=patience)
+        assert settled(model, x, y, "mse", 0.3, solver)[1].iterations == expected
+    assert expected > first + patience - 1, "the residual should have risen in between"
+
+
+@pytest.mark.parametrize("make", [mep.Sweep, mep.Descent])
+def test_step_limit_is_told(make):
+    model, x, y = MODELS["mlp tanh"].build()
+    _, found = settled(model, x, y, "cross_entropy", 0.1, make(2, tol=1e-9, adaptive=True))
+    assert (found.iterations, found.result) == (2, Result.STEP_LIMIT)
+    assert found.residual.max() > 1e-9
+
+
+def test_divergence_raises_and_touches_no_gradient():
+    model, x, y = MODELS["mlp tanh"].build()
+    ep = mep.EquilibriumPropagation(model, solver=mep.Descent(3000, settle_lr=50.0))
+    with pytest.raises(mep.DivergedError, match="settle_lr"):
+        ep(x, y)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_an_expanding_iteration_is_out_of_reach():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3)).double()
+    with torch.no_grad():
+        model[1].weight.mul_(10)
+    x, y = torch.randn(5, 4).double(), torch.randn(5, 3).double()
+    _, found = settled(model, x, y, "mse", 1.0, mep.Sweep())
+    assert (found.iterations, found.result) == (1, Result.OUT_OF_REACH)
+
+
+@pytest.mark.parametrize("steps", [1, 4, 8, 11])
+def test_a_signal_that_has_not_arrived_is_not_taken_for_convergence(steps):
+    torch.manual_seed(0)
+    model, x, y = mlp(nn.Tanh, *[8] * 12, 3).double(), torch.randn(5, 8).double(), torch.randint(3, (5,))
+    energy, found = settled(model, x, y, "cross_entropy", 0.1, mep.Descent(steps, adaptive=True))
+    assert found.result is Result.STEP_LIMIT
+    assert (found.residual - 1).abs().max() < 1e-3
+    still = [torch.equal(found.point.values[n.name], found.point.predictions[n.name]) for n in energy.graph.states]
+    assert still == [True] * (12 - steps) + [False] * steps
+
+
+@pytest.mark.parametrize("make", [mep.Sweep, mep.Descent])
+def test_a_signal_below_rounding_is_not_taken_for_convergence(make):
+    torch.manual_seed(0)
+    model, x, y = mlp(nn.Tanh, *[16] * 30, 3), torch.randn(32, 16), torch.randint(3, (32,))
+    found, estimate = mep.EquilibriumPropagation(model, solver=make(300, adaptive=True)).gradients(x, y)
+    first = model[0].weight
+    exact = backprop(model, nn.functional.cross_entropy(model(x), y))
+    assert not estimate.converged or found[first].norm() > 0.5 * exact[first].norm()
+
+
+def test_the_free_equilibrium_is_the_forward_pass(case):
+    model, x, _ = case.build()
+    energy, point = free_energy(model, x, leaves=case.leaves)
+    torch.testing.assert_close(energy.output(point), call(model, x))
+    assert not energy.value(point).any()
+    assert all(not g.any() for g in energy.forces(point).values())
+
+
+def test_an_example_without_cost_stays_where_it_is(loose):
+    model, x, y = MODELS["mlp tanh"].build("mse")
+    y[0] = model(x)[0].detach()
+    _, found = settled(model, x, y, "mse", 0.1, loose)
+    torch.testing.assert_close(found.point.values["4"][0], y[0])
+    assert found.result is Result.CONVERGED and found.residual[0] < 1e-2
+
+
+class TestSmallerBeta:
+    """He-initialised ReLU networks 20 deep have no equilibrium near the free one at beta 1."""
+
+    @pytest.fixture
+    def deep(self):
+        torch.manual_seed(0)
+        model, x, y = mlp(nn.ReLU, *[16] * 20, 3).double(), torch.randn(8, 16).double(), torch.randint(3, (8,))
+        for m in model:
+            if isinstance(m, nn.Linear):
+                nn.init.kaiming_normal_(m.weight, nonlinearity="relu")
+                m.weight.data.mul_(1.1)
+        return mep.EquilibriumPropagation(model, beta=1.0), x, y
+
+    def test_is_found_reported_and_kept(self, deep):
+        ep, x, y = deep
+        first = ep.gradients(x, y)[1]
+        assert first.converged and first.residual.max() <= ep.solver.tol
+        assert 0 < first.beta < 1
+        second = ep.gradients(x, y)[1]
+        assert second.converged and second.beta <= 1.1 * first.beta
+
+    def test_is_the_one_that_scales_the_gradient(self, deep):
+        ep, x, y = deep
+        found, estimate = ep.gradients(x, y)
+        again = mep.EquilibriumPropagation(ep.model, beta=estimate.beta).gradients(x, y)[0]
+        for p, g in again.items():
+            torch.testing.assert_close(found[p], g)
+
+    def test_rises_again_slowly_and_never_above_the_one_given(self, deep):
+        ep, x, y = deep
+        ep.gradients(x, y)
+        for m in ep.model:
+            if isinstance(m, nn.Linear):
+                m.weight.data.mul_(0.5)
+        betas = [ep.gradients(x, y)[1].beta for _ in range(400)]
+        ratios = [b / a for a, b in pairwise(betas)]
+        assert max(ratios) < 1.1 and min(ratios) == 1.0
+        assert betas[-1] == 1.0 and ratios[0] > 1
+
+
+def test_the_nudge_is_just_another_energy():
+    model, x, y = MODELS["mlp tanh"].build()
+    energy, point = free_energy(model, x)
+    cost = make_cost("cross_entropy")
+    prepared = cost.prepare(energy.output(point), y)
+    with torch.no_grad():
+        plus, minus = (settle(nudge(energy, cost, prepared, b), point, TIGHT["sweep"]) for b in (1e-4, -1e-4))
+    moved = energy.output(plus.point) + energy.output(minus.point) - 2 * energy.output(point)
+    assert moved.norm() < 1e-3 * (energy.output(plus.point) - energy.output(point)).norm()
+    assert math.isclose(energy.beta, 0.0)
