@@ -71,8 +71,9 @@ def _nodes(graph: Graph, inputs: dict[str, Any], batch: int) -> Tensor:
         if not isinstance(mu, Tensor) or (node.owns_state and (mu.ndim == 0 or len(mu) % batch)):
             shape = tuple(mu.shape) if isinstance(mu, Tensor) else type(mu).__name__
             raise TraceError(
-                f"Node `{node.name}` predicts {shape} for {batch} examples; it must be a tensor, and "
-                "that of a state must have the batch as its first dimension. Way out: put the batch first, or keep the module around it whole with leaves."
+                f"Node `{node.name}` predicts {shape} for {batch} examples; it must be a tensor, and that of a state "
+                "must have the batch as its first dimension. Way out: put the batch first, or keep the module around "
+                "it whole with leaves."
             )
         wrong = _behind(mu) ^ {p for p in node.parameters if p.requires_grad}
         if wrong:

@@ -20,9 +20,13 @@ class Snapshot:
         self.modules = tuple(model.modules())
         self.facts = [_facts(m) for m in self.modules]
         self.notes: list[set[str]] = [set() for _ in self.modules]
+        self.objects = [_objects(m) for m in self.modules]  # kept alive, so that no identity is given out again
+        self.identities = [tuple(map(id, objects)) for objects in self.objects]
 
     def matches(self) -> bool:
         """Whether every module is as it was."""
+        if [tuple(map(id, _objects(m))) for m in self.modules] == self.identities:
+            return True
         now = [_facts(m) for m in self.modules]
         return now == self.facts or all(
             _changed(old, new) <= notes for old, new, notes in zip(self.facts, now, self.notes, strict=True)
@@ -32,6 +36,18 @@ class Snapshot:
         """Call when the model has just run, and nothing else happened: what changed is what it notes down itself."""
         for module, old, notes in zip(self.modules, self.facts, self.notes, strict=True):
             notes |= _changed(old, _facts(module))
+
+
+def _objects(module: nn.Module) -> list[Any]:
+    """Every object that decides what a module does: while these are the same, so is the module."""
+    own = vars(module)
+    hooks = (own["_forward_hooks"], own["_forward_pre_hooks"], own["_backward_hooks"], own["_backward_pre_hooks"])
+    return [
+        *own.values(),
+        *own["_parameters"].values(),
+        *own["_modules"].values(),
+        *(hook for some in hooks if some for hook in some.values()),
+    ]
 
 
 def _changed(old: dict[str, Any], new: dict[str, Any]) -> set[str]:

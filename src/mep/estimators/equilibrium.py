@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -166,10 +166,9 @@ class EquilibriumPropagation:
 
     def _graph(self, x: Any) -> Graph:
         """The graph of the model as it is now, checked against it on its first batch."""
-        names = argument_names(self.model, x)
-        graph = next((g for g in self._graphs if _gives(names, g) and g.snapshot.matches()), None)
+        graph = next((g for g in self._graphs if _fits(x, g) and g.snapshot.matches()), None)
         if graph is None:
-            graph = self._trace(names)
+            graph = self._trace(argument_names(self.model, x))
             self._graphs = [graph, *self._graphs[:_KEPT_GRAPHS]]
             self._checked &= {id(g) for g in self._graphs}
         if id(graph) not in self._checked:
@@ -247,6 +246,10 @@ class EquilibriumPropagation:
 _HOPFIELD_SOLVER = Descent(settle_steps=500, settle_lr=0.3, adaptive=True, tol=1e-4)
 
 
-def _gives(names: Sequence[str] | None, graph: Graph) -> bool:
-    """Whether an input gives what the graph takes; a module kept whole at the root has one argument of another name."""
-    return names is None or set(names) == set(graph.inputs) or len(graph.inputs) == len(names) == 1
+def _fits(x: Any, graph: Graph) -> bool:
+    """Whether an input gives just what the graph takes."""
+    if isinstance(x, Mapping):
+        return set(x) == set(graph.inputs)
+    if isinstance(x, (tuple, list)) and len(x) > 1:
+        return argument_names(graph.model, x) in (None, graph.inputs)
+    return len(graph.inputs) == 1
