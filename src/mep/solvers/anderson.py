@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 Pair = tuple[Tensor, Tensor]
+_RIDGE = 1e-6
+"""Relative to the steps: what distinguishes nearly equal ones must not drown in the rounding of a solve."""
 
 
 def mix(history: Sequence[Pair], x: Tensor, f: Tensor) -> Tensor:
@@ -32,10 +34,11 @@ def mix(history: Sequence[Pair], x: Tensor, f: Tensor) -> Tensor:
     gram = residual_steps @ residual_steps.mT
     right = residual_steps @ latest.unsqueeze(2)
     trace = gram.diagonal(dim1=1, dim2=2).sum(1)
-    ridge = 10 * torch.finfo(x.dtype).eps * trace + torch.finfo(x.dtype).tiny
+    limits = torch.finfo(x.dtype)
     if len(history) == 1:
-        gamma = right / (gram + ridge.view(-1, 1, 1))
+        gamma = right / (gram + limits.tiny)
     else:
-        gram = gram + ridge.view(-1, 1, 1) * torch.eye(len(history), dtype=x.dtype, device=x.device)
+        ridge = (_RIDGE * trace + limits.tiny).view(-1, 1, 1)
+        gram = gram + ridge * torch.eye(len(history), dtype=x.dtype, device=x.device)
         gamma = torch.linalg.solve_ex(gram, right)[0]
     return f - (gamma.mT @ value_steps).view_as(f)

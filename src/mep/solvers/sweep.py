@@ -91,8 +91,7 @@ class Sweep(Solver):
         moved = Iterate(point, residual, errors, memory=now)
         if memory.sweeps == 0 and self.adaptive:
             moved.out_of_reach = _expands(target, wanted, energy.batch)
-        near = residual <= self.tol if active is None else (residual <= self.tol) & active
-        return self.certify(energy, moved) if not energy.is_affine and bool(near.any()) else moved
+        return self.certify(energy, moved) if not energy.is_affine and float(residual.min()) <= self.tol else moved
 
     @torch.autocast("cpu", enabled=False)
     @torch.autocast("cuda", enabled=False)
