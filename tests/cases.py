@@ -106,7 +106,7 @@ class Embedded(nn.Module):
     def __init__(self):
         super().__init__()
         self.embed, self.position = nn.Embedding(7, 6), nn.Parameter(torch.randn(1, 3, 6))
-        self.encode = nn.TransformerEncoderLayer(6, 2, 8, dropout=0.0, batch_first=True)
+        self.encode = nn.TransformerEncoderLayer(6, 2, 8, dropout=0.0, activation="gelu", batch_first=True)
         self.last = nn.Linear(6, CLASSES)
 
     def forward(self, tokens):

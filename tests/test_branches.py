@@ -244,3 +244,18 @@ def test_left_branch_counts_winners_of_max_pooling():
     _, found = settled(model, x, y, "cross_entropy", estimate.beta, EXACT)
     left = free.values["0"].argmax(2).ne(found.point.values["0"].argmax(2)).sum().item()
     assert left > 0 and math.isclose(estimate.left_branch, left / (40 * 3))
+
+
+def test_kinks_inside_a_module_kept_whole_are_held_too():
+    """Else a ReLU in the encoder flips at every sweep, and the residual stalls at a few percent."""
+    torch.manual_seed(0)
+    encoder = nn.TransformerEncoderLayer(8, 2, 32, dropout=0.0, activation="relu", batch_first=True)
+    model = nn.Sequential(nn.Linear(4, 8), encoder, nn.Flatten(), nn.Linear(24, 3)).double()
+    x, y = torch.randn(32, 3, 4).double(), torch.randint(3, (32,))
+    exact = backprop(model, COSTS["cross_entropy"].value(model(x), y).mean())
+    errors = []
+    for beta in (0.02, 0.01):
+        found, estimate = mep.EquilibriumPropagation(model, beta=beta, solver=mep.Sweep(tol=1e-9)).gradients(x, y)
+        assert estimate.converged and estimate.beta == beta
+        errors.append(sum((found[p] - g).square().sum() for p, g in exact.items()).sqrt())
+    assert abs(math.log2(errors[0] / errors[1]) - 1) < 0.2

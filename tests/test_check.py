@@ -52,9 +52,16 @@ def test_running_statistics_move_once_a_step(outer):
         torch.testing.assert_close(b, e, msg=name)
 
 
-def test_noise_is_drawn_once_a_step_as_backprop_draws_it():
+NOISY = {
+    "chain": lambda n, x: n.c(F.dropout(n.b(F.dropout(torch.tanh(n.a(x)))))),
+    "input last": lambda n, x: n.c(n.b(F.dropout(n.a(x))) + n.d(F.dropout(x))),
+}
+
+
+@pytest.mark.parametrize("name", NOISY)
+def test_noise_is_drawn_once_a_step_as_backprop_draws_it(name):
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Dropout(), nn.Linear(8, 8), nn.Dropout(), nn.Linear(8, 3))
+    model = Net(NOISY[name], d=nn.Linear(4, 4)) if name == "input last" else Net(NOISY[name])
     model, x, y = model.double(), torch.randn(5, 4).double(), torch.randint(3, (5,))
     ep = mep.EquilibriumPropagation(model, beta=1e-6, solver=mep.Sweep(tol=1e-9))
     for _ in range(2):
@@ -82,6 +89,24 @@ def test_noise_in_two_branches_is_drawn_in_the_order_of_the_model_or_refused():
     exact = torch.autograd.grad(F.cross_entropy(model(x), y), list(model.parameters()))
     for p, g in zip(model.parameters(), exact, strict=True):
         torch.testing.assert_close(found[p], g, rtol=1e-3, atol=1e-6)
+
+
+class TimeFirst(nn.Module):
+    """Inside, the first dimension is time; here there are as many steps as examples."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.attend = nn.Linear(4, 6), nn.TransformerEncoderLayer(6, 2, 8, dropout=0.0)
+        self.last = nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.last(self.attend(self.first(x).transpose(0, 1)).transpose(0, 1).mean(1))
+
+
+def test_as_many_time_steps_as_examples_are_no_examples():
+    torch.manual_seed(0)
+    with pytest.raises(mep.TraceError, match=r"`attend`.*batch first"):
+        check_graph(trace(TimeFirst()), torch.randn(5, 5, 4))
 
 
 def aliased(n, x):

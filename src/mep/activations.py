@@ -268,3 +268,11 @@ def pool_of_call(target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
     names = ("output_size", "return_indices") if adaptive else (*_POOL_OPTIONS, "return_indices")
     options = dict(zip(names, args[1:], strict=False)) | dict(kwargs)
     return None if options.pop("return_indices", False) else MaxPool(n, adaptive, options)
+
+
+def kink_of_call(target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Activation | MaxPool | None:
+    """The operation with kinks that a call on `args[0]` is, or None."""
+    activation = of_call(target, args, kwargs)
+    if activation is not None:
+        return activation if activation.kinks else None
+    return pool_of_call(target, args, kwargs)

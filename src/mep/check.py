@@ -38,6 +38,9 @@ def check_graph(graph: Graph, x: Any, against_model: bool = True) -> None:
         buffers.rewind()
         with torch.random.fork_rng(devices):
             output = _nodes(graph, inputs, batch)
+        buffers.rewind()
+        with torch.random.fork_rng(devices):  # a dimension that is as long as the batch only now is not the batch
+            _nodes(graph, _with_one_more(inputs, batch), batch + 1)
     finally:
         buffers.undo()
         graph.snapshot.allow_notes()
@@ -84,6 +87,13 @@ def _nodes(graph: Graph, inputs: dict[str, Any], batch: int) -> Tensor:
             )
         values[node.name] = mu
     return values[graph.output].detach()
+
+
+def _with_one_more(inputs: dict[str, Any], batch: int) -> dict[str, Any]:
+    def longer(v: Any) -> Any:
+        return torch.cat([v, v[:1]]) if isinstance(v, Tensor) and v.ndim and len(v) == batch else v
+
+    return {name: longer(v) for name, v in inputs.items()}
 
 
 def _run(node: Node, parents: list[Any]) -> Any:

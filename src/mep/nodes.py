@@ -13,14 +13,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
-from mep.activations import Activation, MaxPool
+from mep.activations import Activation, MaxPool, kink_of_call
 from mep.ops import Op, Ref
 from mep.snapshot import Buffers, generators, set_generators
 
@@ -43,6 +45,13 @@ class Held:
     noise: dict[str, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
     clamped: dict[str, tuple[Tensor, Any]] = field(default_factory=dict)
     buffers: Buffers | None = None
+
+    def on_branch(self, key: tuple[str, str], piece: Activation | MaxPool, x: Tensor) -> Tensor:
+        """The operation on the branch of that key, which is that of `x` if it is not known yet."""
+        if key not in self.branches:
+            self.branches[key] = piece.value_and_branch(x)[1] if isinstance(piece, MaxPool) else x.detach()
+        self.count(piece, x, self.branches[key])
+        return piece.held(x, self.branches[key])
 
     def count(self, piece: Activation | MaxPool, x: Tensor, branch: Tensor) -> None:
         """Note how many units of `x` are off the branch on which they are held."""
@@ -112,7 +121,8 @@ class Local(Node):
             values = dict(zip(self.parents, inputs, strict=True))
             with _same_noise(self, held):
                 for op in self.program:
-                    values[op.name] = self._run(op, values, held)
+                    with HeldInside(self.name, op, held) if _is_opaque(op) and held.hold_branches else nullcontext():
+                        values[op.name] = self._run(op, values, held)
             mu = values[self.program[-1].name]
         return mu.detach(), (inputs, mu)
 
@@ -120,11 +130,7 @@ class Local(Node):
         piece = op.pool or (op.activation if op.activation and op.activation.piecewise else None)
         if piece is None or not held.hold_branches:
             return op.run(values)
-        key, x = (self.name, op.name), values[op.args[0].name]
-        if key not in held.branches:
-            held.branches[key] = op.pool.value_and_branch(x)[1] if op.pool else x.detach()
-        held.count(piece, x, held.branches[key])
-        return piece.held(x, held.branches[key])
+        return held.on_branch((self.name, op.name), piece, values[op.args[0].name])
 
     def pull(self, saved: Any, force: Tensor) -> Sequence[Tensor | None]:
         """One backward pass through this node."""
@@ -142,6 +148,31 @@ class Local(Node):
         wanted = [p for p in self.parameters if p.requires_grad]
         found = dict(zip(wanted, _grad(mu, wanted, force), strict=True))
         return [None if (g := found.get(p)) is None else g * weight for p in self.parameters]
+
+
+class HeldInside(TorchFunctionMode):
+    """Holds the kinks inside a module that is kept whole: its calls of ReLU, max pooling... in their order."""
+
+    def __init__(self, node: str, op: Op, held: Held):
+        super().__init__()
+        self.node, self.op, self.held, self.calls = node, op, held, 0
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        target = name if getattr(Tensor, name, None) is func else func
+        piece = kink_of_call(target, args, kwargs) if args and isinstance(args[0], Tensor) else None
+        if piece is None:
+            return func(*args, **kwargs)
+        self.calls += 1
+        return self.held.on_branch((self.node, f"{self.op.name}/{self.calls}"), piece, args[0])
+
+
+def _is_opaque(op: Op) -> bool:
+    """Whether a module is kept whole that is more than one operation."""
+    return op.kind == "module" and any(True for _ in op.target.children())
 
 
 class Chain(Node):

@@ -95,8 +95,8 @@ class Solver(ABC):
             raise ArgumentError(f"{name}(settle_steps={self.settle_steps!r}): must be an integer >= 1.")
         if not (isinstance(self.patience, int) and self.patience >= 1):
             raise ArgumentError(f"{name}(patience={self.patience!r}): must be an integer >= 1.")
-        if not (isinstance(self.tol, (int, float)) and 0 < self.tol < math.inf):
-            raise ArgumentError(f"{name}(tol={self.tol!r}): must be a positive number.")
+        if not (isinstance(self.tol, (int, float)) and 0 < self.tol < 1):
+            raise ArgumentError(f"{name}(tol={self.tol!r}): must lie between 0 and 1.")
 
     @abstractmethod
     def start(self, energy: Energy, point: Point) -> Iterate:

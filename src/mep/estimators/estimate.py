@@ -35,6 +35,17 @@ class Estimate:
     result: Result
     left_branch: float | None = None
 
+    def __str__(self) -> str:
+        """One line.
+
+        >>> print(Estimate(torch.tensor(0.5), torch.tensor([1e-3, 4e-3]), 2, 0.1, Result.CONVERGED))
+        loss 0.5, residual 0.004 at most, 2 iterations, beta 0.1: converged
+        """
+        settled = "" if self.residual is None else f", residual {float(self.residual.max()):.1g} at most"
+        left = "" if self.left_branch is None else f", {self.left_branch:.1%} off their branch"
+        counted = f"{self.iterations} iterations, beta {self.beta:.3g}"
+        return f"loss {float(self.loss):.4g}{settled}, {counted}{left}: {self.result}"
+
     @property
     def converged(self) -> bool:
         """Whether every phase came within the tolerance (backprop always does)."""

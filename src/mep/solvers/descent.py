@@ -77,5 +77,5 @@ class Descent(Solver):
         force = energy.forces(point, pulls)
         size = torch.stack([example_norm(g, energy.batch) for g in force.values()]).amax(0)
         scale = size if scale is None else scale
-        diverging = bool((size > _RUNAWAY * scale.clamp_min(torch.finfo(size.dtype).tiny)).any())
+        diverging = bool((size > _RUNAWAY * torch.maximum(scale, scale.mean())).any())
         return Iterate(point, residual, diverging=diverging, memory=(force, velocity, scale))

@@ -158,8 +158,12 @@ def _wanted(energy: Energy, point: Point) -> Tensor:
 
 
 def _expands(delta: Tensor, wanted: Tensor, batch: int) -> bool:
-    """Whether the first sweep's answer is much larger than its question, for some example: beta |K| is too large."""
-    return bool((example_norm(wanted - delta, batch) > _EXPANDS * example_norm(delta, batch)).any())
+    """Whether the first sweep's answer is much larger than its question, for some example: beta |K| is too large.
+
+    An example that asks next to nothing may be disturbed by others that it shares statistics with.
+    """
+    question = example_norm(delta, batch)
+    return bool((example_norm(wanted - delta, batch) > _EXPANDS * torch.maximum(question, question.mean())).any())
 
 
 def _walk_back(

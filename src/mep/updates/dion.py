@@ -21,7 +21,6 @@ one of Muon's, so that one `lr` suits both kinds of matrix.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -29,8 +28,8 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from mep.errors import ArgumentError
-from mep.updates.muon import SCALES, accumulate_, orthogonal_directions
-from mep.updates.orthogonal import check_method
+from mep.updates.base import Update, scale_
+from mep.updates.muon import SCALES, check_muon_step, muon_step_, vector_step_
 
 
 def rank_of(rows: int, columns: int, fraction: float) -> int:
@@ -81,7 +80,7 @@ def dion_(weight: Tensor, buffer: Tensor, factor: Tensor, size: float, momentum:
     factor.copy_(kept)
 
 
-class Dion(torch.optim.Optimizer):
+class Dion(Update):
     """Low-rank orthonormal updates from power iteration on the momentum, with error feedback.
 
     The state is `momentum_buffer`, and `right_factor` for those parameters that take Dion's step. Every keyword may
@@ -142,82 +141,38 @@ class Dion(torch.optim.Optimizer):
         }
         super().__init__(params, defaults)
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        for group in self.param_groups:
-            for name, value in self.defaults.items():
-                group.setdefault(name, value)
+    def _check_group(self, group: dict[str, Any], call: str) -> None:
+        if not 0 < group["rank_fraction"] <= 1:
+            raise ArgumentError(f"{call}(rank_fraction={group['rank_fraction']!r}) must be above 0 and at most 1.")
+        for name, least in {"dion_threshold": 0, "power_iterations": 1}.items():
+            if not isinstance(group[name], int) or isinstance(group[name], bool) or group[name] < least:
+                raise ArgumentError(f"{call}({name}={group[name]!r}) must be a whole number of at least {least}.")
+        if not isinstance(group["nesterov"], bool):
+            raise ArgumentError(f"{call}(nesterov={group['nesterov']!r}) must be True or False.")
+        check_muon_step(group, call)
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        _check_group({**self.defaults, **param_group})
-        super().add_param_group(param_group)
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Make one step along `p.grad`; a parameter without one stays.
-
-        Args:
-            closure: computes the gradients anew and returns the loss.
-
-        Returns:
-            What `closure` returned, or None.
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        moving = [[p for p in group["params"] if p.grad is not None and p.numel() > 0] for group in self.param_groups]
-        for params in moving:
-            _check_grads(params)
-        for group, params in zip(self.param_groups, moving, strict=True):
-            matrices = [p for p in params if p.ndim >= 2]
-            large = [p for p in matrices if p.numel() >= group["dion_threshold"]]
-            small = [p for p in matrices if p.numel() < group["dion_threshold"]]
-            vectors = [p for p in params if p.ndim < 2]
-            if large:
-                self._dion_step_(group, large)
-            if small:
-                self._muon_step_(group, small)
-            if vectors:
-                self._vector_step_(group, vectors)
-        return loss
+    def _step_group_(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        matrices = [p for p in params if p.ndim >= 2]
+        large = [p for p in matrices if p.numel() >= group["dion_threshold"]]
+        small = [p for p in matrices if p.numel() < group["dion_threshold"]]
+        vectors = [p for p in params if p.ndim < 2]
+        if large:
+            self._dion_step_(group, large)
+        if small:
+            muon_step_(small, self._directions(group, small), group)
+        if vectors:
+            vector_step_(vectors, self._directions(group, vectors), group)
 
     def _dion_step_(self, group: dict[str, Any], matrices: list[Tensor]) -> None:
         buffers = [self._momentum_buffer(p) for p in matrices]
         torch._foreach_add_(buffers, [p.grad for p in matrices if p.grad is not None])
         lr = float(group["lr"])
-        _decay_(matrices, lr * group["weight_decay"])
+        scale_(matrices, 1 - lr * group["weight_decay"])
         for p, buffer in zip(matrices, buffers, strict=True):
             rows, columns = p.shape[0], p.numel() // p.shape[0]
             factor = self._right_factor(p, min(rows, columns), rank_of(rows, columns, group["rank_fraction"]))
             size = lr * SCALES[group["scale"]](rows, columns)
             dion_(p, buffer, factor, size, group["momentum"], group["power_iterations"])
-
-    def _muon_step_(self, group: dict[str, Any], matrices: list[Tensor]) -> None:
-        lr = float(group["lr"])
-        turned = orthogonal_directions(self._directions(group, matrices), group["method"], group["steps"])
-        _decay_(matrices, lr * group["weight_decay"])
-        for p, direction in zip(matrices, turned, strict=True):
-            rows = p.shape[0]
-            p.add_(direction, alpha=-lr * SCALES[group["scale"]](rows, p.numel() // rows))
-
-    def _vector_step_(self, group: dict[str, Any], vectors: list[Tensor]) -> None:
-        lr = float(group["lr"]) * group["vector_scale"]
-        _decay_(vectors, lr * group["weight_decay"])
-        torch._foreach_add_(vectors, self._directions(group, vectors), alpha=-lr)
-
-    def _directions(self, group: dict[str, Any], params: list[Tensor]) -> list[Tensor]:
-        grads = [p.grad for p in params if p.grad is not None]
-        if group["momentum"] == 0:
-            return grads
-        buffers = [self._momentum_buffer(p) for p in params]
-        return accumulate_(buffers, grads, group["momentum"], group["nesterov"])
-
-    def _momentum_buffer(self, p: Tensor) -> Tensor:
-        state = self.state[p]
-        if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-        return state["momentum_buffer"]
 
     def _right_factor(self, p: Tensor, short: int, rank: int) -> Tensor:
         state = self.state[p]
@@ -231,39 +186,3 @@ def _add_product_(target: Tensor, alpha: float, left: Tensor, right: Tensor) -> 
         target.view(target.shape[0], -1).addmm_(left, right.mT, alpha=alpha)
     else:
         target.add_((left @ right.mT).view(target.shape), alpha=alpha)
-
-
-def _decay_(params: list[Tensor], by: float) -> None:
-    if by > 0:
-        for p in params:  # one by one, as `_foreach_mul_` would round the factor in half precision
-            p.mul_(1 - by)
-
-
-def _check_group(group: dict[str, Any]) -> None:
-    if isinstance(group["lr"], Tensor) and group["lr"].numel() != 1:
-        raise ArgumentError(f"Dion(lr=...) must hold one number; got shape {list(group['lr'].shape)}.")
-    limits = {"lr": math.inf, "momentum": 1.0, "weight_decay": math.inf, "vector_scale": math.inf}
-    for name, limit in limits.items():
-        if not 0 <= group[name] < limit:
-            raise ArgumentError(f"Dion({name}={group[name]!r}) must be at least 0 and below {limit}.")
-    if not 0 < group["rank_fraction"] <= 1:
-        raise ArgumentError(f"Dion(rank_fraction={group['rank_fraction']!r}) must be above 0 and at most 1.")
-    for name, least in {"dion_threshold": 0, "power_iterations": 1}.items():
-        if not isinstance(group[name], int) or isinstance(group[name], bool) or group[name] < least:
-            raise ArgumentError(f"Dion({name}={group[name]!r}) must be a whole number of at least {least}.")
-    if not isinstance(group["nesterov"], bool):
-        raise ArgumentError(f"Dion(nesterov={group['nesterov']!r}) must be True or False.")
-    if group["scale"] not in SCALES:
-        raise ArgumentError(f"Dion(scale={group['scale']!r}): choose one of {list(SCALES)}.")
-    check_method(group["method"], group["steps"], call="Dion")
-
-
-def _check_grads(params: Sequence[Tensor]) -> None:
-    for p in params:
-        grad = p.grad
-        if grad is not None and (grad.layout != torch.strided or grad.is_complex()):
-            kind = "sparse" if grad.layout != torch.strided else "complex"
-            raise ArgumentError(
-                f"Dion.step: the gradient of a parameter of shape {list(p.shape)} is {kind}, but only real dense "
-                f"gradients can be orthogonalised. Give this parameter to another optimizer."
-            )

@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from mep.errors import ArgumentError
+from mep.updates.base import Update, scale_
 from mep.updates.orthogonal import check_method, orthogonalise
 
 SCALES: dict[str, Callable[[int, int], float]] = {
@@ -32,13 +33,6 @@ SCALES: dict[str, Callable[[int, int], float]] = {
     "rms": lambda rows, columns: 0.2 * math.sqrt(max(rows, columns)),
     "none": lambda rows, columns: 1.0,
 }
-
-
-def accumulate_(buffers: list[Tensor], grads: list[Tensor], momentum: float, nesterov: bool) -> list[Tensor]:
-    """Let the momentum `buffers` decay and add `grads`; return the directions, which may be the buffers themselves."""
-    _scale_(buffers, momentum)
-    torch._foreach_add_(buffers, grads)
-    return list(torch._foreach_add(grads, buffers, alpha=momentum)) if nesterov else buffers
 
 
 def orthogonal_directions(matrices: Sequence[Tensor], method: str = "auto", steps: int | None = None) -> list[Tensor]:
@@ -58,7 +52,31 @@ def orthogonal_directions(matrices: Sequence[Tensor], method: str = "auto", step
     return result
 
 
-class Muon(torch.optim.Optimizer):
+def muon_step_(matrices: list[Tensor], directions: list[Tensor], group: dict[str, Any]) -> None:
+    """Let the `matrices` decay and move them along the orthogonalised `directions`, as the keywords in `group` say."""
+    lr = float(group["lr"])
+    turned = orthogonal_directions(directions, group["method"], group["steps"])
+    scale_(matrices, 1 - lr * group["weight_decay"])
+    for p, direction in zip(matrices, turned, strict=True):
+        rows = p.shape[0]
+        p.add_(direction, alpha=-lr * SCALES[group["scale"]](rows, p.numel() // rows))
+
+
+def vector_step_(vectors: list[Tensor], directions: list[Tensor], group: dict[str, Any]) -> None:
+    """Let the `vectors` decay and move them along the `directions`, as the keywords in `group` say."""
+    lr = float(group["lr"]) * group["vector_scale"]
+    scale_(vectors, 1 - lr * group["weight_decay"])
+    torch._foreach_add_(vectors, directions, alpha=-lr)
+
+
+def check_muon_step(group: dict[str, Any], call: str) -> None:
+    """Raise an ArgumentError that names `call` unless `muon_step_` knows the scale and the method of `group`."""
+    if group["scale"] not in SCALES:
+        raise ArgumentError(f"{call}(scale={group['scale']!r}): choose one of {list(SCALES)}.")
+    check_method(group["method"], group["steps"], call)
+
+
+class Muon(Update):
     """Momentum with the nearest orthogonal matrix as the step; plain SGD with momentum for biases and gains.
 
     The only state is `momentum_buffer`. Every keyword may differ between parameter groups.
@@ -111,93 +129,13 @@ class Muon(torch.optim.Optimizer):
         }
         super().__init__(params, defaults)
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        for group in self.param_groups:
-            for name, value in self.defaults.items():
-                group.setdefault(name, value)
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        _check_group({**self.defaults, **param_group})
-        super().add_param_group(param_group)
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Make one step along `p.grad`; a parameter without one stays.
-
-        Args:
-            closure: computes the gradients anew and returns the loss.
-
-        Returns:
-            What `closure` returned, or None.
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        moving = [[p for p in group["params"] if p.grad is not None and p.numel() > 0] for group in self.param_groups]
-        for params in moving:
-            _check_grads(params)
-        for group, params in zip(self.param_groups, moving, strict=True):
-            if params:
-                self._step_group_(group, params)
-        return loss
+    def _check_group(self, group: dict[str, Any], call: str) -> None:
+        check_muon_step(group, call)
 
     def _step_group_(self, group: dict[str, Any], params: list[Tensor]) -> None:
         matrices = [p for p in params if p.ndim >= 2]
         vectors = [p for p in params if p.ndim < 2]
-        params = matrices + vectors
-        directions = [p.grad for p in params if p.grad is not None]
-        if group["momentum"] > 0:
-            buffers = [self._momentum_buffer(p) for p in params]
-            directions = accumulate_(buffers, directions, group["momentum"], group["nesterov"])
-
-        lr = float(group["lr"])
         if matrices:
-            if group["weight_decay"] > 0:
-                _scale_(matrices, 1 - lr * group["weight_decay"])
-            scale = SCALES[group["scale"]]
-            turned = orthogonal_directions(directions[: len(matrices)], group["method"], group["steps"])
-            for p, direction in zip(matrices, turned, strict=True):
-                rows = p.shape[0]
-                p.add_(direction, alpha=-lr * scale(rows, p.numel() // rows))
+            muon_step_(matrices, self._directions(group, matrices), group)
         if vectors:
-            lr *= group["vector_scale"]
-            if group["weight_decay"] > 0:
-                _scale_(vectors, 1 - lr * group["weight_decay"])
-            torch._foreach_add_(vectors, directions[len(matrices) :], alpha=-lr)
-
-    def _momentum_buffer(self, p: Tensor) -> Tensor:
-        state = self.state[p]
-        if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-        return state["momentum_buffer"]
-
-
-def _scale_(tensors: list[Tensor], factor: float) -> None:
-    # One by one: on the CPU `_foreach_mul_` rounds the factor to the dtype, so that 0.999 would be 1 in bfloat16.
-    for tensor in tensors:
-        tensor.mul_(factor)
-
-
-def _check_group(group: dict[str, Any]) -> None:
-    if isinstance(group["lr"], Tensor) and group["lr"].numel() != 1:
-        raise ArgumentError(f"Muon(lr=...) must hold one number; got shape {list(group['lr'].shape)}.")
-    limits = {"lr": math.inf, "momentum": 1.0, "weight_decay": math.inf, "vector_scale": math.inf}
-    for name, limit in limits.items():
-        if not 0 <= group[name] < limit:
-            raise ArgumentError(f"Muon({name}={group[name]!r}) must be at least 0 and below {limit}.")
-    if group["scale"] not in SCALES:
-        raise ArgumentError(f"Muon(scale={group['scale']!r}): choose one of {list(SCALES)}.")
-    check_method(group["method"], group["steps"], call="Muon")
-
-
-def _check_grads(params: Sequence[Tensor]) -> None:
-    for p in params:
-        grad = p.grad
-        if grad is not None and (grad.layout != torch.strided or grad.is_complex()):
-            kind = "sparse" if grad.layout != torch.strided else "complex"
-            raise ArgumentError(
-                f"Muon.step: the gradient of a parameter of shape {list(p.shape)} is {kind}, but only real dense "
-                f"gradients can be orthogonalised. Give this parameter to another optimizer."
-            )
+            vector_step_(vectors, self._directions(group, vectors), group)

@@ -1,0 +1,103 @@
+"""What the updates share: momentum buffers, checked groups, and a step that refuses all or moves all."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mep.errors import ArgumentError
+
+
+def scale_(tensors: list[Tensor], factor: float) -> None:
+    """Multiply each of the `tensors` by `factor`."""
+    # One by one: on the CPU `_foreach_mul_` rounds the factor to the dtype, so that 0.999 would be 1 in bfloat16.
+    if factor != 1:
+        for tensor in tensors:
+            tensor.mul_(factor)
+
+
+def accumulate_(buffers: list[Tensor], grads: list[Tensor], momentum: float, nesterov: bool) -> list[Tensor]:
+    """Let the momentum `buffers` decay and add `grads`; return the directions, which may be the buffers themselves."""
+    scale_(buffers, momentum)
+    torch._foreach_add_(buffers, grads)
+    return list(torch._foreach_add(grads, buffers, alpha=momentum)) if nesterov else buffers
+
+
+class Update(torch.optim.Optimizer, ABC):
+    """An optimizer with the keywords `lr`, `momentum`, `nesterov`, `weight_decay` and `vector_scale` in every group."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        call = type(self).__name__
+        group = {**self.defaults, **param_group}
+        if isinstance(group["lr"], Tensor) and group["lr"].numel() != 1:
+            raise ArgumentError(f"{call}(lr=...) must hold one number; got shape {list(group['lr'].shape)}.")
+        limits = {"lr": math.inf, "momentum": 1.0, "weight_decay": math.inf, "vector_scale": math.inf}
+        for name, limit in limits.items():
+            if not 0 <= group[name] < limit:
+                raise ArgumentError(f"{call}({name}={group[name]!r}) must be at least 0 and below {limit}.")
+        self._check_group(group, call)
+        super().add_param_group(param_group)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Make one step along `p.grad`; a parameter without one stays.
+
+        Args:
+            closure: computes the gradients anew and returns the loss.
+
+        Returns:
+            What `closure` returned, or None.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        moving = [[p for p in group["params"] if p.grad is not None and p.numel() > 0] for group in self.param_groups]
+        for params in moving:
+            _check_grads(params, type(self).__name__)
+        for group, params in zip(self.param_groups, moving, strict=True):
+            self._step_group_(group, params)
+        return loss
+
+    @abstractmethod
+    def _check_group(self, group: dict[str, Any], call: str) -> None:
+        """Raise an ArgumentError that names `call` unless the keywords that `Update` does not check are in range."""
+
+    @abstractmethod
+    def _step_group_(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        """Move those `params` of `group` that have a gradient; there may be none."""
+
+    def _directions(self, group: dict[str, Any], params: list[Tensor]) -> list[Tensor]:
+        grads = [p.grad for p in params if p.grad is not None]
+        if group["momentum"] == 0:
+            return grads
+        buffers = [self._momentum_buffer(p) for p in params]
+        return accumulate_(buffers, grads, group["momentum"], group["nesterov"])
+
+    def _momentum_buffer(self, p: Tensor) -> Tensor:
+        state = self.state[p]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+        return state["momentum_buffer"]
+
+
+def _check_grads(params: list[Tensor], call: str) -> None:
+    for p in params:
+        grad = p.grad
+        if grad is not None and (grad.layout != torch.strided or grad.is_complex()):
+            kind = "sparse" if grad.layout != torch.strided else "complex"
+            raise ArgumentError(
+                f"{call}.step: the gradient of a parameter of shape {list(p.shape)} is {kind}, but only real dense "
+                f"gradients can be orthogonalised. Give this parameter to another optimizer."
+            )
