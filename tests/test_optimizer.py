@@ -453,20 +453,34 @@ def test_state_dict_continues_bit_for_bit(preset, carry):
     assert_equal(values(model), values(other))
 
 
+def out_of_reach(preset, lr):
+    """A model whose equilibrium cannot be reached at the beta that is asked for."""
+    model = net().eval()
+    with torch.no_grad():
+        model.last.weight.mul_(10)
+    return model, preset(model.parameters(), model=model, beta=20.0, tol=1e-3, lr=lr)
+
+
+@pytest.mark.parametrize("preset", TWO_PHASES)
+def test_reduced_beta_is_kept_and_raised_slowly(preset):
+    _, opt = out_of_reach(preset, lr=0.0)
+    betas = []
+    for batch in [*batches(1)] * 4:
+        train(opt, [batch])
+        betas.append(opt.last.beta)
+    assert betas[0] < 20.0
+    for before, after in itertools.pairwise(betas):
+        assert before < after < 1.1 * before
+
+
 @pytest.mark.parametrize("preset", TWO_PHASES)
 def test_reduced_beta_survives_a_checkpoint(preset):
-    def strong():
-        model = net().eval()
-        with torch.no_grad():
-            model.last.weight.mul_(10)
-        return model, preset(model.parameters(), model=model, beta=20.0, tol=1e-3, lr=1e-4)
-
-    model, opt = strong()
+    model, opt = out_of_reach(preset, lr=1e-4)
     first, *rest = batches(4)
     train(opt, [first])
     assert opt.last.converged and opt.last.beta < 20.0
     weights, state = copy.deepcopy(model.state_dict()), through_a_file(opt.state_dict())
-    other, resumed = strong()
+    other, resumed = out_of_reach(preset, lr=1e-4)
     other.load_state_dict(weights)
     resumed.load_state_dict(state)
     for batch in rest:

@@ -27,6 +27,10 @@ from mep.ops import Op, Ref
 from mep.snapshot import Buffers, generators, set_generators
 
 
+WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+"""Modules whose parameter gradient is a sum of outer products of their input and the error of their output."""
+
+
 @dataclass
 class Held:
     """What stays the same within a step, so that every evaluation sees one and the same energy.
@@ -84,6 +88,16 @@ class Node:
         """Whether J is constant while the branches are held, as far as is known."""
         return False
 
+    @property
+    def weighted(self) -> nn.Module | None:
+        """The linear layer or convolution that the program ends in, if it does; see `weighted_input`."""
+        last = self.program[-1]
+        return last.target if last.kind == "module" and type(last.target) in WEIGHTED else None
+
+    def weighted_input(self, saved: Any) -> Tensor:
+        """What `weighted` was applied to."""
+        raise NotImplementedError
+
     def evaluate(self, parents: Sequence[Any], held: Held) -> tuple[Tensor, Any]:
         """`predict`, once a step where the parents are clamped."""
         if not self.clamped:
@@ -123,8 +137,14 @@ class Local(Node):
                 for op in self.program:
                     with HeldInside(self.name, op, held) if _is_opaque(op) and held.hold_branches else nullcontext():
                         values[op.name] = self._run(op, values, held)
-            mu = values[self.program[-1].name]
-        return mu.detach(), (inputs, mu)
+            last = self.program[-1]
+            h = values[last.args[0].name].detach() if self.weighted else None
+            mu = values[last.name]
+        return mu.detach(), (inputs, mu, h)
+
+    def weighted_input(self, saved: Any) -> Tensor:
+        """Kept by the autograd graph anyway."""
+        return saved[2]
 
     def _run(self, op: Op, values: dict[str, Any], held: Held) -> Any:
         piece = op.pool or (op.activation if op.activation and op.activation.piecewise else None)
@@ -134,7 +154,7 @@ class Local(Node):
 
     def pull(self, saved: Any, force: Tensor) -> Sequence[Tensor | None]:
         """One backward pass through this node."""
-        inputs, mu = saved
+        inputs, mu, _ = saved
         wanted = [i for i, p in enumerate(inputs) if isinstance(p, Tensor) and p.requires_grad and self.flows[i]]
         found = _grad(mu, [inputs[i] for i in wanted], force)
         pulls: list[Tensor | None] = [None] * len(inputs)
@@ -144,7 +164,7 @@ class Local(Node):
 
     def contract(self, saved: Any, force: Tensor, weight: float) -> Sequence[Tensor | None]:
         """One backward pass to this node's parameters."""
-        _, mu = saved
+        _, mu, _ = saved
         wanted = [p for p in self.parameters if p.requires_grad]
         found = dict(zip(wanted, _grad(mu, wanted, force), strict=True))
         return [None if (g := found.get(p)) is None else g * weight for p in self.parameters]
@@ -213,6 +233,10 @@ class Chain(Node):
         linear = self.linear
         mu = h if linear is None else F.linear(h, linear.weight, linear.bias)
         return mu, (steps, h)
+
+    def weighted_input(self, saved: Any) -> Tensor:
+        """Kept for `contract`."""
+        return saved[1]
 
     def pull(self, saved: Any, force: Tensor) -> Sequence[Tensor | None]:
         """Closed form, last operation first."""
