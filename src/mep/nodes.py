@@ -26,7 +26,6 @@ from mep.activations import Activation, MaxPool, kink_of_call
 from mep.ops import Op, Ref
 from mep.snapshot import Buffers, generators, set_generators
 
-
 WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 """Modules whose parameter gradient is a sum of outer products of their input and the error of their output."""
 
