@@ -366,3 +366,36 @@ def test_squaring_bounds_the_largest_eigenvalue_from_above(dtype, size, scale):
         weight = scale * with_spectrum(sigma, size, size + 3)
         largest = largest_by_squaring((weight @ weight.mT).to(dtype)).item() / scale**2
         assert 1 - 1e-5 <= largest <= (1 + TOLERANCE) ** 2
+
+
+@pytest.mark.parametrize("shape", [(20, 30), (LARGE, 150)])
+def test_a_weight_is_measured_only_when_it_may_have_reached_the_bound(monkeypatch, shape):
+    """Random updates of spectral norm 0.01, from 1 to beyond 1.5: always bounded, seldom measured, scaled at last."""
+    measured = []
+    measure = constraints._norm_on_cpu
+    monkeypatch.setattr(constraints, "_norm_on_cpu", lambda *given: measured.append(measure(*given)) or measured[-1])
+    weight = nn.Parameter(with_spectrum([1.0, 0.9, 0.2], *shape))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    optimizer.register_step_post_hook(spectral_bound(1.5))
+    torch.manual_seed(0)
+    top = torch.linalg.svd(weight.detach())
+    norms = []
+    for _ in range(100):
+        weight.grad = -0.01 * torch.outer(top.U[:, 0], top.Vh[0])
+        optimizer.step()
+        norms.append(sigma_max(weight))
+    assert max(norms) <= 1.5 * (1 + TOLERANCE) and norms[-1] == pytest.approx(1.5, rel=TOLERANCE)
+    free = sum(norm < 1.48 for norm in norms)
+    assert free > 40 and sum(norm > 0 for norm in measured) <= 100 - free + 10
+
+
+def test_a_weight_that_someone_else_changed_is_measured_anew():
+    weight = nn.Parameter(with_spectrum([1.0, 0.9], 20, 30))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    optimizer.register_step_post_hook(spectral_bound(1.5))
+    weight.grad = torch.zeros_like(weight)
+    optimizer.step()
+    with torch.no_grad():
+        weight.mul_(4)
+    optimizer.step()
+    assert sigma_max(weight) == pytest.approx(1.5, rel=TOLERANCE)

@@ -39,8 +39,9 @@ def spectral_bound(gamma: float) -> Callable[..., None]:
     as `[out, rest]`) that the step could move: one that requires and has a gradient, in a group with `lr != 0`. All
     others stay exactly as they are, and so do weights that hold a NaN or an infinity.
 
-    On the CPU, weights with more than 128 rows and columns keep one vector, `optimizer.state[p]["spectral_vector"]`,
-    where the next estimate starts. Other devices are never made to wait for the host.
+    On the CPU a weight is measured again only once it has moved far enough to reach the bound: its value and norm then
+    are `optimizer.state[p]["spectral_reference"]` and `["spectral_norm"]`. With more than 128 rows and columns it also
+    keeps one vector, `["spectral_vector"]`, where the next estimate starts. Other devices never wait for the host.
 
     Args:
         gamma: the bound, in units of singular values.
@@ -146,11 +147,28 @@ def _bound_(weight: Tensor, state: dict[str, Any], gamma: float) -> None:
     if torch.finfo(wide.dtype).bits < 32:
         wide = wide.float()
     if weight.device.type == "cpu":
+        if _stayed_below(weight, state, gamma):
+            return
         norm = _norm_on_cpu(wide, weight.dtype, state, gamma)
         if norm > gamma:
             weight.mul_(gamma / norm)
+        if 0 < norm < gamma:
+            state["spectral_norm"] = norm
+            state["spectral_reference"] = weight.detach().clone()
     else:
         weight.mul_(_factor_without_waiting(wide, gamma))
+
+
+def _stayed_below(weight: Tensor, state: dict[str, Any], gamma: float) -> bool:
+    """Whether the weight has not moved far enough since it was measured to exceed `gamma`.
+
+    `sigma_max(W) <= sigma_max(R) + |W - R|_F`: no measurement until that could reach the bound.
+    """
+    reference = state.get("spectral_reference")
+    if reference is None or reference.shape != weight.shape:
+        return False
+    moved = torch.linalg.vector_norm(weight - reference, dtype=torch.promote_types(weight.dtype, torch.float32))
+    return state["spectral_norm"] + float(moved) <= gamma
 
 
 def _factor_without_waiting(wide: Tensor, gamma: float) -> Tensor:

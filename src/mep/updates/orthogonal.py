@@ -25,6 +25,8 @@ from torch import Tensor
 
 from mep.errors import ArgumentError
 
+_SAFE = 1e-20
+"""So far from the ends of float32's range, its inverse too, what underflows is far below rounding."""
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 # The authors' list, each step best for what the steps before make of singular values in [1e-3, 1]: Implementation 1 of
@@ -57,11 +59,7 @@ def polar_express(wide: Tensor, steps: int) -> Tensor:
 
 def gram(wide: Tensor) -> Tensor:
     """`(M M^T)^(-1/2) M`, zero in every direction whose squared singular value drowns in the rounding of `M M^T`."""
-    squares, directions = torch.linalg.eigh(wide @ wide.mT)
-    # A sum of k rounded products errs by about sqrt(k) roundings; twice that also covers the eigenvalues' own error.
-    noise = 2 * math.sqrt(wide.shape[-1]) * torch.finfo(wide.dtype).eps * squares[..., -1:]
-    inverse_roots = torch.where(squares > noise, squares.rsqrt(), 0)
-    return (directions * inverse_roots.unsqueeze(-2)) @ directions.mT @ wide
+    return _inverse_root(wide @ wide.mT, wide.shape[-1]) @ wide
 
 
 def svd(wide: Tensor) -> Tensor:
@@ -136,6 +134,11 @@ def orthogonalise(matrix: Tensor, method: str = "auto", steps: int | None = None
     if chosen.steps is None and torch.finfo(working).bits < 32:
         working = torch.float32
 
+    if method == "gram" and matrix.ndim == 2 and matrix.device.type == "cpu" and working == matrix.dtype:
+        found = _gram_as_it_is(matrix)
+        if found is not None:
+            return found
+
     # Only the shape of M matters, so bring it to where squares neither overflow nor vanish.
     largest = matrix.abs().amax((-2, -1), keepdim=True)
     wide = (matrix / largest.clamp_min(torch.finfo(matrix.dtype).tiny)).to(working)
@@ -163,6 +166,26 @@ def check_method(method: str, steps: int | None, call: str) -> None:
         )
     if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
         raise ArgumentError(f"{call}(steps={steps!r}) must be a whole number of at least 1.")
+
+
+def _inverse_root(square: Tensor, products: int) -> Tensor:
+    """`S^(-1/2)` of a Gram matrix whose entries are sums of so many products; zero where S drowns in rounding."""
+    squares, directions = torch.linalg.eigh(square)
+    # A sum of k rounded products errs by about sqrt(k) roundings; twice that also covers the eigenvalues' own error.
+    noise = 2 * math.sqrt(products) * torch.finfo(square.dtype).eps * squares[..., -1:]
+    inverse_roots = torch.where(squares > noise, squares.rsqrt(), 0)
+    return (directions * inverse_roots.unsqueeze(-2)) @ directions.mT
+
+
+def _gram_as_it_is(matrix: Tensor) -> Tensor | None:
+    """`gram` without scaling, where the Gram matrix shows that squares neither overflow nor vanish; else None."""
+    tall = matrix.shape[0] > matrix.shape[1]
+    with torch.autocast("cpu", enabled=False):
+        square = matrix.mT @ matrix if tall else matrix @ matrix.mT
+        if not _SAFE < float(square.diagonal().sum()) < 1 / _SAFE:
+            return None
+        root = _inverse_root(square, max(matrix.shape))
+        return matrix @ root if tall else root @ matrix
 
 
 def _unit(wide: Tensor) -> Tensor:
