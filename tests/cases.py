@@ -290,5 +290,5 @@ def settled(model: nn.Module, x, target, cost, beta: float, solver: Solver, read
     if reading == "hopfield":
         point = settle(energy, point, solver).point
     cost = make_cost(cost)
-    nudged = nudge(energy, cost, cost.prepare(energy.output(point), target), beta)
+    nudged = nudge(energy, cost(energy.output(point), target), beta)
     return nudged, settle(nudged, point, solver)

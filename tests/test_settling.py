@@ -359,10 +359,9 @@ def test_what_sees_only_the_input_is_predicted_once_a_step(name, solver, monkeyp
 def test_the_nudge_is_just_another_energy():
     model, x, y = MODELS["mlp tanh"].build()
     energy, point = free_energy(model, x)
-    cost = make_cost("cross_entropy")
-    prepared = cost.prepare(energy.output(point), y)
+    cost = make_cost("cross_entropy")(energy.output(point), y)
     with torch.no_grad():
-        plus, minus = (settle(nudge(energy, cost, prepared, b), point, TIGHT["sweep"]) for b in (1e-4, -1e-4))
+        plus, minus = (settle(nudge(energy, cost, b), point, TIGHT["sweep"]) for b in (1e-4, -1e-4))
     moved = energy.output(plus.point) + energy.output(minus.point) - 2 * energy.output(point)
     assert moved.norm() < 1e-3 * (energy.output(plus.point) - energy.output(point)).norm()
     assert math.isclose(energy.beta, 0.0)

@@ -217,7 +217,8 @@ def small(activation=nn.Tanh, dtype=torch.float64):
 
 
 def weak_nudge(preset):
-    return {"beta": 1e-3, "tol": 1e-4} if "beta" in inspect.signature(preset).parameters else {}
+    wanted = {"beta": 1e-3, "tol": 1e-4, "settle_steps": 500, "adaptive": True}
+    return {name: value for name, value in wanted.items() if name in inspect.signature(preset).parameters}
 
 
 @pytest.mark.parametrize("cost", ["cross_entropy", "mse"])

@@ -12,11 +12,12 @@ from .errors import (
 )
 from .estimators import Backprop, EquilibriumPropagation, Estimate
 from .optimizer import EPOptimizer
-from .presets import eqprop, muon_backprop, smep, smep_fast
+from .presets import O1MemoryEPv2, eqprop, local_ep, muon_backprop, natural_ep, sdmep, smep, smep_fast
 from .settle import Result, Solver
-from .solvers import Descent, Sweep
+from .solvers import Descent, Local, Sweep
 from .tracing import trace
-from .updates import Muon, orthogonalise
+from .updates import Dion, Muon, NaturalGradient, orthogonalise
+from .verification import verify
 
 __version__: str
 
@@ -25,23 +26,31 @@ __all__ = [
     "Backprop",
     "DataError",
     "Descent",
+    "Dion",
     "DivergedError",
     "EPOptimizer",
     "EquilibriumPropagation",
     "Estimate",
     "InputError",
+    "Local",
     "MepError",
     "Muon",
+    "NaturalGradient",
+    "O1MemoryEPv2",
     "ParameterError",
     "Result",
     "Solver",
     "Sweep",
     "TraceError",
     "eqprop",
+    "local_ep",
     "muon_backprop",
+    "natural_ep",
     "orthogonalise",
+    "sdmep",
     "smep",
     "smep_fast",
     "spectral_bound",
     "trace",
+    "verify",
 ]

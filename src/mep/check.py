@@ -40,14 +40,14 @@ def check_graph(graph: Graph, x: Any, against_model: bool = True) -> None:
             output = _nodes(graph, inputs, batch)
         buffers.rewind()
         with torch.random.fork_rng(devices):  # a dimension that is as long as the batch only now is not the batch
-            _nodes(graph, _with_one_more(inputs, batch), batch + 1)
+            _larger(graph, inputs, batch)
     finally:
         buffers.undo()
         graph.snapshot.allow_notes()
     if expected is None or reached is None:
         return
     _compare_parameters(graph, reached)
-    scale = float(expected.abs().max()) + 1
+    scale = float(expected.nan_to_num(0, 0, 0).abs().max()) + 1  # what is not finite is told later, with its cause
     close = output.shape == expected.shape and torch.allclose(output, expected, atol=scale * 1e-4, equal_nan=True)
     if not close:
         raise TraceError(
@@ -63,6 +63,11 @@ def _model(graph: Graph, inputs: dict[str, Any]) -> tuple[Tensor, set[nn.Paramet
         by_name = {n: inputs[n] for n in graph.inputs if n in names}
         rest = [inputs[n] for n in graph.inputs if n not in names]
         output = graph.model(*rest, **by_name)
+    if not isinstance(output, Tensor):
+        raise TraceError(
+            f"{type(graph.model).__name__} returns {type(output).__name__}; the output must be one tensor. Way out: "
+            "wrap the model in a module that returns that tensor."
+        )
     return output.detach(), _behind(output)
 
 
@@ -71,6 +76,11 @@ def _nodes(graph: Graph, inputs: dict[str, Any], batch: int) -> Tensor:
     for node in graph.nodes:
         parents = [v.detach() if isinstance(v, Tensor) else v for v in (values[p] for p in node.parents)]
         mu = _run(node, parents)
+        if node.owns_state and isinstance(mu, Tensor) and not mu.is_floating_point():
+            raise TraceError(
+                f"Node `{node.name}` predicts {mu.dtype}; a state must be real floating-point. Way out: "
+                "torch.view_as_real for complex numbers, and no argmax or rounding in the model that is trained."
+            )
         if not isinstance(mu, Tensor) or (node.owns_state and (mu.ndim == 0 or len(mu) % batch)):
             shape = tuple(mu.shape) if isinstance(mu, Tensor) else type(mu).__name__
             raise TraceError(
@@ -89,11 +99,21 @@ def _nodes(graph: Graph, inputs: dict[str, Any], batch: int) -> Tensor:
     return values[graph.output].detach()
 
 
-def _with_one_more(inputs: dict[str, Any], batch: int) -> dict[str, Any]:
-    def longer(v: Any) -> Any:
-        return torch.cat([v, v[:1]]) if isinstance(v, Tensor) and v.ndim and len(v) == batch else v
-
-    return {name: longer(v) for name, v in inputs.items()}
+def _larger(graph: Graph, inputs: dict[str, Any], batch: int) -> None:
+    """Evaluate with one example more. An input as long as the batch by chance (a mask) may have to stay as it is."""
+    many = [name for name, v in inputs.items() if isinstance(v, Tensor) and v.ndim and len(v) == batch]
+    for longer in [many] if len(many) == 1 else [many, many[:1]]:
+        try:
+            _nodes(graph, inputs | {n: torch.cat([inputs[n], inputs[n][:1]]) for n in longer}, batch + 1)
+            return
+        except (RuntimeError, ValueError, IndexError) as error:
+            if isinstance(error, TraceError):
+                raise
+            failed = error
+    raise TraceError(
+        f"{type(graph.model).__name__} was traced with {batch} examples and fails with {batch + 1}: {failed}. Way out: "
+        "take the size of the batch from the input, as in x.view(x.size(0), -1), or x.flatten(1)."
+    ) from failed
 
 
 def _run(node: Node, parents: list[Any]) -> Any:

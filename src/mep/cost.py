@@ -5,8 +5,9 @@ The loss of a batch is the mean over its examples, so gradients agree with `F.cr
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,117 +18,128 @@ PerExample = Callable[[Tensor, Tensor], Tensor]
 Curvature = tuple[Tensor, Tensor | None]
 
 
-class Cost:
-    """`value(output, target)` is `[batch]`; `gradient` is its derivative in `output`, in the shape of `output`."""
+class BatchCost(ABC):
+    """The cost of one batch as a function of the output; the target is inside.
 
-    def prepare(self, output: Tensor, target: Tensor) -> Tensor:
-        """Check the target against the output and return it as `value` and `gradient` want it."""
-        raise NotImplementedError
+    Args:
+        output: that of the batch, for the shape and dtype that the target must fit.
+        target: what the cost expects.
+    """
 
-    def value(self, output: Tensor, target: Tensor) -> Tensor:
-        """The cost of every example."""
-        raise NotImplementedError
+    narrows = True
+    """Whether `of` is there: row i of the target belongs to example i."""
 
-    def gradient(self, output: Tensor, target: Tensor) -> Tensor:
-        """d value.sum() / d output."""
-        raise NotImplementedError
+    @abstractmethod
+    def value(self, output: Tensor) -> Tensor:
+        """The cost of every example: [batch]."""
 
-    def curvature(self, output: Tensor, target: Tensor, gradient: Tensor) -> Curvature | None:
+    @abstractmethod
+    def gradient(self, output: Tensor) -> Tensor:
+        """d value.sum() / d output, in the shape of `output`."""
+
+    def curvature(self, output: Tensor, gradient: Tensor) -> Curvature | None:
         """`(d, p)` if the Hessian of every example is `diag(d) - p p^T` (p may be None); None if it is not known.
 
         `gradient` is that at the same output: often it tells the Hessian too.
         """
         return None
 
+    def of(self, rows: Tensor) -> BatchCost:
+        """The cost of some of the examples."""
+        raise NotImplementedError
 
-class SquaredError(Cost):
+
+class SquaredError(BatchCost):
     """`mean_j (s_j - y_j)^2` over the features j of an example: its mean over the batch is `F.mse_loss`."""
 
-    def prepare(self, output: Tensor, target: Tensor) -> Tensor:
-        """The target, in the output's dtype; shapes must be equal, nothing broadcasts."""
+    def __init__(self, output: Tensor, target: Tensor):
         if target.shape != output.shape:
             raise InputError(
                 f"mse: the target has shape {tuple(target.shape)} and the output {tuple(output.shape)}; they must be "
                 "equal. For class labels pass F.one_hot(labels, classes).float(), or use cost='cross_entropy'."
             )
-        return target.to(output.dtype)
+        self.target = target.to(output.dtype)
+        self.features = output.numel() // len(output)
 
-    def value(self, output: Tensor, target: Tensor) -> Tensor:
-        """[batch]."""
-        return (output - target).square().reshape(len(output), -1).mean(1)
+    def value(self, output: Tensor) -> Tensor:
+        return (output - self.target).square().reshape(len(output), -1).mean(1)
 
-    def gradient(self, output: Tensor, target: Tensor) -> Tensor:
+    def gradient(self, output: Tensor) -> Tensor:
         """2 (s - y) / features."""
-        return (output - target).mul_(2 * len(output) / output.numel())
+        return (output - self.target).mul_(2 / self.features)
 
-    def curvature(self, output: Tensor, target: Tensor, gradient: Tensor) -> Curvature | None:
+    def curvature(self, output: Tensor, gradient: Tensor) -> Curvature | None:
         """2 / features."""
-        return (torch.full_like(output, 2 * len(output) / output.numel()), None) if output.ndim == 2 else None
+        return (torch.full_like(output, 2 / self.features), None) if output.ndim == 2 else None
+
+    def of(self, rows: Tensor) -> BatchCost:
+        return _copy(self, target=self.target.index_select(0, rows))
 
 
-class CrossEntropy(Cost):
+class CrossEntropy(BatchCost):
     """`-sum_c q_c log softmax(s)_c`, the mean over the positions of an example; classes along dimension 1.
 
-    The target is class indices `[batch, ...]` or probabilities in the shape of the output.
+    The target is class indices `[batch, ...]` or probabilities in the shape of the output. `total` is `sum_c q_c`, None
+    where it is 1.
     """
 
-    def prepare(self, output: Tensor, target: Tensor) -> Tensor:
-        """The target as probabilities."""
+    def __init__(self, output: Tensor, target: Tensor):
         if output.ndim < 2:
             raise InputError(f"cross_entropy: the output must be [batch, classes, ...], got {tuple(output.shape)}.")
+        self.positions = output.numel() // (output.shape[0] * output.shape[1])
+        self.labels: Tensor | None = None
+        self.total: Tensor | None = None
         if target.is_floating_point():
             if target.shape != output.shape:
                 raise InputError(
                     f"cross_entropy: probabilities must have the output's shape {tuple(output.shape)}, got "
                     f"{tuple(target.shape)}. For class labels pass integers (torch.long)."
                 )
-            return target.to(output.dtype)
-        wanted, classes = (output.shape[0], *output.shape[2:]), output.shape[1]
-        if target.shape != wanted or target.dtype in (torch.bool, torch.complex64, torch.complex128):
-            raise InputError(
-                f"cross_entropy: class labels must be integers of shape {wanted}, got {target.dtype} of shape "
-                f"{tuple(target.shape)}."
-            )
-        low, high = int(target.min()), int(target.max())
-        if low < 0 or high >= classes:
-            raise InputError(f"cross_entropy: labels lie in [{low}, {high}], the output has {classes} classes.")
-        onehot = torch.zeros_like(output)
-        return onehot.scatter_(1, target.long().unsqueeze(1), 1.0)
+            self.target = target.to(output.dtype)
+            self.total = self.target.sum(1, keepdim=True)
+        else:
+            self.labels = _checked_labels(output, target)
+            self.target = torch.zeros_like(output).scatter_(1, self.labels, 1.0)
 
-    def value(self, output: Tensor, target: Tensor) -> Tensor:
-        """[batch]."""
-        chosen = (output * target).where(target != 0, 0).sum(1)
-        return (output.logsumexp(1) * target.sum(1) - chosen).reshape(len(output), -1).mean(1)
+    def value(self, output: Tensor) -> Tensor:
+        if self.labels is not None:
+            each = _columns(output).logsumexp(0 if output.ndim == 2 else 1) - output.gather(1, self.labels).squeeze(1)
+        else:
+            assert self.total is not None
+            chosen = (output * self.target).where(self.target != 0, 0).sum(1)
+            each = output.logsumexp(1) * self.total.squeeze(1) - chosen
+        return each if each.ndim == 1 else each.reshape(len(output), -1).mean(1)
 
-    def gradient(self, output: Tensor, target: Tensor) -> Tensor:
-        """(softmax(s) sum_c q_c - q) / positions; q sums to one for labels and for probabilities proper."""
-        positions = output.numel() // (output.shape[0] * output.shape[1])
-        p = (output - output.amax(1, keepdim=True)).exp_()  # torch.softmax is slow along short rows
-        p.mul_(target.sum(1, keepdim=True).div_(p.sum(1, keepdim=True))).sub_(target)
-        return p.div_(positions) if positions > 1 else p
+    def gradient(self, output: Tensor) -> Tensor:
+        """(softmax(s) sum_c q_c - q) / positions."""
+        p = _columns(output).softmax(0).t() if output.ndim == 2 else output.softmax(1)
+        p = p.sub_(self.target) if self.total is None else p.mul_(self.total).sub_(self.target)
+        return p.div_(self.positions) if self.positions > 1 else p
 
-    def curvature(self, output: Tensor, target: Tensor, gradient: Tensor) -> Curvature | None:
+    def curvature(self, output: Tensor, gradient: Tensor) -> Curvature | None:
         """`diag(p) - p p^T` with p = softmax(s), for a target that sums to one."""
         if output.ndim != 2:
             return None
-        p = gradient + target
+        p = gradient + self.target
         return p, p
 
+    def of(self, rows: Tensor) -> BatchCost:
+        labels = None if self.labels is None else self.labels.index_select(0, rows)
+        total = None if self.total is None else self.total.index_select(0, rows)
+        return _copy(self, target=self.target.index_select(0, rows), labels=labels, total=total)
 
-@dataclass(frozen=True)
-class Custom(Cost):
+
+class Custom(BatchCost):
     """Any differentiable function of `(output, target)` that returns one number per example."""
 
-    function: PerExample
+    narrows = False
 
-    def prepare(self, output: Tensor, target: Tensor) -> Tensor:
-        """The target as it is; the function is tried once, so that what is wrong with it is told before settling."""
-        self.gradient(output, target)
-        return target
+    def __init__(self, function: PerExample, output: Tensor, target: Tensor):
+        self.function, self.target = function, target
+        self.gradient(output)  # tried once, so that what is wrong with it is told before settling
 
-    def value(self, output: Tensor, target: Tensor) -> Tensor:
-        """[batch]."""
-        value = self.function(output, target)
+    def value(self, output: Tensor) -> Tensor:
+        value = self.function(output, self.target)
         if not isinstance(value, Tensor) or value.shape != output.shape[:1]:
             got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise InputError(
@@ -136,31 +148,62 @@ class Custom(Cost):
             )
         return value
 
-    def gradient(self, output: Tensor, target: Tensor) -> Tensor:
+    def gradient(self, output: Tensor) -> Tensor:
         """By autograd through the function alone."""
         with torch.enable_grad():
             leaf = output.detach().requires_grad_()
-            value = self.value(leaf, target)
+            value = self.value(leaf)
             if not value.requires_grad:
                 raise InputError("cost: the function must be differentiable in the output; it returned a constant.")
             (gradient,) = torch.autograd.grad(value.sum(), leaf)
         return gradient
 
 
-NAMED: dict[str, type[Cost]] = {"cross_entropy": CrossEntropy, "mse": SquaredError}
+Cost = Callable[[Tensor, Tensor], BatchCost]
+"""From the output and the target of a batch to its cost."""
+
+NAMED: dict[str, Cost] = {"cross_entropy": CrossEntropy, "mse": SquaredError}
 
 
-def make_cost(cost: str | PerExample | Cost) -> Cost:
-    """A cost from its name, a per-example function, or a `Cost`.
+def make_cost(cost: str | PerExample | type[BatchCost]) -> Cost:
+    """A cost from its name, a per-example function, or a class derived from `BatchCost`.
 
     Example:
-        >>> make_cost("mse").value(torch.tensor([[1.0, 3.0]]), torch.tensor([[0.0, 3.0]]))
+        >>> output, target = torch.tensor([[1.0, 3.0]]), torch.tensor([[0.0, 3.0]])
+        >>> make_cost("mse")(output, target).value(output)
         tensor([0.5000])
     """
-    if isinstance(cost, Cost):
-        return cost
     if isinstance(cost, str) and cost in NAMED:
-        return NAMED[cost]()
-    if callable(cost):
-        return Custom(cost)
+        return NAMED[cost]
+    if isinstance(cost, type):
+        if issubclass(cost, BatchCost):
+            return cost
+    elif callable(cost):
+        return partial(Custom, cost)
     raise ArgumentError(f"cost={cost!r}: choose one of {sorted(NAMED)}, or pass a per-example function.")
+
+
+def _checked_labels(output: Tensor, labels: Tensor) -> Tensor:
+    """Class labels as indices `[batch, 1, ...]`."""
+    wanted, classes = (output.shape[0], *output.shape[2:]), output.shape[1]
+    if labels.shape != wanted or labels.dtype in (torch.bool, torch.complex64, torch.complex128):
+        raise InputError(
+            f"cross_entropy: class labels must be integers of shape {wanted}, got {labels.dtype} of shape "
+            f"{tuple(labels.shape)}. Classes are dimension 1 of the output; for [batch, time, classes] transpose the "
+            "output, or pass a cost function."
+        )
+    low, high = (int(bound) for bound in labels.aminmax())
+    if low < 0 or high >= classes:
+        raise InputError(f"cross_entropy: labels lie in [{low}, {high}], the output has {classes} classes.")
+    return labels.long().unsqueeze(1)
+
+
+def _columns(output: Tensor) -> Tensor:
+    """Classes first in memory, [classes, batch]: reductions are slow along short rows, and fast along columns."""
+    return output.t().contiguous() if output.ndim == 2 else output
+
+
+def _copy(cost: BatchCost, **changed: Tensor | None) -> BatchCost:
+    twin = object.__new__(type(cost))
+    twin.__dict__ = {**cost.__dict__, **changed}
+    return twin

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from mep.activations import Activation
-from mep.cost import Cost
+from mep.cost import BatchCost
 from mep.errors import ArgumentError
 from mep.graph import Graph, Point
 from mep.nodes import Held, Node
@@ -86,10 +86,9 @@ def make_coupling(name: str) -> Coupling:
 
 @dataclass(frozen=True)
 class Nudge:
-    """`beta C(s_out)`, with the target already inside."""
+    """`beta C(s_out)`."""
 
-    cost: Cost
-    target: Tensor
+    cost: BatchCost
     beta: float
 
 
@@ -127,6 +126,12 @@ class Energy:
         """The graph evaluated at a state."""
         return self.graph.evaluate(self.inputs, self.held, lambda node, mu: state[node.name])
 
+    def following(self, errors: Mapping[str, Tensor]) -> Point:
+        """The graph with every state off its prediction by its scaled error: `s = mu - beta error`."""
+        return self.graph.evaluate(
+            self.inputs, self.held, lambda node, mu: torch.add(mu, errors[node.name], alpha=-self.beta)
+        )
+
     def state(self, point: Point) -> State:
         """The states of a point."""
         return {n.name: point.values[n.name] for n in self.graph.states}
@@ -145,7 +150,7 @@ class Energy:
         for name, mu in point.predictions.items():
             total = total + self.coupling.energy(point.values[name], mu).reshape(self.batch, -1).sum(1)
         if self.nudge:
-            total = total + self.nudge.beta * self.nudge.cost.value(self.output(point), self.nudge.target)
+            total = total + self.nudge.beta * self.nudge.cost.value(self.output(point))
         return total
 
     def output(self, point: Point) -> Tensor:
@@ -154,8 +159,7 @@ class Energy:
 
     def cost_gradient(self, point: Point) -> Tensor | None:
         """dC/ds_out, without beta; None when there is no nudge."""
-        nudge = self.nudge
-        return nudge.cost.gradient(self.output(point), nudge.target) if nudge else None
+        return self.nudge.cost.gradient(self.output(point)) if self.nudge else None
 
     def pulls(self, point: Point) -> State:
         """What each state is pulled by: `sum_c J_c^T tension_c`, and `-beta dC/ds` at the output."""
@@ -169,7 +173,7 @@ class Energy:
             return self.coupling.tension(s, mu)
 
         gradient = self.cost_gradient(point)
-        self.graph.pull(point, None if gradient is None else -self.beta * gradient, transmit)
+        self.graph.pull(point.saved, None if gradient is None else -self.beta * gradient, transmit)
         return arriving
 
     def forces(self, point: Point, pulls: Mapping[str, Tensor] | None = None) -> State:
@@ -203,9 +207,9 @@ class Energy:
         return self.graph.contract(point, tensions, -weight)
 
 
-def nudge(energy: Energy, cost: Cost, target: Tensor, beta: float) -> Energy:
+def nudge(energy: Energy, cost: BatchCost, beta: float) -> Energy:
     """The energy plus `beta` times the cost at the output: just another energy."""
-    return replace(energy, nudge=Nudge(cost, target, beta))
+    return replace(energy, nudge=Nudge(cost, beta))
 
 
 def inside_box(node: Node, mu: Tensor) -> Tensor:

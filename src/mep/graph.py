@@ -38,6 +38,12 @@ class Graph:
 
     def __post_init__(self) -> None:
         self.states = tuple(n for n in self.nodes if n.owns_state)
+        self.readers: dict[str, list[Node]] = {node.name: [] for node in self.nodes}
+        """Node -> the nodes that read its value."""
+        for node in self.nodes:
+            for parent in node.parents:
+                if parent in self.readers:
+                    self.readers[parent].append(node)
         self.is_affine_when_held = all(n.clamped or n.is_affine_when_held for n in self.nodes)
         """Whether no Jacobian changes while the branches are held: pointwise pieces and linear layers only."""
         self.snapshot = Snapshot(self.model)
@@ -57,14 +63,25 @@ class Graph:
         return {k: v.detach() if isinstance(v, Tensor) else v for k, v in values.items()}
 
     def evaluate(
-        self, inputs: Mapping[str, Any], held: Held, place: Callable[[Node, Tensor], Tensor] | None = None
+        self,
+        inputs: Mapping[str, Any],
+        held: Held,
+        place: Callable[[Node, Tensor], Tensor] | None = None,
+        before: Point | None = None,
     ) -> Point:
-        """Walk the nodes in order; `place(node, mu)` says where a state stands (by default on its prediction)."""
+        """Walk the nodes in order; `place(node, mu)` says where a state stands (by default on its prediction).
+
+        What was known `before` is kept where no parent has moved since, that is, where its value is the same object.
+        """
         if held.buffers and not held.recording:
             held.buffers.rewind()
         values, predictions, saved = dict(inputs), {}, {}
         for node in self.nodes:
-            mu, saved[node.name] = node.evaluate([values[p] for p in node.parents], held)
+            if before is None or any(values[p] is not before.values[p] for p in node.parents):
+                mu, saved[node.name] = node.evaluate([values[p] for p in node.parents], held)
+            else:
+                mu = (before.predictions if node.owns_state else before.values)[node.name]
+                saved[node.name] = before.saved[node.name]
             if node.owns_state:
                 predictions[node.name] = mu
                 values[node.name] = place(node, mu) if place else mu
@@ -72,8 +89,14 @@ class Graph:
                 values[node.name] = mu
         return Point(values, predictions, saved)
 
-    def pull(self, point: Point, output_force: Tensor | None, transmit: Transmit) -> None:
-        """Walk the nodes from last to first, handing each the sum of its children's pulls.
+    def reevaluate(self, node: Node, values: Mapping[str, Any], held: Held) -> tuple[Any, Any]:
+        """One node alone, within a step: its prediction from these values, and what its `pull` needs."""
+        if held.buffers:
+            held.buffers.rewind()
+        return node.evaluate([values[p] for p in node.parents], held)
+
+    def pull(self, saved: Mapping[str, Any], output_force: Tensor | None, transmit: Transmit) -> None:
+        """Walk the nodes from last to first, handing each the sum of its children's pulls; `saved` is a point's.
 
         `transmit(node, force)` receives that sum (plus `output_force` at the output; None if nothing arrived) and
         returns the force that the node in turn exerts on its own parents. A junction should return what it gets.
@@ -83,10 +106,35 @@ class Graph:
             force = transmit(node, forces.pop(node.name, None))
             if force is None or node.clamped:
                 continue
-            for parent, g in zip(node.parents, node.pull(point.saved[node.name], force), strict=True):
+            for parent, g in zip(node.parents, node.pull(saved[node.name], force), strict=True):
                 if g is not None:
                     known = forces.get(parent)
                     forces[parent] = g if known is None else known + g
+
+    def push(
+        self, saved: Mapping[str, Any], errors: Mapping[str, Tensor]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The tangents `t_n = errors[n] + sum over the parents of J t`, and those of the weighted inputs.
+
+        They tell how far values move when every state adds its error. Only for graphs that are affine.
+        """
+        tangents: dict[str, Tensor] = {}
+        arriving: dict[str, Tensor] = {}
+        for node in self.nodes:
+            t, h = None, None
+            if not node.clamped:
+                t, h = node.push(saved[node.name], [tangents.get(p) for p in node.parents])
+            if h is not None:
+                arriving[node.name] = h
+            if node.owns_state:
+                t = errors[node.name] if t is None else t + errors[node.name]
+            if t is not None:
+                tangents[node.name] = t
+        return tangents, arriving
+
+    def rows(self, saved: Mapping[str, Any], index: Tensor) -> dict[str, Any]:
+        """What `pull` and `push` need of some examples; only for graphs that are affine."""
+        return {node.name: node.rows(saved[node.name], index) for node in self.nodes if not node.clamped}
 
     def contract(self, point: Point, forces: Mapping[str, Tensor], weight: float) -> dict[nn.Parameter, Tensor]:
         """weight * sum over the nodes of (dmu_n/dtheta)^T forces[n]; an untrained parameter has no entry."""

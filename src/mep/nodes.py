@@ -3,10 +3,10 @@
     predict(parents, held) -> mu, saved      mu = f(parents)
     pull(saved, force)     -> one force a parent: J^T force, J = dmu/dparent   (None where nothing flows)
     contract(saved, force, weight) -> one gradient a parameter: weight * (dmu/dtheta)^T force
+    push(saved, tangents)  -> sum over the parents of J tangent, where J is constant
 
-`Local` does this for any operations through an autograd graph of its own, which lives as long as `saved`. `Chain`
-does it in closed form for pointwise activations and reshapes that end in a linear layer. There is never a graph
-through more than one node.
+`Local` does this for any operations through an autograd graph of its own, which lives as long as `saved`;
+`mep.chain.Chain` does it in closed form. There is never a graph through more than one node.
 """
 
 from __future__ import annotations
@@ -18,12 +18,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from mep.activations import Activation, MaxPool, kink_of_call
-from mep.ops import Op, Ref
+from mep.ops import Op, has_hooks
 from mep.snapshot import Buffers, generators, set_generators
 
 WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -91,7 +90,8 @@ class Node:
     def weighted(self) -> nn.Module | None:
         """The linear layer or convolution that the program ends in, if it does; see `weighted_input`."""
         last = self.program[-1]
-        return last.target if last.kind == "module" and type(last.target) in WEIGHTED else None
+        plain = last.kind == "module" and type(last.target) in WEIGHTED and not has_hooks(last.target)
+        return last.target if plain else None
 
     def weighted_input(self, saved: Any) -> Tensor:
         """What `weighted` was applied to."""
@@ -117,6 +117,21 @@ class Node:
         """weight * (dmu/dtheta)^T force for every parameter, in the order of `parameters`; never an alias."""
         raise NotImplementedError
 
+    def push(self, saved: Any, tangents: Sequence[Tensor | None]) -> tuple[Tensor | None, Tensor | None]:
+        """`sum J t` over the parents' tangents t (None: at rest), and the tangent of `weighted_input`.
+
+        Only where `is_affine_when_held`, as `moved` and `rows`.
+        """
+        raise NotImplementedError
+
+    def moved(self, saved: Any, arriving: Tensor, size: float) -> Any:
+        """`saved` after `weighted_input` has moved by `size * arriving`."""
+        raise NotImplementedError
+
+    def rows(self, saved: Any, index: Tensor) -> Any:
+        """`saved` of some of the examples."""
+        raise NotImplementedError
+
 
 class Local(Node):
     """Any operations, through a small autograd graph local to the node.
@@ -128,7 +143,7 @@ class Local(Node):
         """Run the recorded operations on detached parents."""
         with torch.enable_grad():
             inputs = [
-                p.detach().requires_grad_() if flows and p.is_floating_point() else p
+                p.detach().requires_grad_() if flows and (p.is_floating_point() or p.is_complex()) else p
                 for p, flows in zip(parents, self.flows, strict=True)
             ]
             values = dict(zip(self.parents, inputs, strict=True))
@@ -149,7 +164,8 @@ class Local(Node):
         piece = op.pool or (op.activation if op.activation and op.activation.piecewise else None)
         if piece is None or not held.hold_branches:
             return op.run(values)
-        return held.on_branch((self.name, op.name), piece, values[op.args[0].name])
+        x = values[op.args[0].name]
+        return op.run(values) if x.is_complex() else held.on_branch((self.name, op.name), piece, x)
 
     def pull(self, saved: Any, force: Tensor) -> Sequence[Tensor | None]:
         """One backward pass through this node."""
@@ -192,104 +208,6 @@ class HeldInside(TorchFunctionMode):
 def _is_opaque(op: Op) -> bool:
     """Whether a module is kept whole that is more than one operation."""
     return op.kind == "module" and any(True for _ in op.target.children())
-
-
-class Chain(Node):
-    """Pointwise activations and reshapes, then perhaps a linear layer, in closed form.
-
-    mu = h W^T + b with h = a(parent):   pull(force) = a'(parent) * (force W),   dW = force^T h,   db = sum force.
-    """
-
-    @property
-    def is_affine_when_held(self) -> bool:
-        """True unless an activation is curved."""
-        return all(op.activation is None or op.activation.piecewise for op in self.program)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        last = self.program[-1]
-        self.linear: nn.Linear | None = last.target if _is_linear(last) else None
-        self.before = self.program if self.linear is None else self.program[:-1]
-
-    def predict(self, parents: Sequence[Any], held: Held) -> tuple[Tensor, Any]:
-        """Each operation in turn; `steps` keeps what its backward reads."""
-        h = parents[0]
-        steps: list[tuple[Op, Any]] = []
-        for op in self.before:
-            if op.activation is None:
-                steps.append((op, h.shape))
-                h = op.run({op.args[0].name: h})
-            elif op.activation.piecewise and held.hold_branches:
-                key = (self.name, op.name)
-                x0 = held.branches.setdefault(key, h)
-                held.count(op.activation, h, x0)
-                steps.append((op, (x0, x0)))
-                h = op.activation.held(h, x0)
-            else:
-                y = op.activation.value(h)
-                steps.append((op, (h, y)))
-                h = y
-        linear = self.linear
-        mu = h if linear is None else F.linear(h, linear.weight, linear.bias)
-        return mu, (steps, h)
-
-    def weighted_input(self, saved: Any) -> Tensor:
-        """Kept for `contract`."""
-        return saved[1]
-
-    def pull(self, saved: Any, force: Tensor) -> Sequence[Tensor | None]:
-        """Closed form, last operation first."""
-        steps, _ = saved
-        linear = self.linear
-        g = force if linear is None else force @ linear.weight
-        for op, kept in reversed(steps):
-            g = g.reshape(kept) if op.activation is None else op.activation.backward(g, *kept)
-        return (g,)
-
-    def contract(self, saved: Any, force: Tensor, weight: float) -> Sequence[Tensor | None]:
-        """dW = force^T h and db = sum force, over every dimension but the last."""
-        linear = self.linear
-        if linear is None:
-            return ()
-        rows, h, (w, b) = force.flatten(0, -2), saved[1].flatten(0, -2), (linear.weight, linear.bias)
-        gradients = [torch.addmm(w, rows.t(), h, beta=0, alpha=weight) if w.requires_grad else None]
-        if b is not None:
-            gradients.append(rows.sum(0).mul_(weight) if b.requires_grad else None)
-        return gradients
-
-
-def make_node(program: Sequence[Op], parents: Sequence[str], **fields: Any) -> Node:
-    """The closed form where there is one, the local autograd graph elsewhere."""
-    kind = Chain if len(parents) == 1 and _is_chain(program, parents[0]) else Local
-    return kind(program=tuple(program), parents=tuple(parents), **fields)
-
-
-def _is_chain(program: Sequence[Op], parent: str) -> bool:
-    """Whether each operation reads only the one before it, and all have a closed form."""
-    previous = parent
-    for i, op in enumerate(program):
-        closed = op.activation or _is_flatten(op) or (_is_linear(op) and i == len(program) - 1)
-        if not closed or op.args[:1] != (Ref(previous),) or (op.kwargs and not op.activation):
-            return False
-        previous = op.name
-    return True
-
-
-def _is_linear(op: Op) -> bool:
-    return op.kind == "module" and type(op.target) is nn.Linear and not has_hooks(op.target)
-
-
-def _is_flatten(op: Op) -> bool:
-    if op.kind == "module":
-        return type(op.target) is nn.Flatten and not has_hooks(op.target)
-    plain = all(isinstance(a, int) for a in op.args[1:])
-    return plain and (op.target is torch.flatten or (op.kind == "method" and op.target == "flatten"))
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether calling the module does more than its `forward`."""
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return any(getattr(module, h) for h in hooks)
 
 
 def _grad(output: Tensor, inputs: Sequence[Tensor], force: Tensor) -> Sequence[Tensor | None]:

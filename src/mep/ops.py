@@ -68,6 +68,12 @@ def writes_in_place(module: nn.Module) -> bool:
     return any(getattr(m, "inplace", False) for m in module.modules())
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling the module does more than its `forward`."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any(getattr(module, h) for h in hooks)
+
+
 def fill(template: Any, values: Mapping[str, Any]) -> Any:
     """`template` with every `Ref` replaced, inside tuples, lists, dicts and slices too."""
     if isinstance(template, Ref):

@@ -70,7 +70,14 @@ class EPOptimizer(torch.optim.Optimizer):
         return self.estimator.model
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None, *, x: Any = None, target: Tensor | None = None) -> Any:
+    def step(
+        self,
+        closure: Callable[[], Any] | None = None,
+        *,
+        x: Any = None,
+        target: Tensor | None = None,
+        indices: Tensor | None = None,
+    ) -> Any:
         """One update.
 
         With `x` and `target` the estimator computes the gradients, which replace those in `p.grad`. With a `closure`
@@ -81,6 +88,7 @@ class EPOptimizer(torch.optim.Optimizer):
             closure: fills `p.grad` and returns the loss.
             x: the input of a batch, [batch, ...].
             target: what the cost expects.
+            indices: the places of the examples in the data set, [batch], for estimators that keep their equilibria.
 
         Returns:
             The mean cost at the free equilibrium (0-dim tensor), or what the closure returned, or None.
@@ -91,7 +99,8 @@ class EPOptimizer(torch.optim.Optimizer):
         if x is not None or target is not None:
             if x is None or target is None or closure is not None:
                 raise ArgumentError("step(...): pass x and target together, and no closure with them.")
-            gradients, estimate = self.estimator.gradients(x, target)
+            known = {} if indices is None else {"indices": indices}
+            gradients, estimate = self.estimator.gradients(x, target, **known)
             for p in self._parameters():
                 p.grad = gradients.get(p)
             self.last, loss = estimate, estimate.loss

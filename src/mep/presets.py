@@ -15,14 +15,15 @@ from torch import nn
 from torch.optim.optimizer import ParamsT
 
 from mep.constraints import spectral_bound
-from mep.cost import Cost, PerExample
+from mep.cost import BatchCost, PerExample
 from mep.errors import ArgumentError, ParameterError
 from mep.estimators import Backprop, EquilibriumPropagation
+from mep.estimators.inputs import check_model
 from mep.optimizer import EPOptimizer
 from mep.settle import Solver
-from mep.solvers import Descent, Sweep
+from mep.solvers import Descent, Local, Sweep
 from mep.tracing import Leaves
-from mep.updates import Muon
+from mep.updates import Dion, Muon, NaturalGradient
 
 
 def eqprop(
@@ -33,7 +34,7 @@ def eqprop(
     momentum: float = 0.9,
     weight_decay: float = 0.0,
     nesterov: bool = False,
-    cost: str | PerExample | Cost = "cross_entropy",
+    cost: str | PerExample | type[BatchCost] = "cross_entropy",
     beta: float = 0.1,
     energy: str = "prediction",
     phases: str = "one-sided",
@@ -64,7 +65,7 @@ def eqprop(
     """
     solver = _solver(energy, settle_steps, settle_lr, adaptive, tol, patience)
     estimator = EquilibriumPropagation(model, cost, beta, solver, energy, phases, branches, leaves)
-    _check_sgd(lr=lr, momentum=momentum, weight_decay=weight_decay)
+    _check_sgd("eqprop", lr=lr, momentum=momentum, weight_decay=weight_decay)
     groups = _listed(params, model)
     update = torch.optim.SGD(groups, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov)
     return EPOptimizer(estimator, update)
@@ -79,7 +80,7 @@ def smep(
     weight_decay: float = 0.0,
     nesterov: bool = True,
     gamma: float = 3.0,
-    cost: str | PerExample | Cost = "cross_entropy",
+    cost: str | PerExample | type[BatchCost] = "cross_entropy",
     beta: float = 0.1,
     energy: str = "prediction",
     phases: str = "one-sided",
@@ -116,7 +117,7 @@ def smep_fast(
     weight_decay: float = 0.0,
     nesterov: bool = True,
     gamma: float = 3.0,
-    cost: str | PerExample | Cost = "cross_entropy",
+    cost: str | PerExample | type[BatchCost] = "cross_entropy",
     beta: float = 0.01,
     energy: str = "prediction",
     phases: str = "one-sided",
@@ -138,6 +139,215 @@ def smep_fast(
     return EPOptimizer(estimator, update, [spectral_bound(gamma)])
 
 
+def sdmep(
+    params: ParamsT,
+    model: nn.Module,
+    *,
+    lr: float = 0.02,
+    momentum: float = 0.95,
+    weight_decay: float = 0.0,
+    nesterov: bool = True,
+    rank_fraction: float = 0.2,
+    dion_threshold: int = 8192,
+    gamma: float = 3.0,
+    cost: str | PerExample | type[BatchCost] = "cross_entropy",
+    beta: float = 0.1,
+    energy: str = "prediction",
+    phases: str = "one-sided",
+    branches: str = "held",
+    leaves: Leaves = (),
+    settle_steps: int = 30,
+    settle_lr: float | None = None,
+    adaptive: bool | None = None,
+    tol: float = 1e-2,
+    patience: int = 1,
+) -> EPOptimizer:
+    """Spectral Dion-Muon EP: `smep` with Dion's low-rank step for the large weights.
+
+    Takes the arguments of `smep`, and of Dion:
+
+    Args:
+        rank_fraction, dion_threshold: as in `mep.Dion`. Weights with fewer entries than the threshold, biases and gains
+            take Muon's step; `nesterov` concerns only these.
+
+    Example:
+        >>> import torch, mep
+        >>> net = torch.nn.Sequential(torch.nn.Linear(200, 100), torch.nn.ReLU(), torch.nn.Linear(100, 3))
+        >>> opt = mep.sdmep(net.parameters(), model=net, rank_fraction=0.1)
+        >>> loss = opt.step(x=torch.ones(2, 200), target=torch.tensor([0, 2]))
+        >>> [tuple(state["right_factor"].shape) for state in opt.state.values() if "right_factor" in state]
+        [(100, 10)]
+    """
+    solver = _solver(energy, settle_steps, settle_lr, adaptive, tol, patience)
+    estimator = EquilibriumPropagation(model, cost, beta, solver, energy, phases, branches, leaves)
+    update = Dion(
+        _listed(params, model),
+        lr=lr,
+        momentum=momentum,
+        rank_fraction=rank_fraction,
+        dion_threshold=dion_threshold,
+        nesterov=nesterov,
+        weight_decay=weight_decay,
+    )
+    return EPOptimizer(estimator, update, [spectral_bound(gamma)])
+
+
+def O1MemoryEPv2(
+    params: ParamsT,
+    model: nn.Module,
+    *,
+    lr: float = 0.02,
+    momentum: float = 0.95,
+    weight_decay: float = 0.0,
+    nesterov: bool = True,
+    gamma: float = 3.0,
+    cost: str | PerExample | type[BatchCost] = "cross_entropy",
+    beta: float = 0.1,
+    energy: str = "prediction",
+    phases: str = "one-sided",
+    branches: str = "held",
+    leaves: Leaves = (),
+    settle_steps: int = 30,
+    settle_lr: float = 0.15,
+    adaptive: bool = False,
+    tol: float = 1e-2,
+    patience: int = 1,
+) -> EPOptimizer:
+    """`smep` that settles by gradient descent with closed-form forces: its memory does not grow with `settle_steps`.
+
+    The states are those of descent by autograd on the whole energy, up to rounding, but no graph ever spans more than
+    one node, and only the latest states, forces and velocities are kept. Takes the arguments of `smep`; without
+    sweeps to choose from, `settle_lr` must be a number.
+
+    Example:
+        >>> import torch, mep
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
+        >>> opt = mep.O1MemoryEPv2(net.parameters(), model=net, settle_steps=15)
+        >>> loss = opt.step(x=torch.ones(2, 4), target=torch.tensor([0, 2]))
+        >>> opt.last.iterations
+        15
+    """
+    solver = _descent(settle_steps, settle_lr, adaptive, tol, patience)
+    estimator = EquilibriumPropagation(model, cost, beta, solver, energy, phases, branches, leaves)
+    update = Muon(_listed(params, model), lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov)
+    return EPOptimizer(estimator, update, [spectral_bound(gamma)])
+
+
+def natural_ep(
+    params: ParamsT,
+    model: nn.Module,
+    *,
+    lr: float = 0.05,
+    momentum: float = 0.8,
+    weight_decay: float = 0.02,
+    nesterov: bool = False,
+    damping: float = 0.03,
+    kl_clip: float | None = 0.02,
+    decay: float = 0.9,
+    factors_every: int = 20,
+    inverse_every: int = 20,
+    rank: int | None = 32,
+    use_diagonal_fisher: bool = False,
+    orthogonalise: bool = False,
+    cost: str | PerExample | type[BatchCost] = "cross_entropy",
+    beta: float = 0.1,
+    phases: str = "one-sided",
+    branches: str = "held",
+    leaves: Leaves = (),
+    settle_steps: int = 30,
+    settle_lr: float | None = None,
+    adaptive: bool | None = None,
+    tol: float = 1e-2,
+    patience: int = 1,
+) -> EPOptimizer:
+    """Natural-gradient EP: equilibrium propagation, and a Fisher matrix from the settled states.
+
+    Its Kronecker factors are made of the inputs and errors that settling leaves behind, without a backward pass. The
+    energy is "prediction", whose errors they are.
+
+    Args:
+        params: the parameters to train, or groups of them; they must be the model's.
+        model: the model.
+        lr, momentum, weight_decay, nesterov, damping, kl_clip, decay, factors_every, inverse_every, rank,
+            use_diagonal_fisher, orthogonalise: as in `mep.NaturalGradient`. Some weight decay is the default: steps
+            this long fit a small training set at once.
+        cost, beta, phases, branches, leaves: as in `mep.EquilibriumPropagation`.
+        settle_steps, settle_lr, adaptive, tol, patience: how to settle, see `mep.presets`.
+
+    Example:
+        >>> import torch, mep
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
+        >>> opt = mep.natural_ep(net.parameters(), model=net, use_diagonal_fisher=True)
+        >>> loss = opt.step(x=torch.ones(2, 4), target=torch.tensor([0, 2]))
+        >>> opt.state[net[0].weight]["moments"]["diagonal"].shape
+        torch.Size([8, 5])
+    """
+    check_model(model, "natural_ep")
+    update = NaturalGradient(
+        _listed(params, model),
+        lr=lr,
+        momentum=momentum,
+        nesterov=nesterov,
+        weight_decay=weight_decay,
+        damping=damping,
+        kl_clip=kl_clip,
+        decay=decay,
+        factors_every=factors_every,
+        inverse_every=inverse_every,
+        rank=rank,
+        use_diagonal_fisher=use_diagonal_fisher,
+        orthogonalise=orthogonalise,
+    )
+    solver = _solver("prediction", settle_steps, settle_lr, adaptive, tol, patience)
+    estimator = EquilibriumPropagation(
+        model, cost, beta, solver, phases=phases, branches=branches, leaves=leaves, observe=update.observe
+    )
+    return EPOptimizer(estimator, update)
+
+
+def local_ep(
+    params: ParamsT,
+    model: nn.Module,
+    *,
+    lr: float = 0.05,
+    momentum: float = 0.9,
+    weight_decay: float = 0.0,
+    nesterov: bool = False,
+    cost: str | PerExample | type[BatchCost] = "cross_entropy",
+    beta: float = 0.1,
+    phases: str = "one-sided",
+    leaves: Leaves = (),
+    tol: float = 1e-2,
+    schedule: str = "there and back",
+) -> EPOptimizer:
+    """Strictly local equilibrium propagation: nodes that see only their neighbours, and `torch.optim.SGD`.
+
+    A node answers its parents' states and its children's forces until it is quiet, see `mep.Local`; its weights then
+    follow from what it holds. No sweep, no norm over other nodes, no orthogonalisation: SGD is local to each weight.
+
+    Args:
+        params: the parameters to train, or groups of them; they must be the model's.
+        model: the model.
+        lr, momentum, weight_decay, nesterov: as in `torch.optim.SGD`.
+        cost, beta, phases, leaves: as in `mep.EquilibriumPropagation`.
+        tol, schedule: as in `mep.Local`.
+
+    Example:
+        >>> import torch, mep
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
+        >>> opt = mep.local_ep(net.parameters(), model=net, schedule="random")
+        >>> loss = opt.step(x=torch.ones(2, 4), target=torch.tensor([0, 2]))
+        >>> opt.last.converged
+        True
+    """
+    solver = Local(tol=tol, schedule=schedule)
+    estimator = EquilibriumPropagation(model, cost, beta, solver, phases=phases, leaves=leaves)
+    _check_sgd("local_ep", lr=lr, momentum=momentum, weight_decay=weight_decay)
+    groups = _listed(params, model)
+    update = torch.optim.SGD(groups, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov)
+    return EPOptimizer(estimator, update)
+
+
 def muon_backprop(
     params: ParamsT,
     model: nn.Module,
@@ -146,7 +356,7 @@ def muon_backprop(
     momentum: float = 0.95,
     weight_decay: float = 0.0,
     nesterov: bool = True,
-    cost: str | PerExample | Cost = "cross_entropy",
+    cost: str | PerExample | type[BatchCost] = "cross_entropy",
 ) -> EPOptimizer:
     """Muon fed by backpropagation: the yardstick for `smep`.
 
@@ -171,22 +381,30 @@ def _listed(params: ParamsT, model: nn.Module) -> list[Any]:
     return listed
 
 
-def _check_sgd(**settings: float) -> None:
+def _check_sgd(call: str, **settings: float) -> None:
     """torch lets NaN pass, and raises errors of its own for the rest."""
     for name, value in settings.items():
         if not (isinstance(value, (int, float, torch.Tensor)) and value >= 0):
-            raise ArgumentError(f"eqprop({name}={value!r}): must be a number >= 0.")
+            raise ArgumentError(f"{call}({name}={value!r}): must be a number >= 0.")
 
 
 def _solver(
     energy: str, steps: int, settle_lr: float | None, adaptive: bool | None, tol: float, patience: int
 ) -> Solver:
-    if settle_lr is None:
-        if energy != "prediction":
-            raise ArgumentError(f"energy={energy!r} settles by descent: give settle_lr, for instance settle_lr=0.3.")
-        adaptive = adaptive is not False
+    if settle_lr is not None:
+        return _descent(steps, settle_lr, bool(adaptive), tol, patience)
+    if energy != "prediction":
+        raise ArgumentError(f"energy={energy!r} settles by descent: give settle_lr, for instance settle_lr=0.3.")
+    adaptive = adaptive is not False
+    _check_patience(patience, adaptive)
+    return Sweep(settle_steps=steps, tol=tol, patience=patience, adaptive=adaptive)
+
+
+def _descent(steps: int, settle_lr: float, adaptive: bool, tol: float, patience: int) -> Solver:
+    _check_patience(patience, adaptive)
+    return Descent(steps, tol, patience, adaptive, settle_lr)
+
+
+def _check_patience(patience: int, adaptive: bool) -> None:
     if not adaptive and patience != 1:
         raise ArgumentError(f"patience={patience} does something only with adaptive=True.")
-    if settle_lr is None:
-        return Sweep(settle_steps=steps, tol=tol, patience=patience, adaptive=bool(adaptive))
-    return Descent(steps, tol, patience, bool(adaptive), settle_lr)

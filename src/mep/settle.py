@@ -8,6 +8,7 @@ from __future__ import annotations
 import enum
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,11 +41,32 @@ class Result(str, enum.Enum):
 
 
 @dataclass(frozen=True)
+class Known:
+    """What earlier steps taught a solver, None where nothing: it decides where settling begins, not where it ends.
+
+    `gain`: how far the output moves when an error is injected there, `<x, M x> / <x, x>`, the mean over the examples.
+    `errors`: the scaled errors of the same examples at an earlier equilibrium, 0 where there is none. `look_from`: the
+    iteration before which no residual need be measured, safely below where settling has ended of late.
+    """
+
+    gain: float | None = None
+    errors: State | None = None
+    look_from: int = 0
+
+    def after(self, iterations: int, gain: float | None) -> Known:
+        """What is known after a settling that ended then: the first look follows down at once, and up slowly."""
+        safe = 3 * iterations // 4
+        look_from = safe if safe < self.look_from else self.look_from + (safe - self.look_from + 7) // 8
+        return Known(gain, None, look_from)
+
+
+@dataclass(frozen=True)
 class Settled:
     """Where settling ended.
 
     `residual` is `[batch]`, the largest relative residual over the nodes (see `mep.energy.relative_residual`);
-    `errors` are the scaled errors `(mu - s) / beta` of every node, where the solver works with them.
+    `errors` are the scaled errors `(mu - s) / beta` of every node, where the solver works with them. `known` is what
+    the next step may begin with; `turns`: how often each node was computed, where the solver counts.
     """
 
     point: Point
@@ -52,14 +74,17 @@ class Settled:
     iterations: int
     result: Result
     errors: State | None = None
+    known: Known = Known()
+    turns: Mapping[str, int] | None = None
 
 
 @dataclass
 class Iterate:
-    """A point on the way. `errors` and `residual` belong to it; `memory` is the solver's own.
+    """A point on the way. `memory` is the solver's own; `point` and `errors` may lag behind it until `certify`.
 
-    `residual` may be a lower bound as long as it exceeds the tolerance. `out_of_reach`: the iteration expands, and a
-    smaller beta would help; `diverging`: it runs away for good.
+    `residual` may be a lower bound as long as it exceeds the tolerance, or until it is `exact`. `out_of_reach`: the
+    iteration expands, and a smaller beta would help; `diverging`: it runs away for good. `gain` as in `Known`, `turns`
+    as in `Settled`.
     """
 
     point: Point
@@ -67,6 +92,9 @@ class Iterate:
     errors: State | None = None
     out_of_reach: bool = False
     diverging: bool = False
+    exact: bool = False
+    gain: float | None = None
+    turns: Mapping[str, int] | None = None
     memory: Any = None
 
 
@@ -88,6 +116,8 @@ class Solver(ABC):
 
     beta_limited = False
     """Whether a smaller beta makes an equilibrium easier to reach."""
+    recalls = False
+    """Whether it begins at an earlier equilibrium of the same examples, if there is one."""
 
     def __post_init__(self) -> None:
         name = type(self).__name__
@@ -99,7 +129,7 @@ class Solver(ABC):
             raise ArgumentError(f"{name}(tol={self.tol!r}): must lie between 0 and 1.")
 
     @abstractmethod
-    def start(self, energy: Energy, point: Point) -> Iterate:
+    def start(self, energy: Energy, point: Point, known: Known) -> Iterate:
         """The first iterate, at `point`."""
 
     @abstractmethod
@@ -107,35 +137,33 @@ class Solver(ABC):
         """The next iterate; where `active` ([batch], None for all) is False, an example stays where it is."""
 
     def certify(self, energy: Energy, iterate: Iterate) -> Iterate:
-        """The same iterate with its exact residual, where `advance` was content with a lower bound."""
+        """The same iterate with its point, its errors and its exact residual, where `advance` was content with less."""
         return iterate
 
 
-def settle(energy: Energy, point: Point, solver: Solver) -> Settled:
+def settle(energy: Energy, point: Point, solver: Solver, known: Known = Known()) -> Settled:
     """Run `solver` on `energy` from `point` until every example has settled or the steps are used up."""
-    iterate = solver.start(energy, point)
+    iterate = solver.start(energy, point, known)
     active: Tensor | None = None  # an example that has settled rests, until another one disturbs it
     quiet: Tensor | None = None
     for iterations in range(solver.settle_steps + 1):
         worst = float(iterate.residual.max())
-        if solver.adaptive:
+        if solver.adaptive and (iterations > 0 or iterate.exact):
             if solver.patience == 1 and worst <= solver.tol:
                 break
-            loud = iterate.residual > solver.tol
+            active = iterate.residual > solver.tol
             if solver.patience > 1:
-                quiet = torch.where(loud, 0, 1 if quiet is None else quiet + 1)
-                loud = quiet < solver.patience
-            left = int(loud.count_nonzero())
-            if left == 0:
-                break
-            active = None if left == energy.batch else loud
+                quiet = torch.where(active, 0, 1 if quiet is None else quiet + 1)
+                active = quiet < solver.patience
+                if not active.any():
+                    break
         if iterations == solver.settle_steps or iterate.out_of_reach or not math.isfinite(worst):
             break
         iterate = solver.advance(energy, iterate, active)
-    return _judge(solver, solver.certify(energy, iterate), iterations)
+    return _judged(solver, solver.certify(energy, iterate), iterations, known)
 
 
-def _judge(solver: Solver, iterate: Iterate, iterations: int) -> Settled:
+def _judged(solver: Solver, iterate: Iterate, iterations: int, known: Known) -> Settled:
     worst = float(iterate.residual.max())
     if iterate.diverging or not math.isfinite(worst):
         result = Result.DIVERGED
@@ -145,4 +173,5 @@ def _judge(solver: Solver, iterate: Iterate, iterations: int) -> Settled:
         result = Result.FIXED_STEPS
     else:
         result = Result.OUT_OF_REACH if iterate.out_of_reach else Result.STEP_LIMIT
-    return Settled(iterate.point, iterate.residual, iterations, result, iterate.errors)
+    learnt = known.after(iterations, iterate.gain)
+    return Settled(iterate.point, iterate.residual, iterations, result, iterate.errors, learnt, iterate.turns)

@@ -1,4 +1,4 @@
-"""`trace(module)`: read a model as a graph of nodes. The only file that knows `torch.fx`.
+"""`trace(module)`: read a model as a graph of nodes.
 
 A **node** is a parametrised operation together with the parameter-free operations that feed it; it owns a state. The
 output owns one too. A parameter-free value that several nodes read becomes a **junction**: computed once, no state.
@@ -13,27 +13,22 @@ from __future__ import annotations
 import inspect
 import math
 import operator
-import re
-import traceback
-import warnings
 from collections.abc import Callable, Mapping, Sequence
-from types import SimpleNamespace
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 
 from mep import activations
+from mep.chain import make_node
 from mep.errors import TraceError
 from mep.graph import Graph
-from mep.nodes import Node, has_hooks, make_node
-from mep.ops import Op, Ref, references
-from mep.snapshot import attributes_kept
+from mep.nodes import Node
+from mep.ops import Op, Ref, has_hooks, references
+from mep.recording import MADE, place, record
+from mep.recording import Leaves as Leaves
 
-Leaves = Sequence[type[nn.Module] | str]
 Box = tuple[float, float]
 _FREE: Box = (-math.inf, math.inf)
-_MADE = "_tensor_constant"  # what fx calls a tensor that `forward` made itself
 _SHAPE_METHODS = {"size", "dim", "numel", "ndimension", "stride"}
 _SHAPE_ATTRIBUTES = {"shape", "dtype", "device", "ndim"}
 
@@ -79,7 +74,7 @@ def trace_kinks(module: nn.Module, leaves: Leaves = (), inputs: Sequence[str] | 
         alone = len(node.program) == len(node.parents) == 1 and not node.owns_state and parent not in states
         if activation is None or not alone or not made[parent].owns_state:
             raise TraceError(
-                f"branches='exact' needs every kink directly and alone behind a node with a state, and {_place(n)} is "
+                f"branches='exact' needs every kink directly and alone behind a node with a state, and {place(n)} is "
                 "not. Way out: branches='held' (the default), a smooth activation, or average pooling."
             )
         states.add(parent)
@@ -98,25 +93,12 @@ def trace_activations(module: nn.Module, leaves: Leaves = (), inputs: Sequence[s
     return reading.graph()
 
 
-class _Tracer(fx.Tracer):
-    record_stack_traces = True
-
-    def __init__(self, leaves: Leaves):
-        super().__init__()
-        self.types = tuple(leaf for leaf in leaves if isinstance(leaf, type))
-        self.names = {leaf for leaf in leaves if isinstance(leaf, str)}
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        kept = isinstance(m, self.types) or module_qualified_name in self.names
-        return kept or super().is_leaf_module(m, module_qualified_name)
-
-
 class _Reading:
     """What the fx graph of a model says: which operations need a state, and which merely feed them."""
 
     def __init__(self, module: nn.Module, leaves: Leaves, inputs: Sequence[str] | None):
         self.module = module
-        self.fx, self.root, self.constants = _record(module, leaves, inputs)
+        self.fx, self.root, self.constants = record(module, leaves, inputs)
         self.nodes = list(self.fx.nodes)
         self.names = _names(self.nodes)
         self.alias: dict[fx.Node, fx.Node] = {}
@@ -158,12 +140,12 @@ class _Reading:
             before = self.alias.get(read, read)
             if activation.box is None:
                 raise TraceError(
-                    f"The Hopfield energy has states in a box, and {_place(n)} ({activation.name}) projects on none. "
+                    f"The Hopfield energy has states in a box, and {place(n)} ({activation.name}) projects on none. "
                     "Use ReLU, ReLU6, Hardtanh or clamp, or the energy 'prediction'."
                 )
             if len(before.users) > 1 or before.op == "placeholder":
                 raise TraceError(
-                    f"The Hopfield energy cannot read {_place(before)} both before and behind {_place(n)}. "
+                    f"The Hopfield energy cannot read {place(before)} both before and behind {place(n)}. "
                     "Use the energy 'prediction'."
                 )
             self.alias[n], self.roots[before] = before, activation.box
@@ -176,7 +158,7 @@ class _Reading:
         given = {"name": self.names[n], "args": args, "kwargs": kwargs}
         if n.op == "get_attr":
             path, _, attribute = str(n.target).rpartition(".")
-            owner = self.constants if attribute.startswith(_MADE) else self.root.get_submodule(path)
+            owner = self.constants if attribute.startswith(MADE) else self.root.get_submodule(path)
             return Op(kind="attribute", target=attribute, owner=owner, **given)
         if n.op == "call_module":
             module = self.root.get_submodule(str(n.target))
@@ -208,7 +190,8 @@ class _Reading:
         if not isinstance(result, fx.Node) or not self.data[result] or result.op == "placeholder":
             raise TraceError(
                 f"Cannot trace {type(self.module).__name__}: its forward returns {result}; the output must be one "
-                "tensor computed from the input. Way out: wrap the model in a module that returns that tensor."
+                "tensor computed from the input. Way out: wrap the model in a module that returns that tensor; of "
+                "several, torch.cat([a.flatten(1), b.flatten(1)], 1), and a cost function that splits it again."
             )
         return result
 
@@ -218,19 +201,20 @@ class _Reading:
         return bool(read) or any(not self.data[a] and self._parametrised(a) for a in n.all_input_nodes)
 
     def _tensor_of(self, n: fx.Node) -> fx.Node:
-        """`n`, or the one element of its result that the model reads."""
-        users = list(n.users)
-        picks = [u.args[1] for u in users if u.target is operator.getitem and isinstance(u.args[1], int)]
-        if len(picks) < len(users) or not users:
-            return n
-        if len(set(picks)) > 1:
-            raise TraceError(
-                f"Cannot trace {type(self.module).__name__}: {_place(n)} returns several values and the model reads "
-                f"elements {sorted(set(picks))}. Way out: wrap it in a module that returns one tensor, and keep that "
-                "module whole with leaves=(ThatModule,)."
-            )
-        self.alias |= {u: users[0] for u in users[1:]}
-        return users[0]
+        """`n`, or the one element of its result that the model reads, in tuples within it too."""
+        while True:
+            users = list(n.users)
+            picks = list(dict.fromkeys(map(_picked, users)))
+            if not users or None in picks:
+                return n
+            if len(picks) > 1:
+                raise TraceError(
+                    f"Cannot trace {type(self.module).__name__}: {place(n)} returns several values and the model "
+                    f"reads elements {picks}. Way out: wrap it in a module that returns one tensor, and "
+                    "keep that module whole with leaves=(ThatModule,)."
+                )
+            self.alias |= {u: users[0] for u in users[1:]}
+            n = users[0]
 
     def _find_junctions(self) -> None:
         """Walk backwards, noting which roots each operation feeds. What carries parameters is repeated, not shared."""
@@ -275,36 +259,6 @@ class _Reading:
         )
 
 
-def _record(
-    module: nn.Module, leaves: Leaves, inputs: Sequence[str] | None
-) -> tuple[fx.Graph, nn.Module, SimpleNamespace]:
-    """The functional fx graph of a module, the root that its names refer to, and tensors that `forward` made."""
-    tracer = _Tracer(leaves)
-    modules = dict(module.named_modules())
-    for leaf in leaves:
-        if leaf not in modules and not (isinstance(leaf, type) and any(isinstance(m, leaf) for m in modules.values())):
-            raise TraceError(f"trace(leaves=...): {leaf!r} is no module of {type(module).__name__}.")
-    root = nn.Sequential(module) if tracer.is_leaf_module(module, "") else module
-    left_out = _left_out(root, inputs)
-    try:
-        with attributes_kept(module), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # fx says that it does not assert the constants
-            graph = tracer.trace(root, left_out)
-            made = {n.target: getattr(root, n.target) for n in graph.nodes if str(n.target).startswith(_MADE)}
-    except Exception as error:
-        raise TraceError(
-            f"Cannot trace {type(module).__name__}: {error}{_user_line(error)}\n"
-            "Way out: keep the module with this code whole, leaves=(ThatModule,): autograd runs inside it, "
-            "equilibrium propagation between it and the rest."
-        ) from error
-    _make_pure(graph, root)
-    for n in reversed(list(graph.nodes)):
-        is_constant = n.op == "placeholder" and str(n.target).rpartition("_")[0] in left_out
-        if not n.users and n.op != "output" and (n.op != "placeholder" or is_constant):
-            graph.erase_node(n)
-    return graph, root, SimpleNamespace(**made)
-
-
 def argument_names(module: nn.Module, x: Any) -> tuple[str, ...] | None:
     """The arguments of `forward` that an input gives: a tensor the first, a tuple the first few, a dict those named."""
     known = inspect.signature(module.forward).parameters.values()
@@ -315,49 +269,6 @@ def argument_names(module: nn.Module, x: Any) -> tuple[str, ...] | None:
     return tuple(p.name for p in known)[: len(x) if isinstance(x, (tuple, list)) else 1]
 
 
-def _left_out(root: nn.Module, inputs: Sequence[str] | None) -> dict[str, Any]:
-    """The arguments that will not be given, with their defaults."""
-    known = inspect.signature(root.forward).parameters
-    if inputs is not None and not set(inputs) & set(known):
-        return {}  # a wrapped leaf: its one argument has another name
-    return {name: p.default for name, p in known.items() if p.default is not p.empty and name not in (inputs or ())}
-
-
-def _user_line(error: Exception) -> str:
-    """The innermost line that is neither torch's nor ours."""
-    ours = inspect.getfile(_user_line)
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename != ours]
-    frames = [f for f in frames if "/torch/" not in f.filename and not f.filename.startswith("<eval")]
-    return f"\n  at line {frames[-1].lineno} in {frames[-1].name}: {frames[-1].line}" if frames else ""
-
-
-def _place(n: fx.Node) -> str:
-    line = re.findall(r"line (\d+), in forward\n\s+(.*)", n.stack_trace or "")
-    return f"node `{n.name}`" + (f" (line {line[-1][0]}: `{line[-1][1]}`)" if line else "")
-
-
-def _make_pure(graph: fx.Graph, root: nn.Module) -> None:
-    """Replace in-place calls by pure ones; what read the overwritten value later, reads the result."""
-    order = {n: i for i, n in enumerate(graph.nodes)}
-    for n in list(graph.nodes):
-        if n.target is operator.setitem:
-            raise TraceError(f"Cannot trace: {_place(n)} assigns to a slice. Way out: torch.where or torch.cat.")
-        name = n.target if n.op == "call_method" else getattr(n.target, "__name__", "")
-        if n.op in ("call_method", "call_function") and re.fullmatch(r"[a-z]\w*[a-z0-9]_", str(name)):
-            homes: list[Any] = [Tensor] if n.op == "call_method" else [torch, nn.functional]
-            pure: list[Callable[..., Any]] = [getattr(h, name[:-1]) for h in homes if hasattr(h, name[:-1])]
-            if not pure:
-                raise TraceError(f"Cannot trace: {_place(n)} works in place and has no pure form. Rewrite it.")
-            n.target = name[:-1] if n.op == "call_method" else pure[0]
-        elif n.kwargs.get("inplace") is True:
-            n.kwargs = {**n.kwargs, "inplace": False}
-        elif n.op != "call_module" or not getattr(root.get_submodule(str(n.target)), "inplace", False):
-            continue
-        for user in list(n.args[0].users):
-            if order[user] > order[n]:
-                user.replace_input_with(n.args[0], n)
-
-
 def _names(nodes: Sequence[fx.Node]) -> dict[fx.Node, str]:
     """A readable unique name each: the module's path where there is one, numbered from its second use on."""
     names: dict[fx.Node, str] = {}
@@ -366,6 +277,14 @@ def _names(nodes: Sequence[fx.Node]) -> dict[fx.Node, str]:
         copies = sum(name.partition("#")[0] == wanted for name in names.values())
         names[n] = f"{wanted}#{copies + 1}" if copies else wanted
     return names
+
+
+def _picked(n: fx.Node) -> int | str | None:
+    """Which element of a tuple, dict or record a node reads, None if it does something else."""
+    key = n.args[1] if len(n.args) == 2 else None
+    if n.target is operator.getitem and isinstance(key, (int, str)):
+        return key
+    return key if n.target is getattr and isinstance(key, str) and not hasattr(Tensor, key) else None
 
 
 def _is_dropout(op: Op) -> bool:

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mep.cost import Cost, PerExample, make_cost
-from mep.errors import DivergedError
+from mep.cost import BatchCost, PerExample, make_cost
+from mep.errors import ArgumentError, DivergedError
 from mep.estimators.estimate import Estimate, Gradients, accumulate, finished
 from mep.estimators.inputs import batch_size, call_model, check_model, check_target, undone_on_error
 from mep.settle import Result
@@ -25,10 +25,11 @@ class Backprop:
         ('BACKPROP', torch.Size([1, 2]))
     """
 
-    def __init__(self, model: nn.Module, cost: str | PerExample | Cost = "cross_entropy"):
+    def __init__(self, model: nn.Module, cost: str | PerExample | type[BatchCost] = "cross_entropy"):
         check_model(model, "Backprop")
         self.model = model
-        self.cost = make_cost(cost)
+        self.cost = cost
+        self._cost = make_cost(cost)
 
     def __call__(self, x: Any, target: Tensor) -> Estimate:
         """Accumulate the gradient into `p.grad`."""
@@ -36,23 +37,25 @@ class Backprop:
         accumulate(gradients)
         return estimate
 
-    def gradients(self, x: Any, target: Tensor) -> tuple[Gradients, Estimate]:
+    def gradients(self, x: Any, target: Tensor, indices: Tensor | None = None) -> tuple[Gradients, Estimate]:
         """The gradient of every trained parameter that the loss reaches."""
+        if indices is not None:
+            raise ArgumentError("Backprop: there is no equilibrium to begin at; leave indices out.")
         batch_size(x)
         check_target(target)
         check_model(self.model, "Backprop")
         with undone_on_error(self.model) as buffers, torch.enable_grad():
             output = call_model(self.model, x)
             buffers.keep_writes()
-            prepared = self.cost.prepare(output.detach(), target)
-            loss = self.cost.value(output, prepared).mean()
+            loss = self._cost(output.detach(), target).value(output).mean()
             value = float(loss.detach())
             if not math.isfinite(value):
                 raise DivergedError(f"The loss is {value}: check target and weights. Nothing was changed.")
             trained = [p for p in self.model.parameters() if p.requires_grad]
             found = torch.autograd.grad(loss, trained, allow_unused=True)
             gradients = finished({p: g for p, g in zip(trained, found, strict=True) if g is not None})
-        return gradients, Estimate(loss.detach(), None, 0, 0.0, Result.BACKPROP)
+            estimate = Estimate(loss.detach(), None, 0, 0.0, Result.BACKPROP)
+        return gradients, estimate
 
     def predict(self, x: Any) -> Tensor:
         """The model's output."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,15 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from mep.check import check_graph
-from mep.cost import Cost, PerExample, make_cost
-from mep.energy import Energy, make_coupling, nudge
+from mep.cost import BatchCost, PerExample, make_cost
+from mep.energy import Energy, make_coupling, nudge, per_example
 from mep.errors import ArgumentError, DivergedError, InputError
 from mep.estimators.contrast import CONTRASTS
 from mep.estimators.estimate import Estimate, Gradients, accumulate, finished
 from mep.estimators.inputs import batch_size, check_model, check_target, undone_on_error
+from mep.estimators.kronecker import SettledLayer, settled_layers
+from mep.estimators.recall import Recall, check_indices
 from mep.graph import Graph
 from mep.nodes import Held
-from mep.settle import Result, Settled, Solver, settle
+from mep.settle import Known, Result, Settled, Solver, settle
 from mep.snapshot import Buffers
 from mep.solvers import Descent, Sweep
 from mep.tracing import Leaves, argument_names, trace, trace_activations, trace_kinks
@@ -50,6 +52,8 @@ class EquilibriumPropagation:
             sought; "exact" seeks the equilibrium of the nonsmooth energy itself.
         leaves: modules to keep whole, see `mep.trace`.
         diagnostics: also report the fraction of units that left their branch; one more forward walk a phase.
+        observe: called with the layers of every batch whose estimate is good, for `NaturalGradient.observe`; only for
+            "prediction".
 
     Raises:
         TraceError, ParameterError, ArgumentError: at once, from the constructor.
@@ -69,7 +73,7 @@ class EquilibriumPropagation:
     def __init__(
         self,
         model: nn.Module,
-        cost: str | PerExample | Cost = "cross_entropy",
+        cost: str | PerExample | type[BatchCost] = "cross_entropy",
         beta: float = 0.1,
         solver: Solver | None = None,
         energy: str = "prediction",
@@ -77,6 +81,7 @@ class EquilibriumPropagation:
         branches: str = "held",
         leaves: Leaves = (),
         diagnostics: bool = False,
+        observe: Callable[[list[SettledLayer]], None] | None = None,
     ):
         check_model(model, "EquilibriumPropagation")
         if not (isinstance(beta, (int, float)) and 0 < beta < math.inf):
@@ -86,53 +91,72 @@ class EquilibriumPropagation:
         if branches not in ("held", "exact"):
             raise ArgumentError(f"EquilibriumPropagation(branches={branches!r}): choose 'held' or 'exact'.")
         self.model = model
-        self.cost = make_cost(cost)
+        self.cost = cost
+        self._cost = make_cost(cost)
         self.beta = float(beta)
         self.coupling = make_coupling(energy)
         self.phases = phases
         self.branches = branches
         self.leaves = tuple(leaves)
         self.diagnostics = diagnostics
+        if observe is not None and not callable(observe):
+            raise ArgumentError(f"EquilibriumPropagation(observe={observe!r}): must be callable, as update.observe.")
+        if observe is not None and energy != "prediction":
+            raise ArgumentError(f"EquilibriumPropagation(observe=...): energy={energy!r} has no errors to observe.")
+        self.observe = observe
         self.solver = solver or (Sweep() if energy == "prediction" else _HOPFIELD_SOLVER)
         if not isinstance(self.solver, Solver):
             raise ArgumentError(f"EquilibriumPropagation(solver={solver!r}): must be a mep.Sweep, mep.Descent, ...")
         if isinstance(self.solver, Sweep) and energy != "prediction":
             raise ArgumentError(f"Sweep does not settle energy={energy!r}. Use solver=mep.Descent(...).")
         self._reach = self.beta
+        self._known = Known()
+        self._recall = Recall()
         self._checked: set[int] = set()
         self._graphs: list[Graph] = [self._trace()]
 
-    def __call__(self, x: Any, target: Tensor) -> Estimate:
+    def __call__(self, x: Any, target: Tensor, indices: Tensor | None = None) -> Estimate:
         """Accumulate the estimate into `p.grad`.
 
         Args:
             x: the input, [batch, ...]; a tuple or dict for several.
             target: what the cost expects.
+            indices: for descent: the places of the examples in the data set, [batch]. Settling then begins where it
+                last ended for the same examples, and their equilibria are kept. It saves steps where these change
+                little in between (small learning rates, few batches), and costs some where they change much.
         """
-        gradients, estimate = self.gradients(x, target)
+        gradients, estimate = self.gradients(x, target, indices)
         accumulate(gradients)
         return estimate
 
     @torch.no_grad()
-    def gradients(self, x: Any, target: Tensor) -> tuple[Gradients, Estimate]:
+    def gradients(self, x: Any, target: Tensor, indices: Tensor | None = None) -> tuple[Gradients, Estimate]:
         """The estimated gradient of the mean cost for every trained parameter, without touching `p.grad`."""
         batch = batch_size(x)
         check_target(target)
         check_model(self.model, "EquilibriumPropagation")
+        indices = None if indices is None else self._checked_indices(indices, batch)
         with undone_on_error(self.model) as buffers:
-            energy, free = self._free(x, batch, buffers)
+            energy, free = self._free(x, batch, buffers, indices)
             output = energy.output(free.point)
             if len(output) != batch:
                 raise InputError(f"The output has {len(output)} rows for {batch} examples; dimension 0 is the batch.")
-            prepared = self.cost.prepare(output, target)
-            loss = self.cost.value(output, prepared).mean()
+            cost = self._cost(output, target)
+            loss = cost.value(output).mean()
             if not math.isfinite(float(loss)):
                 raise DivergedError(
                     f"The loss is {float(loss)} before settling: the target or the weights are not finite, or the "
                     "output overflows. Nothing was changed."
                 )
-            beta, phases = self._nudged(energy, free, prepared)
-            return finished(self._contrast(phases, batch)), self._estimate(loss, beta, phases)
+            beta, phases = self._nudged(energy, free, cost, self._where_to_begin(energy, free, indices))
+            gradients = finished(self._contrast(phases, batch))
+            estimate = self._estimate(loss, beta, phases)
+            if self.observe is not None:
+                self.observe(settled_layers((e, settled) for _, e, settled in phases if e.nudge is not None))
+        self._reach, self._known = beta, phases[-1][2].known  # last, so that an interruption leaves all as it was
+        if indices is not None:
+            self._recall.keep(indices, self._worth_keeping(*phases[-1][1:], free))
+        return gradients, estimate
 
     @torch.no_grad()
     def predict(self, x: Any) -> Tensor:
@@ -142,12 +166,14 @@ class EquilibriumPropagation:
         return energy.output(free.point)
 
     def state_dict(self) -> dict[str, Any]:
-        """What the estimator remembers from step to step: the beta within reach."""
-        return {"reach": self._reach}
+        """What the estimator remembers: the beta within reach, the gain of the network, equilibria by index."""
+        known = {"gain": self._known.gain, "look_from": self._known.look_from}
+        return {"reach": self._reach, **known, "recall": self._recall.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict`."""
-        self._reach = float(state["reach"])
+        self._reach, self._known = float(state["reach"]), Known(state["gain"], None, state["look_from"])
+        self._recall.load_state_dict(state["recall"])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> EquilibriumPropagation:
         """A copy bound to the copied model."""
@@ -176,7 +202,7 @@ class EquilibriumPropagation:
             self._checked.add(id(graph))
         return graph
 
-    def _free(self, x: Any, batch: int, buffers: Buffers) -> tuple[Energy, Settled]:
+    def _free(self, x: Any, batch: int, buffers: Buffers, indices: Tensor | None = None) -> tuple[Energy, Settled]:
         """The free equilibrium, and the energy as the nudged phases are to see it."""
         graph = self._graph(x)
         hold = self.branches == "held"
@@ -188,14 +214,39 @@ class EquilibriumPropagation:
         buffers.keep_writes()
         if is_forward:
             return energy, Settled(point, torch.zeros(batch, device=energy.output(point).device), 0, Result.CONVERGED)
+        if indices is not None:
+            states, seen = self._recall.of(indices, energy.state(point))
+            point = energy.at({n: torch.where(per_example(seen, s), s, point.values[n]) for n, s in states.items()})
         free = settle(energy, point, self.solver)
         if hold:
             energy = replace(energy, held=replace(held, hold_branches=True))
             free = replace(free, point=energy.at(energy.state(free.point)))
         return energy, free
 
+    def _where_to_begin(self, energy: Energy, free: Settled, indices: Tensor | None) -> Known:
+        """What the solver may know of these examples."""
+        if indices is None or not self.coupling.vanishes_when_free:
+            return self._known
+        errors, _ = self._recall.of(indices, energy.state(free.point))
+        return replace(self._known, errors=errors)
+
+    def _worth_keeping(self, energy: Energy, settled: Settled, free: Settled) -> Mapping[str, Tensor]:
+        """Scaled errors of the nudged equilibrium; where the free one is not the forward pass, its states."""
+        if not self.coupling.vanishes_when_free:
+            return energy.state(free.point)
+        point = settled.point
+        return settled.errors or {n: (mu - point.values[n]) / energy.beta for n, mu in point.predictions.items()}
+
+    def _checked_indices(self, indices: Any, batch: int) -> Tensor:
+        if not self.solver.recalls:
+            raise ArgumentError(
+                f"{type(self.solver).__name__} does not begin at earlier equilibria: what it infers from the last step "
+                "is nearer. Leave indices out, or use solver=mep.Descent(...)."
+            )
+        return check_indices(indices, batch)
+
     def _nudged(
-        self, energy: Energy, free: Settled, target: Tensor
+        self, energy: Energy, free: Settled, cost: BatchCost, known: Known
     ) -> tuple[float, list[tuple[float, Energy, Settled]]]:
         """Settle every phase of the contrast, with a smaller beta as long as one is out of reach."""
         beta = min(self.beta, self._reach * _GROWTH)
@@ -205,8 +256,8 @@ class EquilibriumPropagation:
                 if multiple == 0:
                     phases.append((weight / beta, energy, free))
                     continue
-                nudged = nudge(energy, self.cost, target, multiple * beta)
-                phases.append((weight / beta, nudged, settle(nudged, free.point, self.solver)))
+                nudged = nudge(energy, cost, multiple * beta)
+                phases.append((weight / beta, nudged, settle(nudged, free.point, self.solver, known)))
             failed = [s.result for _, _, s in phases if s.result is not Result.CONVERGED]
             if not failed or not (self.solver.beta_limited and self.solver.adaptive) or attempt == _TRIES - 1:
                 break
@@ -216,7 +267,6 @@ class EquilibriumPropagation:
                 f"Settling left the finite numbers at beta={beta:g} with {self.solver}. Nothing was changed. Way out: "
                 "a smaller settle_lr or beta, or mep.Sweep."
             )
-        self._reach = beta
         return beta, phases
 
     def _contrast(self, phases: list[tuple[float, Energy, Settled]], batch: int) -> Gradients:
@@ -240,6 +290,7 @@ class EquilibriumPropagation:
             beta=beta,
             result=unsettled[0] if unsettled else Result.CONVERGED,
             left_branch=left,
+            turns=settled[-1].turns,
         )
 
 

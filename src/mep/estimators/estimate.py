@@ -26,6 +26,7 @@ class Estimate:
         beta: the nudging strength that was used, at most the one asked for.
         result: converged, or why not.
         left_branch: fraction of piecewise-linear units off the branch on which they were held; None if not asked.
+        turns: how often each node was computed, by name; None unless the solver is `mep.Local`.
     """
 
     loss: Tensor
@@ -34,6 +35,7 @@ class Estimate:
     beta: float
     result: Result
     left_branch: float | None = None
+    turns: Mapping[str, int] | None = None
 
     def __str__(self) -> str:
         """One line.
@@ -55,9 +57,9 @@ class Estimate:
 def finished(gradients: Gradients) -> Gradients:
     """The gradients in the dtypes of their parameters, after checking that every number is finite.
 
-    A sum is finite only if all its terms are; only if it is not does the slower exact test decide.
+    A norm is finite only if all its terms are; only if it is not does the slower exact test decide.
     """
-    if gradients and not math.isfinite(sum(float(g.sum()) for g in gradients.values())):
+    if gradients and not math.isfinite(sum(map(float, torch._foreach_norm(list(gradients.values()))))):
         broken = [tuple(p.shape) for p, g in gradients.items() if not torch.isfinite(g).all()]
         if broken:
             raise DivergedError(

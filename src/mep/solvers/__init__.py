@@ -1,6 +1,7 @@
 """Solvers: one algorithm a file."""
 
 from mep.solvers.descent import Descent
+from mep.solvers.local import Local
 from mep.solvers.sweep import Sweep
 
-__all__ = ["Descent", "Sweep"]
+__all__ = ["Descent", "Local", "Sweep"]

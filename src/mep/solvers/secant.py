@@ -2,57 +2,81 @@
 
 At the nudged equilibrium the output error x solves `x = dC(s_free - beta M x)`, where the gain `M = sum_n A_n A_n^T`
 (`A_n = ds_out / ds_n`) is known only through products: every sweep tells one, `M x_i = (s_free - s_i) / beta`. The
-cost, in contrast, is known wholly. So let `M^ = kappa I + U W` agree with the products seen so far (kappa is the
-Rayleigh quotient of the latest), and solve the equation with M^ in place of M by Newton's method. Where the Hessian of
-the cost is `diag(d) - p p^T`, a step costs one system of `history + 1` unknowns per example (Woodbury).
+cost, in contrast, is known wholly. So let a model M^ stand for M, and take a step of Newton's method from the latest
+trial, where the output is known; M^ need only be right for the step:
+
+    (I + H beta M^) step = dC(s) - x,      H = diag(d) - p p^T, the Hessian of the cost
+
+    before any trial    beta M^ = k I with the mean gain that earlier steps have met
+    after one or two    beta M^ = k I with the Rayleigh quotient k of the latest
+    after more          beta M^ = k I + sum_i u_i w_i^T, which agrees with all products seen (Woodbury)
 
 It needs two or three sweeps where mixing needs ten: the nonlinearity is the cost's, and that one need not guess.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from mep.cost import Cost, Curvature
+from mep.cost import BatchCost, Curvature
 
-_NEWTON_STEPS = 2
-"""More gain nothing: after two, the error is that of the model."""
-
+_SCALAR_TRIALS = 2
+"""So many are answered by a multiple of the identity: cheaper, and as good while the trials are nearly parallel."""
 
 _RIDGE = 1e-5
 """Relative to the trials: they grow alike, and what distinguishes them must not drown in the rounding of a solve."""
 
 
-def solve_output(cost: Cost, target: Tensor, free: Tensor, errors: Tensor, shifts: Tensor, gradient: Tensor) -> Tensor:
-    """The output error that the model predicts, [batch, features].
+Trial = tuple[Tensor, Tensor, Tensor]
+"""An output error x, the output `free - beta M x` that answered it, and dC there; each `[batch, features]`."""
 
-    Args:
-        cost: one with a `curvature`.
-        target: as prepared by the cost.
-        free: the output of the free equilibrium.
-        errors: output errors x_i tried so far, [batch, trials, features], oldest first.
-        shifts: how far each moved the output, `free - s_i = beta M x_i`.
-        gradient: dC at the latest output.
-    """
-    latest, shift = errors[:, -1], shifts[:, -1]
-    tiny = torch.finfo(latest.dtype).tiny
-    k = (torch.linalg.vecdot(latest, shift) / torch.linalg.vecdot(latest, latest).add_(tiny)).unsqueeze(1)
-    w = _dual(errors)
-    u = shifts - k.unsqueeze(2) * errors
-    x, output, known = latest, free - shift, gradient
-    for newton_step in range(_NEWTON_STEPS):
-        if newton_step:  # around the latest trial, where the output is known: M^ need only be right for the step
-            step = x - latest
-            output = free - shift - k * step - _combine(u, _products(w, step))
-            known = cost.gradient(output, target)
-        x = x + _newton_step(cost.curvature(output, target, known), known - x, k, u, w)
+
+def first_output(cost: BatchCost, free: Tensor, gradient: Tensor, k: float) -> Tensor | None:
+    """The output error that `beta M^ = k I` predicts before any trial; `gradient` is dC at the free output."""
+    curvature = cost.curvature(free, gradient)
+    return None if curvature is None else _scalar_step(curvature, gradient, k)
+
+
+def solve_output(cost: BatchCost, free: Tensor, trials: Sequence[Trial]) -> Tensor | None:
+    """The output error that the model predicts after some trials, oldest first; None if the Hessian is not known."""
+    latest, output, gradient = trials[-1]
+    curvature = cost.curvature(output, gradient)
+    if curvature is None:
+        return None
+    size = torch.linalg.vecdot(latest, latest).add_(torch.finfo(latest.dtype).tiny)
+    k = (torch.linalg.vecdot(latest, free - output) / size).unsqueeze(1)
+    if len(trials) > _SCALAR_TRIALS:
+        tried, shifts = torch.stack([x for x, _, _ in trials], 1), torch.stack([free - s for _, s, _ in trials], 1)
+        step = _secant_step(curvature, gradient - latest, k, shifts - k.unsqueeze(2) * tried, _dual(tried))
+    else:
+        step = _scalar_step(curvature, gradient - latest, k)
+        # Once more, as the model expects the output to be then: the cost is more curved than the network.
+        expected = torch.addcmul(output, k, step, value=-1)
+        known = cost.gradient(expected)
+        curvature = cost.curvature(expected, known)
+        assert curvature is not None
+        step = step + _scalar_step(curvature, known - latest - step, k)
+    x = latest + step
     return torch.where(x.isfinite(), x, gradient)
 
 
-def _newton_step(curvature: Curvature | None, r: Tensor, k: Tensor, u: Tensor, w: Tensor) -> Tensor:
-    """Solve `(I + H (k I + u^T w)) step = r` with `H = diag(d) - p p^T`: a diagonal plus a few outer products."""
-    assert curvature is not None
+def _scalar_step(curvature: Curvature, r: Tensor, k: Tensor | float) -> Tensor:
+    """Solve `(I + k H) step = r` (Sherman and Morrison)."""
+    d, p = curvature
+    scale = (k * d).add_(1).reciprocal_()
+    step = r * scale
+    if p is None:
+        return step
+    across = scale.mul_(p)
+    share = torch.linalg.vecdot(p, step).unsqueeze(1) / (1 / k - torch.linalg.vecdot(p, across).unsqueeze(1))
+    return torch.addcmul(step, across, share)
+
+
+def _secant_step(curvature: Curvature, r: Tensor, k: Tensor, u: Tensor, w: Tensor) -> Tensor:
+    """Solve `(I + H (k I + u^T w)) step = r`: a diagonal plus a few outer products."""
     d, p = curvature
     diagonal = 1 + k * d
     left, right = d.unsqueeze(1) * u, w
@@ -68,12 +92,9 @@ def _newton_step(curvature: Curvature | None, r: Tensor, k: Tensor, u: Tensor, w
 
 def _dual(rows: Tensor) -> Tensor:
     """W with `W_i x_j = delta_ij` for the rows x_j, regularised relative to their size: [batch, trials, features]."""
-    limits = torch.finfo(rows.dtype)
     gram = rows @ rows.mT
-    if rows.shape[1] == 1:
-        return rows / gram.add_(limits.tiny)
     diagonal = gram.diagonal(dim1=1, dim2=2)
-    diagonal.add_(diagonal.sum(1, keepdim=True), alpha=_RIDGE).add_(limits.tiny)
+    diagonal.add_(diagonal.sum(1, keepdim=True), alpha=_RIDGE).add_(torch.finfo(rows.dtype).tiny)
     return torch.linalg.solve_ex(gram, rows)[0]
 
 

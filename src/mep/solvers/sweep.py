@@ -7,38 +7,36 @@ With the scaled errors `delta_n = (mu_n - s_n) / beta`, the equilibrium reads
 
 A **sweep** is one backward and one forward walk. For beta -> 0 the first sweep's errors are those of backpropagation:
 that is equilibrium propagation's theorem. At any finite beta the two differ, and the residual says whether the states
-have followed the errors. The map contracts like `beta |sum_n A_n A_n^T|` with `A_n = ds_out / ds_n`; where that is not
-small, the output error is mixed over the sweeps (`anderson.py`). It is the only unknown: given `delta_out` and the
-Jacobians, one backward walk makes every other error consistent.
+have followed the errors.
+
+The output error x is the only unknown: given x and the Jacobians, one backward walk makes every other error consistent.
+It solves `x = dC(s_free - beta M x)`, where the gain `M = sum_n A_n A_n^T` (`A_n = ds_out / ds_n`) is known only by how
+the network answers (`walks.py` for any graph, `response.py` for affine ones). Plain iteration contracts like
+`beta |M|`. So the first x follows from the mean gain that the last step met, and each later one from all answers so
+far (`output.py`).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from mep.activations import Activation
-from mep.energy import Energy, State, example_norm, per_example, relative_residual
+from mep.cost import BatchCost
+from mep.energy import Energy, per_example
 from mep.errors import ArgumentError
 from mep.graph import Point
-from mep.nodes import Node
-from mep.settle import Iterate, Solver
-from mep.solvers import kinks
-from mep.solvers.anderson import mix
-from mep.solvers.secant import solve_output
-
-Behind = dict[str, tuple[Tensor, Activation]]
-"""State -> what pulls on it through a kink, and the activation that has it."""
-
-_EXPANDS = 4.0
-"""Mixing still finds the equilibrium of a map that expands by a few; beyond, a smaller beta is cheaper."""
+from mep.settle import Iterate, Known, Solver
+from mep.solvers.output import expands, first_error, gain, next_error, output_residual, wanted_error
+from mep.solvers.response import Response
+from mep.solvers.secant import Trial
+from mep.solvers.walks import Walks
 
 
 @dataclass(frozen=True)
 class Sweep(Solver):
-    """Backward and forward walks in error form, with Anderson mixing on the output error.
+    """Backward and forward walks in error form; each output error is inferred from how the last ones were answered.
 
     Args:
         settle_steps: the largest number of sweeps, or with `adaptive=False` the exact one.
@@ -67,194 +65,104 @@ class Sweep(Solver):
         if not (isinstance(self.history, int) and self.history >= 0):
             raise ArgumentError(f"Sweep(history={self.history!r}): must be an integer >= 0.")
 
-    def start(self, energy: Energy, point: Point) -> Iterate:
+    def start(self, energy: Energy, point: Point, known: Known) -> Iterate:
         """The free equilibrium: every error is zero and the nudge unanswered."""
         if energy.coupling.name != "prediction":
             raise ArgumentError(
                 f"Sweep settles the energy 'prediction' only, not {energy.coupling.name!r}: it works with the errors "
                 "mu - s. Use solver=mep.Descent(...)."
             )
-        unanswered = energy.output(point).new_ones(energy.batch)
-        return Iterate(point, unanswered, memory=_Memory(_wanted(energy, point), {}, free=point))
+        question, free, nudge = wanted_error(energy, point), energy.output(point), energy.nudge
+        assert nudge is not None
+        first = first_error(energy, free, question, known if self.history else Known())
+        answers = Response(energy, point) if energy.is_affine else Walks(energy, point)
+        memory = _Memory(answers, nudge.cost, free, question, first)
+        return Iterate(point, free.new_ones(energy.batch), memory=memory)
 
     def advance(self, energy: Energy, iterate: Iterate, active: Tensor | None) -> Iterate:
         """One sweep."""
         memory: _Memory = iterate.memory
-        target = self._next_output_error(energy, iterate, active)
-        sent, resting = _walk_back(energy, iterate.point, target, memory, active)
-        point, errors = _walk_forward(energy, sent, resting)
-        wanted = _wanted(energy, point)
-        residual = _output_residual(energy, point, errors, wanted)
-        trial = torch.stack([sent[energy.graph.output], energy.output(point), wanted]).unsqueeze(1)
-        history = trial if memory.history is None else torch.cat([memory.history, trial], 1)[:, -self.history or None :]
-        now = _Memory(wanted, sent, memory.free, resting, history, memory.sweeps + 1)
-        moved = Iterate(point, residual, errors, memory=now)
-        if memory.sweeps == 0 and self.adaptive:
-            moved.out_of_reach = _expands(target, wanted, energy.batch)
-        return self.certify(energy, moved) if not energy.is_affine and float(residual.min()) <= self.tol else moved
+        if active is not None and memory.narrows:
+            memory, active = memory.narrowed(active), None
+        x = self._error(memory, active)
+        output = memory.answers.answer(x, memory.rows, active)
+        wanted = memory.cost.gradient(output)
+        residual = output_residual(x, wanted, output)
+        if memory.rows is not None:
+            residual = iterate.residual.index_copy(0, memory.rows, residual)
+        moved = replace(iterate, residual=residual, memory=memory.tried((x, output, wanted), self.history), exact=False)
+        if not memory.trials:
+            moved.gain = gain(x, memory.free - output, energy.beta)
+            moved.out_of_reach = self.adaptive and expands(memory.question, x, wanted, residual)
+        may_have_settled = not energy.is_affine and float(residual.min()) <= self.tol
+        return self.certify(energy, moved) if may_have_settled else moved
 
-    @torch.autocast("cpu", enabled=False)
-    @torch.autocast("cuda", enabled=False)
-    def _next_output_error(self, energy: Energy, iterate: Iterate, active: Tensor | None) -> Tensor:
-        """What the next backward walk starts from; the examples that are not active are left out of the reckoning."""
-        memory: _Memory = iterate.memory
-        if memory.history is None or not self.history:
-            return memory.wanted
-        free, nudge = energy.output(memory.free), energy.nudge
-        assert nudge is not None
-        target = nudge.target
-        trials = memory.history
-        if active is not None:
-            rows = active.nonzero().squeeze(1)
-            trials, free, target = trials[:, :, rows], free[rows], target[rows]
-        if torch.finfo(trials.dtype).bits < 32:  # small systems are solved in float32
-            trials, free, target = trials.float(), free.float(), _widened(target)
-        errors, outputs, gradients = trials
-        if nudge.cost.curvature(free, target, gradients[-1]) is None:
-            found = mix(list(zip(errors[:-1], gradients[:-1], strict=True)), errors[-1], gradients[-1])
-        else:
-            tried, shifts = errors.transpose(0, 1), (free - outputs).transpose(0, 1)
-            found = solve_output(nudge.cost, target, free, tried, shifts, gradients[-1])
-        found = found.to(memory.wanted.dtype)
-        return found if active is None else memory.sent[energy.graph.output].index_copy(0, rows, found)
+    def _error(self, memory: _Memory, active: Tensor | None) -> Tensor:
+        """What the next backward walk starts from; the examples that are not active keep what they have."""
+        trials = memory.trials
+        if not trials:
+            return memory.first
+        latest, _, gradient = trials[-1]
+        if not self.history:
+            return gradient
+        if active is None:
+            return next_error(memory.cost, memory.free, trials)
+        if not memory.cost.narrows:
+            return torch.where(per_example(active, latest), next_error(memory.cost, memory.free, trials), latest)
+        rows = active.nonzero().squeeze(1)
+        cost, free, some = memory.picked(rows)
+        return latest.index_copy(0, rows, next_error(cost, free, some))
 
     def certify(self, energy: Energy, iterate: Iterate) -> Iterate:
-        """Measure every node: one more backward walk, with the errors that the states really have.
+        """The point, its errors, and the residual of the worst node.
 
-        While the branches of a piecewise-linear network are held its Jacobians do not change: every node but the
-        output stays balanced, and there is nothing more to measure.
+        Where the Jacobians are constant every node but the output is balanced, and there is nothing more to measure.
         """
-        if iterate.memory.sweeps == 0 or energy.is_affine:
+        memory: _Memory = iterate.memory
+        if not memory.trials:
             return iterate
-        assert iterate.errors is not None
-        found = _residuals(energy, iterate.point, iterate.errors, iterate.memory.wanted)
-        return replace(iterate, residual=torch.stack(list(found.values())).amax(0))
+        answers = memory.answers
+        residual = iterate.residual
+        if isinstance(answers, Walks) and not iterate.exact:
+            residual = answers.residual()
+        return replace(iterate, point=answers.point, errors=answers.errors, residual=residual, exact=True)
 
 
 @dataclass(frozen=True)
 class _Memory:
-    """`wanted`: dC/ds_out at the point; `sent`: the errors that the last backward walk handed down.
+    """The examples that are still settling (`rows`, None for all) and all that is known about their outputs.
 
-    `history`: output error, output and dC/ds_out of the last sweeps, [3, sweeps, batch, ...], oldest first.
-    `resting` holds, for every state before a kink, the kink at which a unit rests, NaN where it rests at none.
+    `question`: dC/ds at the free output; `first`: the error to begin with; `trials`: those of the last sweeps, oldest
+    first.
     """
 
-    wanted: Tensor
-    sent: State
-    free: Point
-    resting: State = field(default_factory=dict)
-    history: Tensor | None = None
-    sweeps: int = 0
+    answers: Response | Walks
+    cost: BatchCost
+    free: Tensor
+    question: Tensor
+    first: Tensor
+    trials: tuple[Trial, ...] = ()
+    rows: Tensor | None = None
 
+    @property
+    def narrows(self) -> bool:
+        """Whether examples that have settled can be left out."""
+        return self.answers.narrows and self.cost.narrows and bool(self.trials)
 
-def _widened(target: Tensor) -> Tensor:
-    return target.float() if target.is_floating_point() else target
+    def narrowed(self, active: Tensor) -> _Memory:
+        """The memory of those examples that are active, of those in play."""
+        rows = active.nonzero().squeeze(1)
+        picked = rows if self.rows is None else active[self.rows].nonzero().squeeze(1)
+        if len(picked) == len(self.free):
+            return self
+        cost, free, trials = self.picked(picked)
+        return replace(self, cost=cost, free=free, trials=trials, rows=rows)
 
+    def picked(self, index: Tensor) -> tuple[BatchCost, Tensor, tuple[Trial, ...]]:
+        """The cost, free output and trials of some of the examples in play."""
+        trials = tuple((x[index], s[index], g[index]) for x, s, g in self.trials)
+        return self.cost.of(index), self.free[index], trials
 
-def _wanted(energy: Energy, point: Point) -> Tensor:
-    gradient = energy.cost_gradient(point)
-    assert gradient is not None, "the free equilibrium of the prediction energy is the forward walk"
-    return gradient
-
-
-def _expands(delta: Tensor, wanted: Tensor, batch: int) -> bool:
-    """Whether the first sweep's answer is much larger than its question, for some example: beta |K| is too large.
-
-    An example that asks next to nothing may be disturbed by others that it shares statistics with.
-    """
-    question = example_norm(delta, batch)
-    return bool((example_norm(wanted - delta, batch) > _EXPANDS * torch.maximum(question, question.mean())).any())
-
-
-def _walk_back(
-    energy: Energy, point: Point, target: Tensor, memory: _Memory, active: Tensor | None
-) -> tuple[State, State]:
-    """New errors for every node, from the output's; and where units come to rest at a kink.
-
-    Examples that are not active keep theirs. If the Jacobians are constant that follows from their output error.
-    """
-    sent: State = {}
-    resting: State = {}
-    behind_kink: Behind = {}
-    output = energy.graph.output
-    consistent = active is None or energy.is_affine
-
-    def transmit(node: Node, force: Tensor | None) -> Tensor | None:
-        if _is_stopped_at_kink(energy, node, force, behind_kink):
-            return None
-        if not node.owns_state:
-            return force
-        name, mu = node.name, point.predictions[node.name]
-        delta = target if name == output else torch.zeros_like(mu) if force is None else force
-        if name in behind_kink:
-            u, activation = behind_kink[name]
-            delta, rest = kinks.relax(mu, delta, u, energy.beta, activation, memory.free.values[name])
-            delta = kinks.damp(node, delta, memory.sent.get(name), rest)
-            resting[name] = rest if consistent else _keep(rest, memory.resting[name], active)
-        follows = consistent and (active is None or name != output)
-        sent[name] = delta if follows else _keep(delta, memory.sent[name], active)
-        return sent[name]
-
-    energy.graph.pull(point, None, transmit)
-    return sent, resting
-
-
-def _walk_forward(energy: Energy, sent: State, resting: State) -> tuple[Point, State]:
-    """The states that follow the errors, and the errors that they then really have."""
-    errors = dict(sent)
-    beta = energy.beta
-
-    def place(node: Node, mu: Tensor) -> Tensor:
-        s = torch.add(mu, sent[node.name], alpha=-beta)
-        if node.name in resting:
-            rest = resting[node.name]
-            s = torch.where(rest.isnan(), s, rest)
-            errors[node.name] = torch.where(rest.isnan(), sent[node.name], (mu - rest) / beta)
-        return s
-
-    return energy.graph.evaluate(energy.inputs, energy.held, place), errors
-
-
-def _output_residual(energy: Energy, point: Point, errors: State, wanted: Tensor) -> Tensor:
-    """As `relative_residual`; a cost gradient that cannot be told from the rounding of the output counts as zero."""
-    delta, output = errors[energy.graph.output], energy.output(point)
-    rows = torch.stack([delta - wanted, delta, wanted, output]).reshape(4, energy.batch, -1)
-    violated, one, two, size = torch.linalg.vector_norm(rows, dim=2)
-    limits = torch.finfo(output.dtype)
-    return violated / torch.maximum(torch.maximum(one, two), size.mul_(10 * limits.eps)).add_(limits.tiny)
-
-
-def _residuals(energy: Energy, point: Point, errors: State, wanted: Tensor) -> State:
-    """The relative residual of every node; at a kink, how far zero is from the subdifferential."""
-    found: State = {}
-    behind_kink: Behind = {}
-
-    def transmit(node: Node, force: Tensor | None) -> Tensor | None:
-        if _is_stopped_at_kink(energy, node, force, behind_kink):
-            return None
-        if not node.owns_state:
-            return force
-        name, s, delta = node.name, point.values[node.name], errors[node.name]
-        if name == energy.graph.output:
-            found[name] = _output_residual(energy, point, errors, wanted)
-            return delta
-        pull = torch.zeros_like(s) if force is None else force
-        if name in behind_kink:
-            pull = kinks.balancing_pull(s, delta, pull, *behind_kink[name], energy.beta)
-        found[name] = relative_residual(delta, pull, s, energy.batch)
-        return delta
-
-    energy.graph.pull(point, None, transmit)
-    return found
-
-
-def _is_stopped_at_kink(energy: Energy, node: Node, force: Tensor | None, behind_kink: Behind) -> bool:
-    """Whether a node is a kink: what passes it, the state before it must decide; its force is laid by for that."""
-    activation = energy.kinks.get(node.name)
-    if activation is not None and force is not None:
-        behind_kink[node.parents[0]] = force, activation
-    return activation is not None
-
-
-def _keep(new: Tensor, old: Tensor, active: Tensor | None) -> Tensor:
-    return new if active is None else torch.where(per_example(active, new), new, old)
+    def tried(self, trial: Trial, history: int) -> _Memory:
+        """With one more trial, and without those that are too old."""
+        return replace(self, trials=(*self.trials, trial)[-max(history, 1) :])

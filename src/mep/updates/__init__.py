@@ -2,6 +2,7 @@
 
 from mep.updates.dion import Dion
 from mep.updates.muon import Muon
+from mep.updates.natural import NaturalGradient
 from mep.updates.orthogonal import METHODS, orthogonalise
 
-__all__ = ["METHODS", "Dion", "Muon", "orthogonalise"]
+__all__ = ["METHODS", "Dion", "Muon", "NaturalGradient", "orthogonalise"]

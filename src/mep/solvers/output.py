@@ -1,0 +1,84 @@
+"""The equation at the output, `x = dC/ds(s_out)`: its residual, and which error x to try next.
+
+Everything here is per example and knows nothing of the network but how its output answered.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+from mep.cost import BatchCost
+from mep.energy import Energy, example_norm
+from mep.graph import Point
+from mep.settle import Known
+from mep.solvers.anderson import mix
+from mep.solvers.secant import Trial, first_output, solve_output
+
+_EXPANDS = 4.0
+"""Mixing still finds the equilibrium of a map that expands by a few; beyond, a smaller beta is cheaper."""
+
+
+def wanted_error(energy: Energy, point: Point) -> Tensor:
+    """`dC/ds_out` at the point."""
+    gradient = energy.cost_gradient(point)
+    assert gradient is not None, "the free equilibrium of the prediction energy is the forward walk"
+    return gradient
+
+
+def output_residual(error: Tensor, wanted: Tensor, output: Tensor) -> Tensor:
+    """As `relative_residual`, per row; a cost gradient that cannot be told from rounding counts as zero."""
+    rows = torch.stack([error - wanted, error, wanted, output])
+    violated, one, two, size = torch.linalg.vector_norm(rows.flatten(2) if rows.ndim > 3 else rows, dim=2)
+    limits = torch.finfo(output.dtype)
+    return violated / torch.maximum(torch.maximum(one, two), size.mul_(10 * limits.eps)).add_(limits.tiny)
+
+
+def expands(question: Tensor, error: Tensor, wanted: Tensor, residual: Tensor) -> bool:
+    """Whether the first answer is much larger than the question, for some example: `beta |K|` is too large.
+
+    An example that asks next to nothing may be disturbed by others that it shares statistics with.
+    """
+    if float(residual.max()) < 1 - 2 / _EXPANDS:  # then |wanted - error| is not so large
+        return False
+    asked, missed = example_norm(question, len(question)), example_norm(wanted - error, len(error))
+    return bool((missed > _EXPANDS * torch.maximum(asked, asked.mean())).any())
+
+
+def gain(x: Tensor, shift: Tensor, beta: float) -> float:
+    """The mean of `<x, M x> / <x, x>` over the examples, with weights `<x, x>`; `shift` is `beta M x`."""
+    x, shift = x.reshape(-1), shift.reshape(-1)
+    size = beta * float(torch.dot(x, x))
+    return float(torch.dot(x, shift)) / size if size else 0.0
+
+
+def first_error(energy: Energy, free: Tensor, wanted: Tensor, known: Known) -> Tensor:
+    """The error to try first: what follows if `-beta gain` times it is the answer."""
+    nudge = energy.nudge
+    assert nudge is not None
+    strength = nudge.beta * (known.gain or 0.0)
+    found = first_output(nudge.cost, free, wanted, strength) if 0 < strength < math.inf else None
+    return wanted if found is None else found
+
+
+def no_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Entering an autocast context takes as long as a few small operations, so only where there is one to leave."""
+    kind = device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+
+
+def next_error(cost: BatchCost, free: Tensor, trials: Sequence[Trial]) -> Tensor:
+    """The error to try next, from how the last ones were answered (oldest first); `free`: the free output."""
+    dtype = free.dtype
+    if torch.finfo(dtype).bits < 32:  # small systems are solved in float32
+        free, trials = free.float(), [(x.float(), s.float(), g.float()) for x, s, g in trials]
+    with no_autocast(free.device):
+        found = solve_output(cost, free, trials)
+    if found is None:
+        *earlier, (x, _, gradient) = trials
+        found = mix([(xi, gi) for xi, _, gi in earlier], x, gradient)
+    return found.to(dtype)

@@ -1,0 +1,121 @@
+"""How a graph answers an output error, by two walks: backward for new errors, forward for the states that follow them.
+
+    delta_out = x,   delta_n = sum_c J_c^T delta_c            walk backward, collecting errors
+    s_n = mu_n - beta delta_n                                 walk forward, injecting them
+
+Works for every graph. Units that rest at a kink (`kinks.py`) have an error of their own.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mep.activations import Activation
+from mep.energy import Energy, State, per_example, relative_residual
+from mep.graph import Point
+from mep.nodes import Node
+from mep.solvers import kinks
+from mep.solvers.output import output_residual, wanted_error
+
+Behind = dict[str, tuple[Tensor, Activation]]
+"""State -> what pulls on it through a kink, and the activation that has it."""
+
+
+class Walks:
+    """The present point and its errors.
+
+    `sent` are the errors that the last backward walk handed down, `errors` those that the states then really have.
+    `resting` holds, for every state before a kink, the kink at which a unit rests, NaN where it rests at none.
+    """
+
+    narrows = False
+    """Examples may be coupled, so that all are evaluated in every sweep."""
+
+    def __init__(self, energy: Energy, free: Point):
+        self.energy, self.free, self.point = energy, free, free
+        self.sent: State = {}
+        self.errors: State = {}
+        self.resting: State = {}
+
+    def answer(self, x: Tensor, rows: Tensor | None, active: Tensor | None) -> Tensor:
+        """The output that follows the output error x. Examples that are not active keep their other errors."""
+        self.sent, self.resting = self._back(x, active)
+        self.point, self.errors = self._forward()
+        return self.energy.output(self.point)
+
+    def _back(self, x: Tensor, active: Tensor | None) -> tuple[State, State]:
+        """New errors for every node, from the output's; and where units come to rest at a kink."""
+        energy = self.energy
+        sent: State = {}
+        resting: State = {}
+        behind_kink: Behind = {}
+
+        def transmit(node: Node, force: Tensor | None) -> Tensor | None:
+            if _is_stopped_at_kink(energy, node, force, behind_kink):
+                return None
+            if not node.owns_state:
+                return force
+            name, mu = node.name, self.point.predictions[node.name]
+            delta = x if name == energy.graph.output else torch.zeros_like(mu) if force is None else force
+            if name in behind_kink:
+                u, activation = behind_kink[name]
+                delta, rest = kinks.relax(mu, delta, u, energy.beta, activation, self.free.values[name])
+                delta = kinks.damp(node, delta, self.sent.get(name), rest)
+                resting[name] = _keep(rest, self.resting.get(name), active)
+            sent[name] = _keep(delta, self.sent.get(name), active)
+            return sent[name]
+
+        energy.graph.pull(self.point.saved, None, transmit)
+        return sent, resting
+
+    def _forward(self) -> tuple[Point, State]:
+        """The states that follow the errors, and the errors that they then really have."""
+        energy, errors = self.energy, dict(self.sent)
+
+        def place(node: Node, mu: Tensor) -> Tensor:
+            s = torch.add(mu, self.sent[node.name], alpha=-energy.beta)
+            if node.name in self.resting:
+                rest = self.resting[node.name]
+                s = torch.where(rest.isnan(), s, rest)
+                errors[node.name] = torch.where(rest.isnan(), self.sent[node.name], (mu - rest) / energy.beta)
+            return s
+
+        return energy.graph.evaluate(energy.inputs, energy.held, place), errors
+
+    def residual(self) -> Tensor:
+        """The relative residual of each example's worst node: one more backward walk, with the errors as they are."""
+        energy, point = self.energy, self.point
+        wanted = wanted_error(energy, point)
+        found: list[Tensor] = []
+        behind_kink: Behind = {}
+
+        def transmit(node: Node, force: Tensor | None) -> Tensor | None:
+            if _is_stopped_at_kink(energy, node, force, behind_kink):
+                return None
+            if not node.owns_state:
+                return force
+            name, s, delta = node.name, point.values[node.name], self.errors[node.name]
+            if name == energy.graph.output:
+                found.append(output_residual(delta, wanted, s))
+                return delta
+            pull = torch.zeros_like(s) if force is None else force
+            if name in behind_kink:
+                pull = kinks.balancing_pull(s, delta, pull, *behind_kink[name], energy.beta)
+            found.append(relative_residual(delta, pull, s, energy.batch))
+            return delta
+
+        energy.graph.pull(point.saved, None, transmit)
+        return torch.stack(found).amax(0)
+
+
+def _is_stopped_at_kink(energy: Energy, node: Node, force: Tensor | None, behind_kink: Behind) -> bool:
+    """Whether a node is a kink: what passes it, the state before it must decide; its force is laid by for that."""
+    activation = energy.kinks.get(node.name)
+    if activation is not None and force is not None:
+        behind_kink[node.parents[0]] = force, activation
+    return activation is not None
+
+
+def _keep(new: Tensor, old: Tensor | None, active: Tensor | None) -> Tensor:
+    return new if active is None or old is None else torch.where(per_example(active, new), new, old)

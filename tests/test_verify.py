@@ -1,0 +1,488 @@
+"""`mep.verify`: it says yes to models that are right, no to those made wrong, and touches nothing."""
+
+import copy
+import json
+import sys
+import textwrap
+
+import pytest
+import torch
+from cases import COSTS, MODELS, free_energy, mlp
+from torch import nn
+from typer.testing import CliRunner
+
+import mep
+from mep.chain import Chain
+from mep.cli import app
+from mep.energy import Energy
+from mep.nodes import Local
+from mep.solvers.walks import Walks
+from mep.verification import differences, verdict
+from mep.verification.equilibrium import residuals
+from mep.verification.gradients import fitted_order
+
+GOOD = ["mlp relu", "conv relu maxpool", "batch norm", "transposed", "attention", "embedded", "leaves", "partial"]
+
+
+def verified(name, cost="cross_entropy", **options):
+    model, x, y = MODELS[name].build(cost)
+    return mep.verify(model, x, y, cost=COSTS[cost].argument, leaves=MODELS[name].leaves, **options)
+
+
+# Good models
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_a_good_model_passes(name):
+    report = verified(name)
+    assert report.ok, report
+    for contrast, order in (("one-sided", 1), ("centered", 2)):
+        assert report.orders[contrast] == pytest.approx(order, abs=0.2)
+    for p in report.parameters:
+        for matches in p.matches.values():
+            assert matches[-1].error <= p.rounding or matches[-1].cosine > 0.99
+    assert all(e.recomputed <= report.tol + e.rounding for e in report.estimations)
+    assert any(p.backprop_difference is not None for p in report.parameters)
+    assert all(p.backprop_difference < 1e-3 for p in report.parameters if p.backprop_difference is not None)
+
+
+@pytest.mark.parametrize("cost", ["mse", "custom"])
+def test_costs(cost):
+    assert verified("residual", cost).ok
+
+
+@pytest.mark.parametrize("name", ["mlp relu", "prelu softplus hardtanh"])
+def test_exact_branches(name):
+    report = verified(name, branches="exact")
+    assert report.ok, report
+
+
+def test_the_numbers_are_those_of_the_estimator_and_of_autograd():
+    model, x, y = MODELS["mlp tanh"].build()
+    report = mep.verify(model, x, y, tol=1e-10, phases=["centered"])
+    solver = mep.Sweep(settle_steps=60, tol=1e-10)
+    found, estimate = mep.EquilibriumPropagation(model, beta=0.03, solver=solver, phases="centered").gradients(x, y)
+    nn.functional.cross_entropy(model(x), y).backward()
+    assert [p.name for p in report.parameters] == [name for name, _ in model.named_parameters()]
+    for row, p in zip(report.parameters, model.parameters(), strict=True):
+        match = row.matches["centered"][1]
+        assert match.beta == estimate.beta == 0.03 and row.norm == pytest.approx(float(p.grad.norm()))
+        cosine = nn.functional.cosine_similarity(found[p].flatten(), p.grad.flatten(), dim=0)
+        assert match.cosine == pytest.approx(float(cosine))
+        assert match.ratio == pytest.approx(float(found[p].norm() / p.grad.norm()))
+        assert match.error == pytest.approx(float((found[p] - p.grad).norm() / p.grad.norm()), rel=1e-4)
+    assert report.estimations[1].sweeps == estimate.iterations
+
+
+def test_a_large_beta_is_followed_to_smaller_ones():
+    torch.manual_seed(0)
+    model, x, y = mlp(nn.Tanh, 4, 6, 3).double(), torch.randn(5, 4).double(), torch.randint(3, (5,))
+    with torch.no_grad():
+        model[0].weight.mul_(4)
+    report = mep.verify(model, x, y, betas=(6.0, 3.0), phases=["one-sided"])
+    assert report.ok and len(report.estimations) > 2
+    betas = [e.beta for e in report.estimations]
+    assert betas == sorted(betas, reverse=True) and betas[0] >= 3 * betas[-1]
+
+
+def test_dropout_draws_one_noise_for_all():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(4, 8),
+        nn.Dropout(0.4),
+        nn.Tanh(),
+        nn.Linear(8, 8),
+        nn.BatchNorm1d(8),
+        nn.Dropout(0.4),
+        nn.Linear(8, 3),
+    )
+    x, y = torch.randn(9, 4), torch.randint(3, (9,))
+    report = mep.verify(model, x, y)
+    assert report.ok and any("stochastic" in note for note in report.notes)
+    assert any("vanishes, up to rounding: 3.bias" in note for note in report.notes)
+    still = mep.verify(model.eval(), x, y)
+    assert still.ok and any("evaluation mode" in note for note in still.notes)
+    assert still.parameters[0].norm != pytest.approx(report.parameters[0].norm, rel=1e-3)
+
+
+class Named(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one, self.two, self.last = nn.Linear(4, 5), nn.Linear(3, 5), nn.Linear(5, 2)
+
+    def forward(self, left, right):
+        return self.last(torch.tanh(self.one(left) + self.two(right)))
+
+
+def test_float32_and_inputs_by_name():
+    torch.manual_seed(0)
+    model, y = Named(), torch.randint(2, (6,))
+    x = {"right": torch.randn(6, 3), "left": torch.randn(6, 4)}
+    for dtype in (torch.float64, None):
+        report = mep.verify(model, x, y, dtype=dtype)
+        assert report.ok, report
+        assert report.tol == pytest.approx(torch.finfo(dtype or torch.float32).eps ** 0.5)
+
+
+class Drifting(nn.Module):
+    """Each call leaves a mark that the next one would show."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls += 1
+        return x * (1 + 0.2 * self.calls) if x.isfinite().all() else x
+
+
+def test_every_evaluation_finds_the_buffers_of_before():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 5), Drifting(), nn.Tanh(), nn.Linear(5, 3))
+    x, y = torch.randn(6, 4), torch.randint(3, (6,))
+    report = mep.verify(model, x, y, leaves=[Drifting])
+    assert report.ok and report.orders["centered"] == pytest.approx(2, abs=0.1), report
+    assert [e.recomputed for e in report.estimations] == pytest.approx(
+        [e.residual for e in report.estimations], abs=1e-9
+    )
+    assert model[3].calls == 0
+
+
+def test_a_gradient_that_vanishes_has_no_direction():
+    """That of a bias before BatchNorm."""
+    report = verified("batch norm")
+    found = {p.name: p for p in report.parameters}
+    assert found["0.bias"].norm < 1e-12 and found["0.bias"].rounding == 1 and found["0.weight"].rounding < 1e-5
+    for matches in found["0.bias"].matches.values():
+        assert all(m.cosine is None and m.ratio is None and m.error <= 1 for m in matches)
+
+
+def test_betas_out_of_reach_shrink_alike():
+    report = verified("batch norm")
+    shares = [e.beta / e.asked for e in report.estimations if e.asked in (0.1, 0.03, 0.01)]
+    assert shares[0] < 1 and shares == sorted(shares, reverse=True)
+    assert any("out of reach" in note for note in report.notes)
+
+
+@pytest.mark.parametrize("tol", [1e-2, 1e-4])
+def test_a_loose_tolerance_is_allowed_for(tol):
+    """Settling leaves an error of its own, in which an order cannot be seen."""
+    report = verified("residual", tol=tol)
+    assert report.ok, report
+
+
+def test_frozen_and_unused_parameters_are_named():
+    report = verified("partial")
+    assert any("second.weight, unused.weight, unused.bias" in note for note in report.notes)
+    assert "second.weight" not in [p.name for p in report.parameters]
+
+
+def test_finite_differences_of_a_cost_known_in_closed_form():
+    """C = mean over examples and outputs of (w x + b - y)^2."""
+    model, x, y = nn.Linear(1, 1).double(), torch.tensor([[1.0], [2.0]]).double(), torch.tensor([[3.0], [1.0]]).double()
+    report = mep.verify(model, x, y, cost="mse")
+    error = (model(x) - y).detach()
+    assert report.parameters[0].norm == pytest.approx(abs(float((2 * error * x).mean())))
+    assert report.parameters[1].norm == pytest.approx(abs(float((2 * error).mean())))
+    assert all(p.backprop_difference < 1e-8 for p in report.parameters)
+
+
+def test_finite_differences_judge_the_best_ep_gradient():
+    """That of the centered contrast at the smallest beta."""
+    report = verified("mlp tanh")
+    for p in report.parameters:
+        centered, one_sided = (p.matches[phases][-1].error for phases in ("centered", "one-sided"))
+        assert p.ep_difference < 10 * centered < one_sided
+
+
+def test_fitted_order_looks_at_the_smallest_betas_above_rounding():
+    betas = [1.0, 0.1, 0.03, 0.01]
+    assert fitted_order(betas, [1e3, 1e-1, 3e-2, 1e-2], 0) == pytest.approx(1)
+    assert fitted_order(betas, [1.0, 1e-2, 1e-9, 1e-9], 1e-8) == pytest.approx(2)
+    assert fitted_order(betas, [1.0, 1e-9, 1e-9, 1e-9], 1e-8) is None
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("reading", ["held", "exact"])
+def test_residuals_are_those_of_the_states(reading):
+    """At the free equilibrium nothing is left; a state moved by hand shows in its own residual."""
+    model, x, _ = MODELS["mlp relu"].build()
+    energy, point = free_energy(model, x, reading)
+    assert all(float(r.max()) == 0 for r in residuals(energy, point).values())
+    state = energy.state(point)
+    state["2"] = state["2"] + 0.1
+    moved = residuals(energy, energy.at(state))
+    assert float(moved["2"].min()) > 0.1
+
+
+def test_stall_shows_the_signal_arrive():
+    report = verified("mlp tanh")
+    assert report.stall.sweeps[:3] == (1, 2, 3) and report.stall.beta == 0.1
+    assert list(report.stall.residuals) == ["0", "2", "4"]
+    for curve in report.stall.residuals.values():
+        assert len(curve) == len(report.stall.sweeps) and curve[-1] <= report.tol
+    assert max(curve[0] for curve in report.stall.residuals.values()) > 100 * report.tol
+
+
+def test_reach_is_where_the_default_solver_ends():
+    model, x, y = MODELS["mlp tanh"].build()
+    report = mep.verify(model, x, y)
+    for beta, reached in ((report.reach, True), (report.beyond, False)):
+        ep = mep.EquilibriumPropagation(model, beta=beta, phases="centered")
+        one = mep.EquilibriumPropagation(model, beta=beta)
+        assert all(e.gradients(x, y)[1].beta == beta for e in (ep, one)) == reached
+
+
+# Wrong models
+
+
+def flipped(method):
+    return lambda self, saved, force: [None if g is None else -g for g in method(self, saved, force)]
+
+
+def scaled(method, factor):
+    return lambda self, saved, force, weight: method(self, saved, force, weight * factor)
+
+
+@pytest.mark.parametrize(
+    ("name", "owner", "method", "change", "says", "first"),
+    [
+        ("mlp tanh", Chain, "pull", flipped, "cosine", "2.bias"),
+        ("attention", Local, "pull", flipped, "cosine", None),
+        ("mlp tanh", Chain, "contract", lambda m: scaled(m, 10.0), "10 times the size", "4.bias"),
+        ("mlp tanh", Chain, "contract", lambda m: scaled(m, 1.05), "order in beta", "4.bias"),
+    ],
+)
+def test_a_wrong_core_is_found(name, owner, method, change, says, first, monkeypatch):
+    monkeypatch.setattr(owner, method, change(getattr(owner, method)))
+    report = verified(name)
+    assert not report.ok
+    texts = [text for text in report.failures if says in text]
+    assert {"one-sided", "centered"} == {c for c in ("one-sided", "centered") for t in texts if f"({c})" in t}
+    if first:
+        assert all(text.startswith(f"`{first}`") for text in texts)
+    assert str(report).startswith("NOT OK") and f"Failure: {texts[0]}" in str(report)
+
+
+def test_a_dropped_beta_is_found(monkeypatch):
+    right = Energy.parameter_gradient
+    monkeypatch.setattr(
+        Energy, "parameter_gradient", lambda self, point, errors, w: right(self, point, errors, w * abs(self.beta))
+    )
+    report = verified("mlp tanh")
+    assert len(report.failures) >= 2 and all(text.startswith("`4.bias`") for text in report.failures)
+
+
+def test_a_solver_that_flatters_itself_is_found(monkeypatch):
+    """It calls everything settled; the states say otherwise."""
+    monkeypatch.setattr(Walks, "residual", lambda self: torch.zeros(self.energy.batch, dtype=torch.float64))
+    monkeypatch.setattr("mep.solvers.sweep.output_residual", lambda x, wanted, output: x.new_zeros(len(x)))
+    report = verified("mlp tanh")
+    assert any("the solver reported 0.0e+00" in text and "Node `" in text for text in report.failures), report
+
+
+def test_what_does_not_settle_is_told(monkeypatch):
+    monkeypatch.setattr("mep.verification.verifying._SWEEPS", 1)
+    report = verified("mlp tanh", tol=1e-13)
+    told = [text for text in report.failures if "not settled" in text]
+    assert told and all(text.startswith("Node `4`") and "reached the step limit" in text for text in told), report
+
+
+class Straight(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return 0.3 * x
+
+    @staticmethod
+    def backward(ctx, force):
+        return force
+
+
+class Custom(nn.Module):
+    def forward(self, x):
+        return Straight.apply(x)
+
+
+def test_a_backward_that_is_no_derivative_is_found():
+    """EP and backprop agree on it, finite differences do not."""
+    torch.manual_seed(0)
+    model, x, y = nn.Sequential(nn.Linear(4, 5), Custom(), nn.Linear(5, 3)), torch.randn(6, 4), torch.randint(3, (6,))
+    report = mep.verify(model, x, y, leaves=[Custom])
+    assert len(report.failures) == 1 and report.failures[0].startswith("`0.bias`: backprop is"), report
+    assert mep.verify(model, x, y, leaves=[Custom], samples=0).ok
+
+
+def test_every_bound_is_asserted():
+    """A row just inside each bound passes, one just outside does not."""
+
+    def judge(branches="held", **changes):
+        match = mep.verification.report.Match(
+            0.01, *(changes.get(k, v) for k, v in (("c", 1.0), ("r", 1.0), ("e", 0.1)))
+        )
+        order = {"centered": changes.get("o", 2.0)}
+        far, ep = changes.get("d", 0.0), changes.get("f", 0.0)
+        parameter = mep.verification.report.Parameter("w", (1,), 1.0, 1e-6, {"centered": (match,)}, order, far, ep)
+        estimation = mep.verification.report.Estimation(
+            "centered", 0.1, 0.1, 0.1, 3, changes.get("s", "converged"), 0.0, changes.get("n", 0.0), 1e-9, "node", 0.0
+        )
+        return not verdict.failures([parameter], [estimation], 1e-6, branches)
+
+    assert judge()
+    for good, bad in (
+        ({"c": 0.991}, {"c": 0.989}),
+        ({"r": 1.09}, {"r": 1.11}),
+        ({"r": 0.91}, {"r": 0.89}),
+        ({"o": 1.81}, {"o": 1.79}),
+        ({"o": 0.81, "branches": "exact"}, {"o": 0.79, "branches": "exact"}),
+        ({"o": None, "e": 1e-7}, {"o": None}),
+        ({"d": 0.9e-3}, {"d": 1.1e-3}),
+        ({"f": 0.19}, {"f": 0.21}),
+        ({"n": 1.0005e-6}, {"n": 1.002e-6}),
+        ({}, {"s": "reached the step limit"}),
+        ({"e": 0.1}, {"c": float("nan")}),
+    ):
+        assert judge(**good) and not judge(**bad), (good, bad)
+    assert differences.CLOSE == 1e-3
+
+
+# Manners
+
+
+def test_nothing_of_the_users_is_touched():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(inplace=True), nn.Dropout(0.5), nn.Linear(6, 3)
+    ).train()
+    x, y = torch.randn(8, 4), torch.randint(3, (8,))
+    model(x).sum().backward()
+    model[0].bias.grad = None
+    state, grads = (
+        copy.deepcopy(model.state_dict()),
+        [None if p.grad is None else p.grad.clone() for p in model.parameters()],
+    )
+    inputs, noise, attributes = (x.clone(), y.clone()), torch.get_rng_state(), [set(vars(m)) for m in model.modules()]
+    assert mep.verify(model, x, y).ok
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    for p, before in zip(model.parameters(), grads, strict=True):
+        assert p.grad is None if before is None else torch.equal(p.grad, before)
+    assert torch.equal(x, inputs[0]) and torch.equal(y, inputs[1])
+    assert torch.equal(torch.get_rng_state(), noise)
+    assert model.training and [set(vars(m)) for m in model.modules()] == attributes
+    assert next(model.parameters()).dtype == torch.float32
+
+
+def test_an_input_that_forward_overwrites_is_not_the_users():
+    torch.manual_seed(0)
+    model, x, y = nn.Sequential(nn.ReLU(inplace=True), nn.Linear(4, 3)), torch.randn(5, 4), torch.randint(3, (5,))
+    before = x.clone()
+    assert mep.verify(model, x, y, dtype=None).ok
+    assert torch.equal(x, before)
+
+
+def test_two_reports_are_the_same():
+    one, two = (verified("mlp relu").as_dict() for _ in range(2))
+    assert one == two
+
+
+def test_refusals():
+    model, x, y = MODELS["mlp tanh"].build()
+    for options in (
+        {"betas": (0.1,)},
+        {"betas": (0.1, -1.0)},
+        {"phases": "centered"},
+        {"phases": ["both"]},
+        {"samples": -1},
+        {"tol": 2.0},
+        {"branches": "loose"},
+        {"cost": "hinge"},
+    ):
+        with pytest.raises(mep.ArgumentError, match=next(iter(options))):
+            mep.verify(model, x, y, **options)
+    with pytest.raises(mep.InputError):
+        mep.verify(model, x * float("nan"), y)
+    with pytest.raises(mep.InputError, match="must be a tensor"):
+        mep.verify(model, x, [0])
+    with pytest.raises(mep.TraceError, match="leaves"):
+        mep.verify(MODELS["leaves"].build()[0], x, y)
+    plain, noise = nn.Linear(4, 3), torch.get_rng_state()
+    with pytest.raises(mep.ArgumentError, match=r"dtype=torch.float64.*dtype=None"):
+        mep.verify(plain, x, y, cost=lambda s, t: (s @ torch.ones(3, 1)).squeeze(1))
+    assert torch.equal(torch.get_rng_state(), noise)
+    broken = nn.Linear(4, 3)
+    broken.kept = broken(torch.randn(1, 4))
+    with pytest.raises(mep.ArgumentError, match="deepcopy"):
+        mep.verify(broken, x, y)
+
+
+# The command
+
+
+FACTORY = """
+import torch
+from torch import nn
+class Bad(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x): return x.tanh()
+    @staticmethod
+    def backward(ctx, g): return g
+class Wrong(nn.Module):
+    def forward(self, x): return Bad.apply(x)
+class Branching(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(6, 6)
+    def forward(self, x): return self.inner(x) if x.sum() > -1e9 else x
+def good(classes): return nn.Sequential(nn.Flatten(), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, classes))
+def bad(classes): return nn.Sequential(nn.Flatten(), nn.Linear(6, 6), Wrong(), nn.Linear(6, classes))
+def branching(classes): return nn.Sequential(nn.Flatten(), Branching(), nn.Linear(6, classes))
+"""
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch):
+    (tmp_path / "factories.py").write_text(textwrap.dedent(FACTORY))
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "factories", raising=False)
+
+    def run(*words, code=0):
+        result = CliRunner().invoke(app, [str(word) for word in words])
+        assert result.exit_code == code, f"{result.output}\n{result.exception!r}"
+        return result.output
+
+    return run
+
+
+def test_command(command, tmp_path):
+    words = ("--shape", "2,3", "--classes", 4, "--batch-size", 5, "--out", tmp_path)
+    output = command("verify", "--model", "factories:good", *words, "--beta", 0.05, "--beta", 0.02)
+    assert "OK: equilibrium propagation" in output and "| 3.weight" in output
+    record = json.loads((tmp_path / "factories.good.json").read_text())
+    assert record["kind"] == "mep verify" and record["settings"]["betas"] == [0.05, 0.02]
+    assert {"created", "command", "commit", "versions", "machine", "settings", "report"} < record.keys()
+    report = record["report"]
+    assert report["ok"] is True and report["failures"] == []
+    assert {"notes", "tol", "estimations", "orders", "parameters", "stall", "reach", "beyond"} < report.keys()
+    assert [p["name"] for p in report["parameters"]] == ["1.weight", "1.bias", "3.weight", "3.bias"]
+    first = report["parameters"][0]["matches"]["centered"][0]
+    assert first.keys() == {"beta", "cosine", "ratio", "error"} and first["beta"] == 0.05
+    again = command("plot", tmp_path / "factories.good.json", "--out", tmp_path / "again.png")
+    assert (tmp_path / "again.png").read_bytes() == (tmp_path / "factories.good.png").read_bytes()
+    assert "| 3.weight" in again and "| 3.weight" in command("report", tmp_path / "factories.good.json")
+
+
+def test_exit_codes(command, tmp_path):
+    words = ("--shape", "6", "--classes", 3, "--batch-size", 5, "--out", tmp_path)
+    output = command("verify", "--model", "factories:bad", *words, code=1)
+    assert "NOT OK, 1 failure" in output and "finite differences" in output
+    assert json.loads((tmp_path / "factories.bad.json").read_text())["report"]["ok"] is False
+    command("verify", "--model", "factories:bad", *words, "--samples", 0, "--leaf", "2")
+    assert "Way out" in command("verify", "--model", "factories:branching", *words, code=2)
+    assert "training mode" in command("verify", "--model", "factories:branching", *words, "--leaf", "1")
+    assert "evaluation mode" in command("verify", "--model", "factories:good", *words, "--eval")
+    assert "branches='exact'" in command("verify", "--model", "cnn", "--branches", "exact", "--out", tmp_path, code=2)
+    command("verify", "--model", "factories:good", "--shape", "6,x", "--out", tmp_path, code=2)
+
+
+def test_command_on_data_with_squared_error(command, tmp_path):
+    output = command("verify", "--cost", "mse", "--batch-size", 4, "--out", tmp_path, "--name", "mine")
+    assert output.count("| centered ") == 3 and (tmp_path / "mine.png").stat().st_size > 1000
