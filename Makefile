@@ -5,7 +5,7 @@ PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help test lint format bench clean
+.PHONY: help test lint format bench baselines mutants clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 10
@@ -24,6 +24,31 @@ format: $(INSTALLED) ## fix what can be fixed and format
 
 bench: $(INSTALLED) ## measure speed and accuracy
 	$(BIN)/mep bench
+
+# Measured outside of what git tracks, so that every record names the same clean commit; copied at the end.
+MNIST ?= $(wildcard data/mnist)
+MEASURED := runs/baselines
+PAGE := docs/benchmarks
+VARIANTS := --add "eqprop tol=0.1" --add "eqprop tol=0.001" --add "eqprop beta=0.01" --add "eqprop beta=0.5" \
+	--add "eqprop tol=0.1 beta=0.01" --add "eqprop settle_lr=0.15" --add "smep tol=0.1" --add "smep beta=0.01"
+
+baselines: $(INSTALLED) ## measure the tables of docs/benchmarks; full MNIST from data/mnist or MNIST=folder
+	rm -rf $(MEASURED)
+	$(BIN)/mep bench --out $(MEASURED)
+	$(if $(MNIST),$(BIN)/mep bench --data mnist --folder $(MNIST) --out $(MEASURED))
+	$(BIN)/mep bench --name tolerance --seconds 5 --only sgd --only eqprop --only smep --only smep_fast \
+		$(VARIANTS) --out $(MEASURED)
+	$(BIN)/mep profile --name profile --out $(MEASURED)
+	rm -f $(PAGE)/*.json $(PAGE)/*.png
+	cp $(MEASURED)/*.json $(MEASURED)/*.png $(PAGE)
+	cd $(PAGE) && { cat introduction.md && ../../$(BIN)/mep report mnist5k.json $(if $(MNIST),mnist.json) \
+		tolerance.json profile.json; } > PERFORMANCE_BASELINES.md
+
+SAMPLE ?= 40
+SEED ?= 0
+
+mutants: $(INSTALLED) ## change the core in SAMPLE places, one at a time, and list what no test notices
+	OMP_NUM_THREADS=1 $(BIN)/python tests/mutate.py --sample $(SAMPLE) --seed $(SEED)
 
 clean: ## remove .venv, caches and build products
 	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,9 +1,13 @@
 """The commands as a user meets them: what they print, write, resume and refuse."""
 
+import copy
 import json
+import math
+import shutil
 import signal
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -12,10 +16,13 @@ from torch import nn
 from typer.testing import CliRunner
 
 from mep.cli import app, contestants, models
-from mep.cli.contestants import CONTESTANTS, Contestant
+from mep.cli.backprop import torch_muon
+from mep.cli.contestants import CONTESTANTS, EARLIER_TASK, Contestant
 from mep.cli.files import write_atomically
 from mep.cli.optimizers import names
+from mep.cli.race import deadlines
 from mep.cli.run import Run
+from mep.cli.summary import summarise, time_to
 from mep.cli.training import Batches, epoch_order
 
 SMALL = ("train", "--data", "digits", "--threads", "1")
@@ -82,7 +89,15 @@ def stopped_at_step(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "words", [["--help"], ["train", "--help"], ["bench", "--help"], ["plot", "--help"], ["--version"]]
+    "words",
+    [
+        ["--help"],
+        ["train", "--help"],
+        ["bench", "--help"],
+        ["profile", "--help"],
+        ["plot", "--help"],
+        ["report", "--help"],
+    ],
 )
 def test_help_is_instant(words):
     run = f"import sys; from mep.cli import app; app({words}, standalone_mode=False)"
@@ -335,11 +350,12 @@ def test_absent_gpu_is_refused():
 # The benchmark
 
 SUMMARY = {
-    *("accuracy", "accuracy_spread", "vs_sgd", "vs_muon", "epoch_seconds", "step_seconds", "step_ratio"),
-    *("residual", "residual_max", "sweeps", "converged"),
+    *("accuracy", "accuracy_spread", "vs_sgd", "vs_muon", "target_seconds"),
+    *("epoch_seconds", "step_seconds", "step_ratio", "running", "residual", "residual_max", "sweeps", "converged"),
 }
+BACKPROP = ("sgd", "adam", "muon_backprop", "torch_muon")
 RESULT = {
-    *("seed", "accuracy", "seconds", "epochs", "steps", "step_seconds", "epoch_seconds"),
+    *("seed", "accuracy", "seconds", "epochs", "steps", "step_seconds", "epoch_seconds", "running"),
     *("loss", "residual", "residual_max", "sweeps", "converged", "error", "curve"),
 }
 
@@ -348,7 +364,7 @@ RESULT = {
 def benched(tmp_path_factory):
     """The folder of a small benchmark, and what was printed."""
     folder = tmp_path_factory.mktemp("bench")
-    return folder, mep("bench", "--quick", "--data", "digits", "--seconds", 0.2, "--seeds", 2, "--out", folder)
+    return folder, mep("bench", "--quick", "--data", "digits", "--seconds", 0.1, "--seeds", 2, "--out", folder)
 
 
 def test_bench_writes_a_whole_record(benched):
@@ -370,9 +386,11 @@ def test_bench_writes_a_whole_record(benched):
         for seed in row["seeds"]:
             assert seed.keys() == RESULT and seed["error"] is None
             assert len({len(values) for values in seed["curve"].values()}) == 1
-            assert 0.2 <= seed["seconds"] < 1.0
+            assert 0.1 <= seed["seconds"] < 1.0
+            assert 0.0 < seed["running"] <= 1.0
             assert seed["curve"]["accuracy"][-1] == seed["accuracy"]
-        settled = row["name"] not in ("sgd", "adam", "muon_backprop")
+            assert all(start < end for start, end in pairwise(seed["curve"]["seconds"]))
+        settled = row["name"] not in BACKPROP
         assert (row["summary"]["residual"] is not None) == settled
         assert (row["summary"]["sweeps"] is not None) == settled
     sgd = record["rows"][0]["summary"]
@@ -390,6 +408,147 @@ def test_plot_needs_the_record_alone(benched, tmp_path):
     output = mep("plot", benched[0] / "digits.json", "--out", picture)
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert "| SGD " in output
+
+
+def by_title(markdown):
+    """The cells of the only table, by the first of their row and their title."""
+    lines = [line for line in markdown.splitlines() if line.startswith("|")]
+    head, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return {row[0]: dict(zip(head, row, strict=True)) for row in rows}
+
+
+def test_report_says_what_was_measured_and_what_measured_it(benched, tmp_path):
+    path = benched[0] / "digits.json"
+    page, record = mep("report", path), json.loads(path.read_text())
+    cells = by_title(page)
+    assert list(cells) == [row["label"] for row in record["rows"]]
+    for row in record["rows"]:
+        own, shown = row["summary"], cells[row["label"]]
+        assert shown["Accuracy"] == f"{own['accuracy']:.2f}% ± {own['accuracy_spread']:.2f}"
+        assert shown["/ SGD"] == f"{own['step_ratio']:.2f}"
+        assert (shown["vs SGD"], shown["vs Muon"]) == (f"{own['vs_sgd']:+.2f}", f"{own['vs_muon']:+.2f}")
+        assert (shown["Residual"] == "—") == (row["name"] in BACKPROP)
+        assert (shown["to 92.12%"] == "—") == (own["target_seconds"] is None)
+    assert "![digits](digits.png)" in page
+    for made in (record["command"], record["commit"], record["machine"]["processor"], record["versions"]["torch"]):
+        assert made is None or made in page
+    assert "![" not in mep("report", Path(shutil.copy(path, tmp_path)))
+
+
+@pytest.mark.parametrize("running, gpu, warned", [(0.5, None, True), (0.99, None, False), (0.5, "a GPU", False)])
+def test_report_doubts_times_of_a_busy_machine(running, gpu, warned, benched, tmp_path):
+    record = json.loads((benched[0] / "digits.json").read_text())
+    for row in record["rows"]:
+        row["summary"]["running"] = 1.0
+    record["rows"][3]["summary"]["running"], record["machine"]["gpu"] = running, gpu
+    path = tmp_path / "changed.json"
+    path.write_text(json.dumps(record))
+    assert ("busy with something else up to 50%" in mep("report", path)) == warned
+
+
+def test_report_shows_unsettled_steps_and_the_earlier_system_where_there_is_something_to_say(benched, tmp_path):
+    path = tmp_path / "changed.json"
+    record = json.loads((benched[0] / "digits.json").read_text())
+    for row in record["rows"]:
+        row["summary"]["converged"] = None if row["name"] in BACKPROP else 1.0
+    path.write_text(json.dumps(record))
+    assert not {"Converged", "Earlier system"} & by_title(mep("report", path))["SMEP"].keys()
+    record["settings"] |= EARLIER_TASK
+    smep = next(row for row in record["rows"] if row["name"] == "smep")
+    for share, told in ((0.0, "0.0%"), (0.25, "25.0%")):
+        smep["summary"]["converged"] = share
+        path.write_text(json.dumps(record))
+        cells = by_title(mep("report", path))
+        assert cells["SMEP"]["Converged"] == told and cells["SGD"]["Converged"] == "—"
+        assert cells["SMEP"]["Earlier system"] == "75.02%, 1.96" and cells["SMEP-fast"]["Earlier system"] == ""
+
+
+@pytest.mark.parametrize("target, expected", [(5, 0.0), (10, 0.0), (30, 0.5), (50, 1.0), (55, 5.0), (60, 6.0)])
+def test_time_to_a_target_is_that_of_the_first_crossing(target, expected):
+    curve = {"seconds": [0.0, 1.0, 2.0, 4.0, 6.0], "accuracy": [10.0, 50.0, 30.0, 50.0, 60.0]}
+    assert time_to(target, curve) == expected
+    assert time_to(60.1, curve) == math.inf
+
+
+@pytest.mark.parametrize("slow, expected", [(1, 2.0), (2, None)])
+def test_a_seed_that_never_arrives_counts_as_the_slowest(slow, expected):
+    def seed(at):
+        curve = {"seconds": [0.0, at], "accuracy": [0.0, 90.0 if at else 50.0]}
+        return dict.fromkeys(RESULT) | {"accuracy": curve["accuracy"][-1], "curve": curve}
+
+    rows = [{"name": "adam", "seeds": [seed(at) for at in (1.0, 2.0, 3.0)[: 3 - slow] + (0.0,) * slow]}]
+    summarise(rows, target=90.0)
+    assert rows[0]["summary"]["target_seconds"] == expected
+
+
+def test_all_are_compared_with_the_first_sgd_and_the_first_muon():
+    def row(name, accuracy, step_seconds):
+        curve = {"seconds": [0.0], "accuracy": [accuracy]}
+        figures = {"accuracy": accuracy, "step_seconds": step_seconds, "curve": curve}
+        return {"name": name, "seeds": [dict.fromkeys(RESULT) | figures]}
+
+    rows = [
+        row("sgd", 90.0, 1.0),
+        row("muon_backprop", 80.0, 2.0),
+        row("sgd", 50.0, 5.0),
+        row("muon_backprop", 0.0, 1.0),
+    ]
+    summarise(rows, target=92.0)
+    assert [row["summary"]["vs_sgd"] for row in rows] == [0.0, -10.0, -40.0, -90.0]
+    assert [row["summary"]["vs_muon"] for row in rows] == [10.0, 0.0, -30.0, -80.0]
+    assert [row["summary"]["step_ratio"] for row in rows] == [1.0, 2.0, 5.0, 1.0]
+
+
+@pytest.mark.parametrize("seconds, longest", [(15.0, 0.25), (0.2, 0.25), (1.0, 0.005)])
+def test_turns_are_short_while_accuracy_jumps(seconds, longest):
+    ends = deadlines(seconds, longest)
+    assert ends[0] == 0.0 and ends[-1] == seconds
+    for start, end in pairwise(ends):
+        assert 0 < end - start <= min(longest, max(0.01, 0.05 * start)) + 1e-12
+    assert len(ends) < 5 + seconds / min(longest, 0.01)
+
+
+def test_torch_muon_is_torchs_on_matrices_and_sgd_beside_it():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(72, 10)).double()
+    twin = copy.deepcopy(net)
+    ours = torch_muon(net.parameters(), model=net, lr=0.1, momentum=0.9)
+    matrix = [twin[3].weight]
+    others = [twin[0].weight, twin[0].bias, twin[3].bias]
+    muon = torch.optim.Muon(matrix, lr=0.1, momentum=0.9, weight_decay=0.0)
+    rest = torch.optim.SGD(others, lr=0.1, momentum=0.9, nesterov=True)
+    x, y = torch.randn(5, 1, 8, 8, dtype=torch.double), torch.arange(5)
+    for _ in range(3):
+        loss = nn.functional.cross_entropy(twin(x), y)
+        for p, g in zip(twin.parameters(), torch.autograd.grad(loss, list(twin.parameters())), strict=True):
+            p.grad = g
+        muon.step()
+        rest.step()
+        assert torch.equal(ours.step(x=x, target=y), loss)
+    for p, q in zip(net.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_torch_muon_is_refused_where_torch_has_none(monkeypatch, tmp_path):
+    monkeypatch.delattr(torch.optim, "Muon")
+    assert "--without torch_muon" in mep("bench", "--data", "digits", "--seconds", 0.1, "--out", tmp_path, code=2)
+
+
+def test_bench_compares_variants(tmp_path):
+    words = ("--data", "digits", "--seconds", 0.05, "--seeds", 1, "--out", tmp_path, "--name", "tolerance")
+    output = mep("bench", *words, "--only", "eqprop", "--add", "eqprop tol=0.5 phases=centered", "--target", 1)
+    rows = json.loads((tmp_path / "tolerance.json").read_text())["rows"]
+    assert [row["label"] for row in rows] == ["EqProp", "EqProp tol=0.5 phases=centered"]
+    assert rows[1]["options"] == rows[0]["options"] | {"tol": 0.5, "phases": "centered"}
+    assert (tmp_path / "tolerance.png").exists()
+    assert "to 1%" in by_title(output)["EqProp"] and all(row["summary"]["target_seconds"] is not None for row in rows)
+
+
+def test_contestants_are_chosen():
+    names = [contestant.name for contestant in CONTESTANTS]
+    assert [c.name for c in contestants.choose()] == names
+    assert [c.name for c in contestants.choose(without=["adam"])] == [name for name in names if name != "adam"]
+    assert [c.name for c in contestants.choose(only=["smep", "sgd"])] == ["sgd", "smep"]
 
 
 def test_bench_compares_a_chosen_few_and_survives_a_failure(tmp_path, monkeypatch):
@@ -416,10 +575,18 @@ def test_bench_compares_a_chosen_few_and_survives_a_failure(tmp_path, monkeypatc
 
 
 def test_bench_and_plot_refuse(benched, tmp_path):
-    assert "nobody" in mep("bench", "--only", "nobody", "--out", tmp_path, code=2)
+    for words in (("--only", "nobody"), ("--without", "nobody"), ("--add", "nobody tol=1")):
+        assert "nobody" in mep("bench", *words, "--out", tmp_path, code=2)
+    for words in ("eqprop", "eqprop tol", "", "=1"):
+        assert "eqprop tol=0.1" in mep("bench", "--add", words, "--out", tmp_path, code=2)
+    assert "`eqprop` has no --speed" in mep(
+        "bench", "--add", "eqprop speed=1", "--data", "digits", "--out", tmp_path, code=2
+    )
+    assert "nobody to compare" in mep("bench", "--only", "sgd", "--without", "sgd", "--out", tmp_path, code=2)
     foreign = Path(tmp_path / "foreign.json")
     foreign.write_text('{"kind": "recipe"}')
     assert "recipe" in mep("plot", foreign, code=2)
+    assert "recipe" in mep("report", foreign, code=2)
     foreign.write_text("{")
     assert "not a JSON record" in mep("plot", foreign, code=2)
     assert "Cannot read" in mep("plot", tmp_path / "absent.json", code=2)

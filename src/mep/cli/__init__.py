@@ -1,8 +1,10 @@
-"""Train, compare and draw.
+"""Train, compare, measure, verify and draw.
 
 mep train --data digits --epochs 5
 mep bench --quick
-mep plot runs/bench/mnist5k.json
+mep profile
+mep verify --model package.module:factory
+mep report runs/bench/mnist5k.json
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ except ImportError as error:
     raise ImportError('The command `mep` needs: pip install "mep-torch[cli]"') from error
 
 import mep
-from mep.cli import bench, plot, train
+from mep.cli import bench, plot, profile, report, train, verify
 from mep.errors import MepError
 
 
@@ -43,7 +45,15 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-for module, command in ((train, train.train), (bench, bench.bench), (plot, plot.plot)):
+COMMANDS = (
+    (train, train.train),
+    (bench, bench.bench),
+    (profile, profile.profile),
+    (verify, verify.verify),
+    (plot, plot.plot),
+    (report, report.report),
+)
+for module, command in COMMANDS:
     # The head of the file is the help; a backspace keeps the lines of the paragraph that follows it.
     app.command(help=str(module.__doc__).replace("\n\n    mep", "\n\n\b\n    mep"))(command)
 

@@ -17,20 +17,22 @@ from mep.errors import ArgumentError
 
 
 class Backprop:
-    """A torch optimizer and the backward pass that feeds it."""
+    """Torch optimizers, each for parameters of its own, and the backward pass that feeds them."""
 
-    def __init__(self, model: nn.Module, update: torch.optim.Optimizer, cost: str) -> None:
+    def __init__(self, model: nn.Module, cost: str, *updates: torch.optim.Optimizer) -> None:
         if cost not in COSTS:
             raise ArgumentError(f"Unknown --cost {cost!r}. Choose one of {', '.join(COSTS)}.")
-        self.model, self.update, self.cost = model, update, COSTS[cost]
+        self.model, self.cost, self.updates = model, COSTS[cost], updates
         self.last: Estimate
 
     def step(self, *, x: Tensor, target: Tensor) -> Tensor:
         """One update; returns the mean cost before it."""
-        self.update.zero_grad()
+        for update in self.updates:
+            update.zero_grad()
         loss = self.cost(self.model(x), target)
         loss.backward()
-        self.update.step()
+        for update in self.updates:
+            update.step()
         self.last = Estimate(loss.detach(), residual=None, iterations=0, beta=0.0, result=Result.BACKPROP)
         return self.last.loss
 
@@ -40,12 +42,13 @@ class Backprop:
         return self.model(x)
 
     def state_dict(self) -> dict[str, Any]:
-        """The update's state."""
-        return self.update.state_dict()
+        """The states of the updates."""
+        return {"updates": [update.state_dict() for update in self.updates]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
-        self.update.load_state_dict(state)
+        for update, own in zip(self.updates, state["updates"], strict=True):
+            update.load_state_dict(own)
 
 
 COSTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"cross_entropy": F.cross_entropy, "mse": F.mse_loss}
@@ -61,7 +64,7 @@ def sgd(
     cost: str = "cross_entropy",
 ) -> Backprop:
     """Backprop and stochastic gradient descent with momentum."""
-    return Backprop(model, torch.optim.SGD(params, lr=lr, momentum=momentum, weight_decay=weight_decay), cost)
+    return Backprop(model, cost, torch.optim.SGD(params, lr=lr, momentum=momentum, weight_decay=weight_decay))
 
 
 def adam(
@@ -73,7 +76,30 @@ def adam(
     cost: str = "cross_entropy",
 ) -> Backprop:
     """Backprop and Adam."""
-    return Backprop(model, torch.optim.Adam(params, lr=lr, weight_decay=weight_decay), cost)
+    return Backprop(model, cost, torch.optim.Adam(params, lr=lr, weight_decay=weight_decay))
 
 
-BASELINES: dict[str, Callable[..., Backprop]] = {"sgd": sgd, "adam": adam}
+def torch_muon(
+    params: Iterable[Tensor],
+    *,
+    model: nn.Module,
+    lr: float = 0.02,
+    momentum: float = 0.95,
+    weight_decay: float = 0.0,
+    nesterov: bool = True,
+    cost: str = "cross_entropy",
+) -> Backprop:
+    """Backprop and torch's own Muon, which takes matrices alone; SGD with the same settings for all else."""
+    if not hasattr(torch.optim, "Muon"):
+        raise ArgumentError(
+            f"torch_muon: torch has its Muon since 2.9, and this is {torch.__version__}. Install a newer torch, or use "
+            "muon_backprop; `mep bench` goes without it by --without torch_muon."
+        )
+    every = list(params)
+    matrices, others = [p for p in every if p.ndim == 2], [p for p in every if p.ndim != 2]
+    muon = torch.optim.Muon(matrices, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov)
+    rest = torch.optim.SGD(others, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov)
+    return Backprop(model, cost, muon, rest)
+
+
+BASELINES: dict[str, Callable[..., Backprop]] = {"sgd": sgd, "adam": adam, "torch_muon": torch_muon}

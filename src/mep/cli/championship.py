@@ -37,12 +37,12 @@ def hold(
         for seed in range(settings.seeds):
             bar.update(task, description=f"seed {seed + 1} of {settings.seeds}")
             racers = entered(seed)
-            race(racers, settings.seconds, settings.turns, lambda seconds: bar.advance(task, seconds))
+            race(racers, settings.seconds, settings.turn, lambda seconds: bar.advance(task, seconds))
             for row, racer in zip(rows, racers, strict=True):
                 row["seeds"].append(racer.result())
             scores = ", ".join(f"{row['label']} {row['seeds'][-1]['accuracy']:.1f}%" for row in rows)
             console.print(f"seed {seed + 1} of {settings.seeds}: {scores}", highlight=False, soft_wrap=True)
-    summarise(rows)
+    summarise(rows, settings.target)
     return rows
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from itertools import cycle, product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -20,34 +21,49 @@ Row = dict[str, Any]
 # Okabe and Ito's palette, which the colour-blind can tell apart, without its yellow, which nobody sees on
 # white: https://jfly.uni-koeln.de/color
 COLOURS = ("#000000", "#56B4E9", "#E69F00", "#0072B2", "#D55E00", "#CC79A7", "#009E73")
+GREYS = ("#333333", "#666666", "#8c8c8c", "#adadad")
 FORMATS = (".png", ".svg", ".pdf")
 GREY = "#666666"
 ACCURACY_TICKS = (0, 20, 40, 60, 70, 80, 85, 90, 92, 94, 96, 98, 99, 100)
 ERRORS_AT_TOP = 1.0  # keeps 100% at a finite height
 
 
+class Look(NamedTuple):
+    """How an optimizer is drawn."""
+
+    colour: str
+    style: str
+
+
 def draw(record: Record, path: Path) -> None:
     """Draw the record into `path`."""
-    if path.suffix not in FORMATS:
-        raise ArgumentError(f"Cannot draw {path}: a picture is one of {', '.join(FORMATS)}.")
-    figure = Figure(figsize=(12, 5.2), layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=(1.2, 1))
+    figure = Figure(figsize=(13, 6), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(1.5, 1))
     _draw_accuracy(left, record)
     _draw_costs(right, record)
-    figure.suptitle(_title(record), x=0.01, ha="left", fontsize=10, color=GREY)
+    save(figure, _title(record["settings"]), record, path)
+
+
+def save(figure: Figure, title: str, record: Record, path: Path) -> None:
+    """Head the figure with a title and where the record was made, and write it into `path`."""
+    if path.suffix not in FORMATS:
+        raise ArgumentError(f"Cannot draw {path}: a picture is one of {', '.join(FORMATS)}.")
+    figure.suptitle(f"{title}; {_origin(record)}", x=0.01, ha="left", fontsize=10, color=GREY)
     write_atomically(path, lambda file: figure.savefig(file, format=path.suffix[1:], dpi=150))
 
 
 def _draw_accuracy(axes: Axes, record: Record) -> None:
     """A line for the mean over seeds, a band from the worst to the best seed, a label at the end."""
-    settings, rows, colours = record["settings"], record["rows"], _colours(record)
+    settings, rows = record["settings"], record["rows"]
+    looks = _looks(rows)
     times = np.geomspace(settings["seconds"] / 400, settings["seconds"], 200)
     ends = [row["summary"]["accuracy"] for row in rows]
-    for row, colour in zip(rows, colours, strict=True):
+    for row, look in zip(rows, looks, strict=True):
         seeds = np.stack([_accuracy_at(times, result["curve"]) for result in row["seeds"]])
-        style = "--" if _is_backprop(row) else "-"
-        axes.plot(times, seeds.mean(0), style, color=colour, linewidth=1.8)
-        axes.fill_between(times, seeds.min(0), seeds.max(0), color=colour, alpha=0.12, linewidth=0)
+        axes.plot(times, seeds.mean(0), color=look.colour, linestyle=look.style, linewidth=1.6)
+        axes.fill_between(times, seeds.min(0), seeds.max(0), color=look.colour, alpha=0.1, linewidth=0)
+    axes.axhline(settings["target"], color=GREY, linewidth=0.8)
+    axes.annotate(f"{settings['target']:g}%", (times[0], settings["target"]), (4, 2), textcoords="offset points")
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter("{x:g}")
     axes.set_yscale("function", functions=(_stretch, _unstretch))
@@ -55,14 +71,14 @@ def _draw_accuracy(axes: Axes, record: Record) -> None:
     axes.yaxis.set_minor_locator(NullLocator())
     axes.set_xlim(times[0], times[-1])
     axes.set_ylim(max(0, min(50, *ends) - 5), 0.75 * max(ends) + 25)  # a quarter of the errors is room above
-    axes.set(xlabel="training time (s); dashed: backprop; bands: all seeds", ylabel="test accuracy (%)")
+    axes.set(xlabel="training time (s); broken grey lines: backprop; bands: all seeds", ylabel="test accuracy (%)")
     axes.set_title("Accuracy for the time spent", loc="left")
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    _label_ends(axes, [row["label"] for row in rows], ends, colours)
+    _label_ends(axes, [row["label"] for row in rows], ends, looks)
 
 
-def _label_ends(axes: Axes, labels: list[str], ends: list[float], colours: list[str]) -> None:
+def _label_ends(axes: Axes, labels: list[str], ends: list[float], looks: list[Look]) -> None:
     """Name each line right of its end, in the order of the ends, as far apart as the letters need."""
     low, high = _stretch(np.array(axes.get_ylim()))
     heights = (_stretch(np.array(ends)) - low) / (high - low)
@@ -73,7 +89,13 @@ def _label_ends(axes: Axes, labels: list[str], ends: list[float], colours: list[
             xytext=(1.06, height),
             xycoords="axes fraction",
             va="center",
-            arrowprops={"arrowstyle": "-", "color": colours[place], "linewidth": 1.5, "relpos": (0, 0.5)},
+            arrowprops={
+                "arrowstyle": "-",
+                "color": looks[place].colour,
+                "linestyle": looks[place].style,
+                "linewidth": 1.5,
+                "relpos": (0, 0.5),
+            },
         )
 
 
@@ -93,11 +115,15 @@ def _draw_costs(axes: Axes, record: Record) -> None:
     """A bar for each optimizer, with how it settled written beside it."""
     rows = record["rows"]
     ratios = [row["summary"]["step_ratio"] or 0.0 for row in rows]
-    axes.barh([row["label"] for row in rows], ratios, color=_colours(record), height=0.62)
+    axes.barh([row["label"] for row in rows], ratios, color=[look.colour for look in _looks(rows)], height=0.62)
+    column = axes.get_yaxis_transform()  # of the text on how each settled, right of the axes
     for place, (row, ratio) in enumerate(zip(rows, ratios, strict=True)):
-        axes.annotate(_settled(row), (ratio, place), (6, 0), textcoords="offset points", va="center")
+        axes.annotate(
+            f"{ratio:.2f}x" if ratio else "?", (ratio, place), (5, 0), textcoords="offset points", va="center"
+        )
+        axes.text(1.04, place, _settled(row), transform=column, va="center")
     axes.axvline(1, color="white", linewidth=1, linestyle=":")
-    axes.set_xlim(0, 2 * max(ratios, default=1.0))  # the text beside the longest bar needs as much again
+    axes.set_xlim(0, 1.3 * max(1.0, *ratios))  # room for the figure beside the longest bar
     axes.invert_yaxis()
     axes.set_xlabel("time of a step, relative to SGD")
     axes.set_title("Cost of a step, and how well it settled", loc="left")
@@ -107,19 +133,22 @@ def _draw_costs(axes: Axes, record: Record) -> None:
 
 def _settled(row: Row) -> str:
     summary = row["summary"]
-    ratio = "no SGD to compare" if summary["step_ratio"] is None else f"{summary['step_ratio']:.2f}x"
     if _is_backprop(row):
-        return f"{ratio}   backprop"
-    return f"{ratio}   {summary['sweeps']:.1f} sweeps, residual {summary['residual']:.1g}"
+        return "backprop"
+    return f"{summary['sweeps']:.1f} iterations, residual {summary['residual']:.1g}"
 
 
-def _title(record: Record) -> str:
-    s, machine = record["settings"], record["machine"]
-    commit = f", commit {record['commit'][:8]}" if record["commit"] else ""
+def _title(settings: dict[str, Any]) -> str:
+    s = settings
     seeds = f"{s['seeds']} seed{'s' if s['seeds'] > 1 else ''}"
+    return f"{s['data']}, {s['model']}, batch {s['batch_size']}, {s['seconds']:g} s, {seeds}"
+
+
+def _origin(record: Record) -> str:
+    machine = record["machine"]
+    commit = f", commit {record['commit'][:8]}" if record["commit"] else ""
     threads = f"{machine['threads']} thread{'s' if machine['threads'] > 1 else ''}"
-    where = machine["gpu"] or f"{machine['processor']}, {threads}"
-    return f"{s['data']}, {s['model']}, batch {s['batch_size']}, {s['seconds']:g} s, {seeds}; {where}{commit}"
+    return (machine["gpu"] or f"{machine['processor']}, {threads}") + commit
 
 
 def _accuracy_at(times: NDArray[np.float64], curve: dict[str, list[float]]) -> NDArray[np.float64]:
@@ -132,8 +161,11 @@ def _is_backprop(row: Row) -> bool:
     return row["summary"]["residual"] is None
 
 
-def _colours(record: Record) -> list[str]:
-    return [COLOURS[place % len(COLOURS)] for place in range(len(record["rows"]))]
+def _looks(rows: list[Row]) -> list[Look]:
+    """Greys and broken lines for backprop; for all others the colours, once through in each style."""
+    backprop = cycle(map(Look, GREYS, ("--", "-.", ":", "--")))
+    settled = cycle(Look(colour, style) for style, colour in product(("-", "-."), (*COLOURS[1:], COLOURS[0])))
+    return [next(backprop if _is_backprop(row) else settled) for row in rows]
 
 
 def _stretch(accuracy: NDArray[np.float64]) -> NDArray[np.float64]:

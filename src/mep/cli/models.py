@@ -1,4 +1,4 @@
-"""Models by name: `mlp`, `cnn`, or the import path of a factory of yours, `package.module:factory`.
+"""Models by name: `mlp`, `mlp256` (wider), `cnn`, or the import path of a factory of yours, `package.module:factory`.
 
 A factory is called with `input_shape=` ([channels, height, width]) and `classes=`, each only if it has a
 parameter of that name, and returns a module that maps [batch, *input_shape] to [batch, classes].
@@ -11,6 +11,7 @@ import inspect
 import math
 import sys
 from collections.abc import Callable
+from functools import partial
 
 from torch import nn
 
@@ -18,15 +19,16 @@ from mep.data import DataSet
 from mep.errors import ArgumentError
 
 
-def mlp(input_shape: tuple[int, ...], classes: int) -> nn.Module:
+def mlp(input_shape: tuple[int, ...], classes: int, widths: tuple[int, int] = (128, 64)) -> nn.Module:
     """The multilayer perceptron of the benchmarks, 784-128-64-10 for 28 x 28 digits."""
+    first, second = widths
     return nn.Sequential(
         nn.Flatten(),
-        nn.Linear(math.prod(input_shape), 128),
+        nn.Linear(math.prod(input_shape), first),
         nn.ReLU(),
-        nn.Linear(128, 64),
+        nn.Linear(first, second),
         nn.ReLU(),
-        nn.Linear(64, classes),
+        nn.Linear(second, classes),
     )
 
 
@@ -45,7 +47,7 @@ def cnn(input_shape: tuple[int, ...], classes: int) -> nn.Module:
     )
 
 
-NAMED: dict[str, Callable[..., nn.Module]] = {"mlp": mlp, "cnn": cnn}
+NAMED: dict[str, Callable[..., nn.Module]] = {"mlp": mlp, "mlp256": partial(mlp, widths=(256, 256)), "cnn": cnn}
 
 
 def build(name: str, data: DataSet) -> nn.Module:

@@ -1,4 +1,4 @@
-"""Draw the picture of a record of `mep bench`, and print its table.
+"""Draw the picture of a record of `mep bench` or `mep profile`, and print its table.
 
 mep plot runs/bench/mnist5k.json
 mep plot runs/bench/mnist5k.json --out docs/bench.png
@@ -12,24 +12,19 @@ from typing import Annotated
 
 import typer
 
-from mep.cli.bench import KIND
-
 
 def plot(
-    record: Annotated[Path, typer.Argument(help="A JSON record that `mep bench` wrote.")],
+    record: Annotated[Path, typer.Argument(help="A JSON record that `mep bench` or `mep profile` wrote.")],
     out: Annotated[Path | None, typer.Option(help="The PNG to write. Default: beside the record.")] = None,
 ) -> None:
     """Draw; see the head of this file."""
-    from rich.console import Console
-
-    from mep.cli import records
-    from mep.cli.figure import draw
+    from mep.cli import kinds
     from mep.cli.files import make_parent
-    from mep.cli.table import show
+    from mep.cli.layout import output
 
-    content = records.read(record, KIND)
+    content = kinds.read(record)
     picture = out or record.with_suffix(".png")
     make_parent(picture)
-    draw(content, picture)
-    show(content, Console())
+    kinds.draw(content, picture)
+    kinds.show(content, output())
     typer.echo(f"Picture: {picture}", err=True)

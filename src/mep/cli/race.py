@@ -11,15 +11,19 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
 
 from mep.cli import models, optimizers
 from mep.cli.contestants import Contestant
-from mep.cli.training import Batches, Tally, accuracy, targets
+from mep.cli.training import Batches, Tally, accuracy, clock, targets
 from mep.data import DataSet
 from mep.errors import MepError
+
+SHORTEST = 0.01  # seconds a turn: some steps at least
+RESOLUTION = 0.05  # of a turn, relative to the time so far
 
 
 class Racer:
@@ -31,12 +35,13 @@ class Racer:
         torch.manual_seed(seed)
         self.seed = seed
         self.device = data.train_x.device
+        self.now = clock(self.device)
         self.model = models.build(model, data).to(self.device)
         self.optimizer = optimizers.build(contestant.name, self.model, {"cost": cost, **contestant.options})
         self.batches = Batches(data.train_x, targets(data, cost), batch_size, seed)
         self.test = data.test_x, data.test_y
         self.tally = Tally()
-        self.seconds = 0.0
+        self.seconds = self.ran = 0.0
         self.step_seconds: list[float] = []
         self.batch_seconds: list[float] = []
         self.curve: dict[str, list[float]] = {"seconds": [], "epochs": [], "accuracy": []}
@@ -44,8 +49,8 @@ class Racer:
         self.measure()
 
     def advance(self, until: float) -> None:
-        """Train until the own clock shows `until` seconds. A contestant that failed stays where it is."""
-        if self.error:
+        """Train until the own clock shows `until` seconds, then measure. A contestant that failed stays where it is."""
+        if self.error or self.seconds >= until:
             return
         try:
             while self.seconds < until:
@@ -55,13 +60,14 @@ class Racer:
             self.error = str(error)
 
     def step(self) -> None:
-        """Train on the next batch, and count."""
-        start = self._now()
+        """Train on the next batch, and count; `ran` is the time in which this thread was given the processor."""
+        ran, start = time.thread_time(), self.now()
         x, y = self.batches.next()
-        drawn = self._now()
+        drawn = self.now()
         self.optimizer.step(x=x, target=y)
-        end = self._now()
+        end = self.now()
         self.seconds += end - start
+        self.ran += time.thread_time() - ran
         self.step_seconds.append(end - drawn)
         self.batch_seconds.append(end - start)
         self.tally.add(self.optimizer.last, len(x))
@@ -85,31 +91,34 @@ class Racer:
             "steps": self.tally.steps,
             "step_seconds": _median(self.step_seconds),
             "epoch_seconds": _median([self.batches.per_epoch * seconds for seconds in self.batch_seconds]),
+            "running": min(1.0, self.ran / self.seconds) if self.seconds else None,
             **self.tally.means(),
             "error": self.error,
             "curve": self.curve,
         }
-
-    def _now(self) -> float:
-        if self.device.type == "cuda":  # a step is over when the device is done, not when its kernels are queued
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
 
 
 def _median(times: list[float]) -> float | None:
     return statistics.median(times) if times else None
 
 
-def race(racers: Sequence[Racer], seconds: float, turns: int, progress: Callable[[float], None]) -> None:
-    """Let all racers train for `seconds`, in `turns` turns each; who begins changes from turn to turn."""
-    for turn in range(turns):
+def race(racers: Sequence[Racer], seconds: float, longest: float, progress: Callable[[float], None]) -> None:
+    """Let all racers train for `seconds`, in turns of at most `longest`; who begins changes from turn to turn."""
+    for turn, (start, end) in enumerate(pairwise(deadlines(seconds, longest))):
         first = turn % len(racers)
-        start, end = deadlines(seconds, turns)[turn : turn + 2]
         for racer in (*racers[first:], *racers[:first]):
             racer.advance(until=end)
             progress(end - start)
 
 
-def deadlines(seconds: float, turns: int) -> list[float]:
-    """0, then where each turn ends: short turns while accuracy still jumps, longer ones later."""
-    return [seconds * (turn / turns) ** 2 for turn in range(turns + 1)]
+def deadlines(seconds: float, longest: float) -> list[float]:
+    """0, then where each turn ends: a time until an accuracy is reached has to be known to RESOLUTION.
+
+    >>> deadlines(0.03, 0.25)
+    [0.0, 0.01, 0.02, 0.03]
+    """
+    ends = [0.0]
+    while ends[-1] < seconds:
+        length = min(longest, max(SHORTEST, RESOLUTION * ends[-1]))
+        ends.append(min(seconds, ends[-1] + length))
+    return ends

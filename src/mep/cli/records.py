@@ -10,6 +10,7 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Collection
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -69,18 +70,28 @@ def write(path: Path, record: Record) -> None:
     write_atomically(path, lambda file: _put(file, text + "\n"))
 
 
-def read(path: Path, kind: str) -> Record:
-    """Read a record of this kind; anything else is refused."""
+def read(path: Path, kinds: Collection[str]) -> Record:
+    """Read a record of one of these kinds; anything else is refused."""
+    commands = " or ".join(f"`{kind}`" for kind in kinds)
     try:
         record = json.loads(path.read_text())
     except OSError as error:
-        raise DataError(f"Cannot read {path}: {error.strerror}. `mep bench` writes such records.") from error
+        raise DataError(f"Cannot read {path}: {error.strerror}. {commands} writes such records.") from error
     except ValueError as error:
         raise DataError(f"{path} is not a JSON record: {error}.") from error
     found = record.get("kind") if isinstance(record, dict) else None
-    if found != kind:
-        raise DataError(f"{path} is a record of kind {found!r}; this command reads {kind!r}.")
+    if found not in kinds:
+        raise DataError(f"{path} is a record of kind {found!r}; this command reads those of {commands}.")
     return record
+
+
+def origin(record: Record) -> str:
+    """What made a record, in a sentence of Markdown."""
+    machine, versions = record["machine"], record["versions"]
+    where = machine["gpu"] or f"{machine['processor']}, {machine['threads']} of {machine['cores']} threads"
+    commit = f"commit `{record['commit']}`" if record["commit"] else "no commit"
+    made = f"Made by `{record['command']}` on {record['created'][:10]}, {commit}"
+    return f"{made}, mep {versions['mep']}, torch {versions['torch']}, Python {versions['python']}; {where}."
 
 
 def _put(file: BinaryIO, text: str) -> None:

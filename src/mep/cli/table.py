@@ -5,54 +5,87 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
-Summary = dict[str, Any]
+from mep.cli.contestants import EARLIER, EARLIER_TASK
+from mep.cli.layout import print_table, print_text, warn_if_busy
+
+Record = dict[str, Any]
+Row = dict[str, Any]
+Cell = Callable[[Row], str]
 
 
-def show(record: dict[str, Any], console: Console) -> None:
-    """Print the table: ruled on a terminal, as Markdown and as wide as it needs into a pipe."""
-    if console.is_terminal:
-        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    else:
-        table, console = Table(box=box.MARKDOWN), Console(width=200)
-    table.add_column("Optimizer", no_wrap=True)
-    for title in COLUMNS:
-        table.add_column(title, justify="right", no_wrap=True)
-    for row in record["rows"]:
-        table.add_row(row["label"], *(cell(row["summary"]) for cell in COLUMNS.values()))
-    console.print(table)
-    console.print(_caption(record["settings"]), style="dim", highlight=False, soft_wrap=not console.is_terminal)
+def show(record: Record, console: Console) -> None:
+    """Print the table: ruled on a terminal, as Markdown anywhere else."""
+    columns = _columns(record, wide=not console.is_terminal)
+    print_table(console, list(columns), ([cell(row) for cell in columns.values()] for row in record["rows"]))
+    print_text(console, _caption(record["settings"], columns))
+    if not record["machine"]["gpu"]:
+        warn_if_busy(console, (row["summary"]["running"] for row in record["rows"]))
     for row in record["rows"]:
         for result in row["seeds"]:
             if result["error"]:
-                console.print(f"{row['label']} stopped early on seed {result['seed']}: {result['error']}", markup=False)
+                print_text(console, f"{row['label']} stopped early on seed {result['seed']}: {result['error']}")
 
 
-def _caption(settings: dict[str, Any]) -> str:
-    seeds = f", mean and standard deviation of {settings['seeds']} seeds" if settings["seeds"] > 1 else ""
-    return (
-        f"{settings['data']}, {settings['model']}, batch {settings['batch_size']}. "
-        f"Accuracy: on the test set after {settings['seconds']:g} s of training{seeds}. "
-        "/ SGD: cost of a step over that of SGD. Residual: relative distance from equilibrium, mean over all "
-        "steps and examples, and at most."
-    )
+def _columns(record: Record, wide: bool) -> dict[str, Cell]:
+    """The columns that have something to say, by title."""
+    columns = {"Optimizer": _label, **FIGURES}
+    columns = {title.format(**record["settings"]): cell for title, cell in columns.items()}
+    if any(row["summary"]["converged"] not in (None, 1.0) for row in record["rows"]):
+        columns["Converged"] = _cell("converged", "{:.1%}")
+    if wide and record["settings"].items() >= EARLIER_TASK.items():
+        columns["Earlier system"] = _earlier
+    return columns
 
 
-def _cell(key: str, form: str) -> Callable[[Summary], str]:
-    return lambda summary: "—" if summary[key] is None else form.format(summary[key])
+def _caption(settings: dict[str, Any], columns: dict[str, Cell]) -> str:
+    many = settings["seeds"] > 1
+    parts = [
+        f"{settings['data']}, {settings['model']}, batch {settings['batch_size']}.",
+        f"Accuracy: on the test set after {settings['seconds']:g} s of training"
+        + (f", mean and standard deviation of {settings['seeds']} seeds." if many else "."),
+        f"To {settings['target']:g}%: training time until the test accuracy first reached it, linear between two "
+        + ("measurements, the median over seeds." if many else "measurements."),
+        "Epoch, Step: training time, batches drawn included in the first. / SGD: cost of a step over that of SGD.",
+        "Residual: relative distance from equilibrium, mean over all steps and examples, and at most.",
+        "Sweeps: mean number of them, or of steps of descent.",
+    ]
+    if "Converged" in columns:
+        parts.append("Converged: share of the steps that settled to their tolerance.")
+    if "Earlier system" in columns:
+        parts.append("Earlier system: accuracy and / SGD as reported for a system of the same name, another machine.")
+    return " ".join(parts)
 
 
-def _accuracy(summary: Summary) -> str:
+def _label(row: Row) -> str:
+    return str(row["label"])
+
+
+def _earlier(row: Row) -> str:
+    if row["label"] not in EARLIER:
+        return ""
+    accuracy, ratio = EARLIER[row["label"]]
+    return f"{accuracy:.2f}%, {ratio:.2f}"
+
+
+def _cell(key: str, form: str) -> Cell:
+    def cell(row: Row) -> str:
+        value = row["summary"][key]
+        return "—" if value is None else form.format(value)
+
+    return cell
+
+
+def _accuracy(row: Row) -> str:
+    summary = row["summary"]
     spread = summary["accuracy_spread"]
     return f"{summary['accuracy']:.2f}%" + ("" if spread is None else f" ± {spread:.2f}")
 
 
-def _seconds(key: str) -> Callable[[Summary], str]:
-    def cell(summary: Summary) -> str:
-        value = summary[key]
+def _seconds(key: str) -> Cell:
+    def cell(row: Row) -> str:
+        value = row["summary"][key]
         if value is None:
             return "—"
         return f"{value:.2f} s" if value >= 1 else f"{1000 * value:#.3g}".rstrip(".") + " ms"
@@ -60,10 +93,11 @@ def _seconds(key: str) -> Callable[[Summary], str]:
     return cell
 
 
-COLUMNS: dict[str, Callable[[Summary], str]] = {
+FIGURES: dict[str, Cell] = {
     "Accuracy": _accuracy,
     "vs SGD": _cell("vs_sgd", "{:+.2f}"),
     "vs Muon": _cell("vs_muon", "{:+.2f}"),
+    "to {target:g}%": _seconds("target_seconds"),
     "Epoch": _seconds("epoch_seconds"),
     "Step": _seconds("step_seconds"),
     "/ SGD": _cell("step_ratio", "{:.2f}"),

@@ -52,6 +52,8 @@ def train(
     adaptive: Annotated[bool | None, _option(_PRESET, "Stop at tol, or run all settle steps.")] = None,
     patience: Annotated[int | None, _option(_PRESET, "Iterations in a row that must reach tol.")] = None,
     gamma: Annotated[float | None, _option(_PRESET, "Bound on each weight's largest singular value.")] = None,
+    rank_fraction: Annotated[float | None, _option(_PRESET, "Directions of a Dion step, of the shorter side.")] = None,
+    dion_threshold: Annotated[int | None, _option(_PRESET, "Entries from which a matrix takes Dion's step.")] = None,
     checkpoint: Annotated[Path | None, _option(_FILES, "Save here after every epoch and at the end.")] = None,
     checkpoint_every: Annotated[int | None, _option(_FILES, "Save after so many steps, too.")] = None,
     resume: Annotated[Path | None, _option(_FILES, "Go on from this checkpoint, and save there.")] = None,

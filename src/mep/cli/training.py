@@ -1,8 +1,10 @@
-"""What `mep train` and `mep bench` share: the order of examples, sums over steps, accuracy, the device."""
+"""What the commands share: the order of examples, sums over steps, accuracy, the device and its clock."""
 
 from __future__ import annotations
 
 import math
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -127,3 +129,15 @@ def pick_device(name: str) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ArgumentError("--device cuda: this torch sees no GPU. Use --device cpu, or install a CUDA build.")
     return device
+
+
+def clock(device: torch.device) -> Callable[[], float]:
+    """Seconds, once the device is done with what is queued."""
+    if device.type != "cuda":
+        return time.perf_counter
+
+    def now() -> float:
+        torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    return now

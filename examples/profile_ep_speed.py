@@ -1,0 +1,45 @@
+"""Where the time of a step goes and what each settling step buys, for a model of your own.
+
+`mep profile` does the same for the data sets by name, and writes a record and a picture.
+"""
+
+import torch
+from torch import nn
+
+import mep
+from mep.cli.layout import output
+from mep.cli.profile_table import show_rows
+from mep.cli.profiling import profile
+from mep.data import load
+
+
+class Net(nn.Module):
+    """Yours: any module that mep.trace can read."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(64, 128)
+        self.second = nn.Linear(128, 128)
+        self.head = nn.Linear(128, 10)
+
+    def forward(self, x):
+        h = nn.functional.gelu(self.first(x.flatten(1)))
+        return self.head(h + nn.functional.gelu(self.second(h)))
+
+
+def main(rounds=2):
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    data = load("digits")
+    batches = list(zip(data.train_x.split(32), data.train_y.split(32), strict=True))
+    model = Net()
+    opt = mep.eqprop(model.parameters(), model=model)
+    for x, y in batches:
+        opt.step(x=x, target=y)
+    rows = profile(model, batches[:4], rounds=rounds)
+    show_rows(rows, output())
+    return rows
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,281 @@
+"""`mep profile`: what it says of gradients is true, its times are those of the phases they are named after."""
+
+import copy
+import json
+import sys
+import time
+from itertools import pairwise
+
+import pytest
+import torch
+from rich.console import Console
+from torch import nn
+from typer.testing import CliRunner
+
+import mep
+from mep.cli import app
+from mep.cli.profile_figure import draw
+from mep.cli.profile_gradient import COMPARED, FIELDS, Reference, compare, first_weight, judge
+from mep.cli.profile_rows import RECIPES, YARDSTICK, Recipe
+from mep.cli.profile_table import show, show_rows
+from mep.cli.profile_time import METHODS, PhasedStepper, Stepper, time_steps
+from mep.cli.profiling import climb, profile
+
+TIGHT = Recipe("tight", "eqprop", {"tol": 1e-6})
+PAUSE = 0.02  # seconds, much longer than a step of these networks
+
+
+def command(*words, code=0):
+    result = CliRunner().invoke(app, [str(word) for word in words])
+    assert result.exit_code == code, f"{result.output}\n{result.exception!r}"
+    return result.output
+
+
+def network(*widths):
+    torch.manual_seed(0)
+    pairs = pairwise(widths)
+    return nn.Sequential(*(layer for a, b in pairs for layer in (nn.Linear(a, b), nn.Tanh())))[:-1].double()
+
+
+def batches(count=2, features=5, classes=3):
+    torch.manual_seed(1)
+    return [(torch.randn(6, features).double(), torch.randint(classes, (6,))) for _ in range(count)]
+
+
+def judged(recipe, model, data=None, cost="cross_entropy"):
+    data = data or batches()
+    return judge(recipe, model, data, Reference.of(model, data, cost), cost)
+
+
+# What settling buys
+
+
+def test_compare_by_hand():
+    exact, backprop = torch.tensor([3.0, 4.0, 0.0]), torch.tensor([3.0, 4.0, 12.0])
+    found = compare(torch.tensor([6.0, 0.0, 0.0]), exact, backprop, first=slice(1))
+    assert found == pytest.approx(
+        {
+            "cosine": 18 / 30,
+            "size": 6 / 5,
+            "first_cosine": 1.0,
+            "first_size": 2.0,
+            "gap": 5 / 5,
+            "bias": 12 / 13,
+            "backprop_cosine": 18 / (6 * 13),
+        }
+    )
+    assert compare(exact, None, backprop, slice(1)) == dict.fromkeys(COMPARED) | {"backprop_cosine": 25 / (5 * 13)}
+
+
+@pytest.mark.parametrize("phases", ["one-sided", "centered"])
+def test_the_exact_gradient_is_the_one_that_descent_comes_to(phases):
+    """Two solvers that share no line of code agree on the reference, at the contrast and beta of the recipe."""
+    options = {"phases": phases, "beta": 0.3, "settle_lr": 0.3, "adaptive": True, "tol": 1e-7, "settle_steps": 2000}
+    found = judged(Recipe("patient", "eqprop", options), network(5, 7, 6, 3))
+    assert found["residual_max"] <= 1e-7 and found["beta"] == 0.3
+    assert found["gap"] < 1e-6
+    assert found["cosine"] == pytest.approx(1) and found["first_size"] == pytest.approx(1)
+
+
+def test_bias_is_of_the_order_that_the_contrast_promises():
+    model = network(5, 7, 6, 3)
+    for phases, factor in (("one-sided", 2), ("centered", 4)):
+        one, half = (
+            judged(Recipe("", "eqprop", {"phases": phases, "beta": beta, "tol": 1e-9}), model)["bias"]
+            for beta in (0.02, 0.01)
+        )
+        assert one / half == pytest.approx(factor, rel=0.05)
+
+
+@pytest.mark.parametrize("cost", ["cross_entropy", "mse"])
+def test_a_tight_sweep_leaves_no_gap(cost):
+    data = batches()
+    if cost == "mse":
+        data = [(x, nn.functional.one_hot(y, 3).double()) for x, y in data]
+    found = judged(TIGHT, network(5, 7, 6, 3), data, cost)
+    assert found.keys() == set(FIELDS)
+    assert found["gap"] < 1e-5 and found["cosine"] == pytest.approx(1) and found["first_cosine"] == pytest.approx(1)
+
+
+def test_a_signal_moves_one_node_a_step():
+    """The first layer of six gets nothing in five steps of descent, and a little in the sixth."""
+    model = network(5, 6, 6, 6, 6, 6, 3)
+    sizes = [
+        judged(Recipe("", "eqprop", {"settle_steps": steps, "settle_lr": 0.15}), model)["first_size"]
+        for steps in (1, 5, 6, 30)
+    ]
+    assert sizes[:2] == [0, 0]
+    assert 0 < sizes[2] < 1e-3 < sizes[3] < 1
+
+
+def test_an_equilibrium_out_of_reach_is_not_compared_with():
+    model = network(5, 7, 6, 3)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(6)
+    found = judged(Recipe("", "eqprop", {"beta": 50.0, "settle_steps": 3, "settle_lr": 1e-4}), model, batches(1))
+    assert found["beta"] == 50.0 and found["residual"] > 0 and -1 <= found["backprop_cosine"] <= 1
+    assert [found[field] for field in ("cosine", "size", "gap", "bias")] == [None] * 4
+
+
+@pytest.mark.parametrize("preset", ["sgd", "muon_backprop"])
+def test_backprop_settles_nothing(preset):
+    assert judged(Recipe("", preset, {}), network(5, 3)) == dict.fromkeys(FIELDS) | {"backprop_cosine": 1.0}
+
+
+def test_fields_are_means_over_the_batches_and_the_worst_residual():
+    recipe, model, data = Recipe("", "eqprop", {"settle_steps": 5, "settle_lr": 0.2}), network(5, 7, 3), batches(3)
+    single, together = [judged(recipe, model, [batch]) for batch in data], judged(recipe, model, data)
+    for field in FIELDS:
+        values = [found[field] for found in single]
+        expected = max(values) if field == "residual_max" else sum(values) / 3
+        assert together[field] == pytest.approx(expected), field
+        assert field in ("iterations", "beta") or len(set(values)) == 3, field
+
+
+def test_the_first_layer_is_the_first_weight():
+    assert first_weight(network(5, 7, 3)) == slice(0, 35)
+    assert first_weight(nn.Sequential(nn.LayerNorm(5), nn.Linear(5, 7))) == slice(10, 45)
+    assert first_weight(nn.LayerNorm(5)) == slice(None)
+
+
+def test_climbing_a_ladder():
+    gaps = [("a", 0.8), ("a", 0.4), ("a", 0.1), ("a", 0.5), ("a", 0.1), ("b", 0.01), (None, 0.1), (None, 0.1)]
+    gaps += [("b", None), ("b", 1e-3)]
+    rows = [{"ladder": ladder, "gap": gap, "bias": 0.2} for ladder, gap in gaps]
+    climb(rows)
+    assert [row["bought"] for row in rows] == [None, 2, 4, 0.2, 5, *[None] * 5]
+    assert [row["idle"] for row in rows] == [None, False, False, True, True, *[None] * 5]
+
+
+# Times
+
+
+def test_every_step_starts_from_the_same_point():
+    model, (batch, _) = network(5, 7, 3), batches()
+    stepper = Stepper(Recipe("", "sgd", {"lr": 0.5}), model, "cross_entropy")
+    before = copy.deepcopy(model.state_dict())
+    losses = set()
+    for _ in range(3):
+        assert stepper.step(*batch) > 0
+        losses.add(float(stepper.optimizer.last.loss))
+    assert len(losses) == 1
+    for found in (model.state_dict(), stepper.model.state_dict()):
+        assert all(torch.equal(value, before[name]) for name, value in found.items())
+
+
+@pytest.mark.parametrize("phase", [*METHODS, "update", "rest"])
+def test_time_is_told_of_the_phase_that_takes_it(phase, monkeypatch):
+    def slow(method):
+        def run(*args, **kwargs):
+            time.sleep(PAUSE)
+            return method(*args, **kwargs)
+
+        return run
+
+    owner, name = {
+        **{phase: (mep.EquilibriumPropagation, method) for phase, method in METHODS.items()},
+        "update": (sys.modules["torch.optim.sgd"], "sgd"),
+        "rest": (mep.EPOptimizer, "_parameters"),
+    }[phase]
+    stepper = PhasedStepper(TIGHT, network(5, 7, 3), "cross_entropy")
+    seconds = stepper.phases(*batches()[0])
+    assert seconds.keys() == {*METHODS, "update", "rest"}
+    assert all(value > 0 for value in seconds.values())
+    monkeypatch.setattr(owner, name, slow(getattr(owner, name)))
+    slowed = PhasedStepper(TIGHT, network(5, 7, 3), "cross_entropy").phases(*batches()[0])
+    assert slowed[phase] > PAUSE
+    assert max(slowed, key=slowed.get) == phase
+
+
+def test_constraints_belong_to_the_update():
+    stepper = PhasedStepper(TIGHT, network(5, 7, 3), "cross_entropy")
+    stepper.optimizer.constraints = (lambda optimizer: time.sleep(PAUSE),)
+    assert stepper.phases(*batches()[0])["update"] > PAUSE
+
+
+def test_times_are_relative_to_the_first_recipe(monkeypatch):
+    gradients = mep.EquilibriumPropagation.gradients
+
+    def slow(self, x, target):
+        time.sleep(PAUSE)
+        return gradients(self, x, target)
+
+    monkeypatch.setattr(mep.EquilibriumPropagation, "gradients", slow)
+    first, second = time_steps([YARDSTICK, TIGHT], network(5, 7, 3), batches(), "cross_entropy", range(2))
+    assert first["ratio"] == {"median": 1, "low": 1, "high": 1}
+    assert second["seconds"]["low"] > PAUSE and second["ratio"]["low"] > 2
+    assert second["running"] < 0.9 and second["running"] < first["running"] <= 1  # a pause is no work
+    assert first["shares"].keys() == {"backprop", "update"} and second["shares"]["rest"] > 0.5
+    for found in (first, second):
+        assert sum(found["shares"].values()) == pytest.approx(1)
+        assert found["seconds"]["low"] <= found["seconds"]["median"] <= found["seconds"]["high"]
+
+
+# All of it
+
+
+def test_a_recipe_that_fails_says_so_and_the_others_go_on(tmp_path):
+    wild = Recipe("Wild", "eqprop", {"settle_steps": 100, "settle_lr": 100.0})
+    rows = profile(network(5, 7, 3), batches(), rounds=2, recipes=[wild, TIGHT])
+    assert [row["error"] is None for row in rows] == [True, False, True]
+    machine = {"threads": 1, "processor": "", "gpu": None}
+    settings = {"data": "", "model": "", "batch_size": 6, "train_steps": 0}
+    assert {"gap", "ratio", "idle"}.isdisjoint(rows[1])
+    record = {"rows": rows, "settings": settings, "machine": machine, "commit": None}
+    draw(record, tmp_path / "no ladder.svg")
+    rows[2] |= {"ladder": "sweep", "gap": None, "bias": None}
+    draw(record, tmp_path / "out of reach.svg")
+    assert all((tmp_path / f"{name}.svg").stat().st_size > 1000 for name in ("no ladder", "out of reach"))
+    console = Console(width=200, force_terminal=False, record=True)
+    show(record, console)
+    assert "Wild failed: Settling left the finite numbers" in console.export_text()
+
+
+@pytest.mark.parametrize("running", [0.5, 0.99])
+def test_a_busy_machine_is_told(running):
+    rows = profile(network(5, 7, 3), batches(), rounds=2, recipes=[TIGHT])
+    for row in rows:
+        row["running"] = running
+    console = Console(width=200, force_terminal=False, record=True)
+    show_rows(rows, console)
+    assert ("busy with something else up to 50%" in console.export_text()) == (running < 0.9)
+
+
+def test_profile_refuses():
+    for bad in ({"rounds": 1}, {"batches": []}):
+        with pytest.raises(mep.ArgumentError, match="2 rounds and 1 batch"):
+            profile(network(5, 3), **{"batches": batches(), "rounds": 2, **bad})
+
+
+@pytest.fixture(scope="module")
+def profiled(tmp_path_factory):
+    """The folder of a small profile, and what was printed."""
+    folder = tmp_path_factory.mktemp("profile")
+    small = ("--data", "digits", "--model", "mlp", "--batches", 2, "--rounds", 2, "--train-steps", 5)
+    return folder, command("profile", *small, "--out", folder, "--name", "small")
+
+
+def test_the_record_is_whole(profiled):
+    record = json.loads((profiled[0] / "small.json").read_text())
+    assert record["kind"] == "mep profile" and record["settings"]["batch_size"] == 32
+    assert {"created", "command", "commit", "versions", "machine"} < record.keys()
+    assert [row["label"] for row in record["rows"]] == [recipe.label for recipe in (YARDSTICK, *RECIPES)]
+    own = {"label", "preset", "options", "ladder", "error", "seconds", "ratio", "shares", "running", "bought", "idle"}
+    for row in record["rows"]:
+        assert row.keys() == own | set(FIELDS) and row["error"] is None
+        assert sum(row["shares"].values()) == pytest.approx(1)
+        if row["preset"] != "sgd":
+            assert all(row[field] is not None for field in FIELDS)
+    descent = [row for row in record["rows"] if row["ladder"] == "descent"]
+    assert [row["iterations"] for row in descent] == [5, 10, 15, 20, 30]
+    assert all(a["gap"] > b["gap"] for a, b in pairwise(descent))
+
+
+def test_tables_and_pictures_come_from_the_record_alone(profiled, tmp_path):
+    folder, output = profiled
+    again = command("plot", folder / "small.json", "--out", tmp_path / "again.png")
+    report = command("report", folder / "small.json")
+    for recipe in RECIPES:
+        assert all(text.count(f"| {recipe.label} ") == 2 for text in (output, again, report))
+    assert (folder / "small.png").read_bytes() == (tmp_path / "again.png").read_bytes()
