@@ -1,4 +1,4 @@
-"""Draw the picture of a record of `mep bench` or `mep profile`, and print its table.
+"""Draw the picture of any record that `mep` wrote, and print its table.
 
 mep plot runs/bench/mnist5k.json
 mep plot runs/bench/mnist5k.json --out docs/bench.png
@@ -14,7 +14,7 @@ import typer
 
 
 def plot(
-    record: Annotated[Path, typer.Argument(help="A JSON record that `mep bench` or `mep profile` wrote.")],
+    record: Annotated[Path, typer.Argument(help="A JSON record that `mep` wrote.")],
     out: Annotated[Path | None, typer.Option(help="The PNG to write. Default: beside the record.")] = None,
 ) -> None:
     """Draw; see the head of this file."""
