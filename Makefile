@@ -54,12 +54,13 @@ clean: ## remove .venv, caches and build products
 	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# torch goes first and alone: a pinned version gives the CPU build, a range gives gigabytes of CUDA libraries.
+# torch goes first and alone: a pinned version gives the CPU build, a range gives gigabytes of CUDA libraries. It is
+# named again with the rest, lest one of these bring another.
 .venv/.torch:
 	python3 -m venv .venv
 	$(PIP) install $(TORCH)
 	touch $@
 
 $(INSTALLED): pyproject.toml | .venv/.torch
-	$(PIP) install --editable '.[dev]'
+	$(PIP) install $(TORCH) --editable '.[dev]'
 	touch $@

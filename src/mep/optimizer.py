@@ -82,7 +82,8 @@ class EPOptimizer(torch.optim.Optimizer):
 
         With `x` and `target` the estimator computes the gradients, which replace those in `p.grad`. With a `closure`
         that fills `p.grad`, or with `p.grad` already filled, it is an ordinary optimizer step. If a batch is refused or
-        settling diverges, parameters, gradients and state stay exactly as they were.
+        settling diverges, parameters, gradients and state stay exactly as they were. So they do when the estimate is
+        interrupted; an update that is interrupted may have moved some weights and not yet others.
 
         Args:
             closure: fills `p.grad` and returns the loss.
