@@ -35,14 +35,15 @@ VARIANTS := --add "eqprop tol=0.1" --add "eqprop tol=0.001" --add "eqprop beta=0
 baselines: $(INSTALLED) ## measure the tables of docs/benchmarks; full MNIST from data/mnist or MNIST=folder
 	rm -rf $(MEASURED)
 	$(BIN)/mep bench --out $(MEASURED)
-	$(if $(MNIST),$(BIN)/mep bench --data mnist --folder $(MNIST) --out $(MEASURED))
+	$(if $(MNIST),$(BIN)/mep bench --data mnist --folder $(MNIST) --seeds 1 --out $(MEASURED))
 	$(BIN)/mep bench --name tolerance --seconds 5 --only sgd --only eqprop --only smep --only smep_fast \
 		$(VARIANTS) --out $(MEASURED)
 	$(BIN)/mep profile --name profile --out $(MEASURED)
+	$(BIN)/mep study --out $(MEASURED)
 	rm -f $(PAGE)/*.json $(PAGE)/*.png
 	cp $(MEASURED)/*.json $(MEASURED)/*.png $(PAGE)
 	cd $(PAGE) && { cat introduction.md && ../../$(BIN)/mep report mnist5k.json $(if $(MNIST),mnist.json) \
-		tolerance.json profile.json; } > PERFORMANCE_BASELINES.md
+		tolerance.json profile.json study.json; } > PERFORMANCE_BASELINES.md
 
 SAMPLE ?= 40
 SEED ?= 0

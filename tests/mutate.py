@@ -28,8 +28,8 @@ CORE = "properties settling branches hopfield"
 SUITES = {
     "energy.py": CORE,
     "graph.py": CORE,
-    "chain.py": CORE,
-    "nodes.py": f"{CORE} traps",
+    "chain.py": f"chain {CORE} tracing",
+    "nodes.py": f"{CORE} traps check",
     "settle.py": "settling traps descent",
     "cost.py": "secant properties traps settling bad_input",
     "solvers/descent.py": "descent settling hopfield",

@@ -95,6 +95,7 @@ def stopped_at_step(monkeypatch):
         ["train", "--help"],
         ["bench", "--help"],
         ["profile", "--help"],
+        ["study", "--help"],
         ["plot", "--help"],
         ["report", "--help"],
     ],

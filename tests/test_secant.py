@@ -7,6 +7,7 @@ from torch import nn
 
 import mep
 from mep.cost import make_cost
+from mep.settle import Known, settle
 from mep.solvers.anderson import mix
 from mep.solvers.secant import solve_output
 
@@ -200,3 +201,17 @@ def test_a_history_longer_than_the_output_does_no_harm(name):
     )
     assert long.result is mep.Result.CONVERGED
     assert long.iterations <= 1.5 * short.iterations
+
+
+@pytest.mark.parametrize("cost", ["cross_entropy", "mse"])
+def test_the_gain_is_learnt_and_spares_sweeps(cost):
+    """One layer answers an error by that error: its gain is one, and who knows that begins nearer."""
+    torch.manual_seed(0)
+    model, x = nn.Linear(4, 3).double(), torch.randn(5, 4).double()
+    y = COSTS[cost].target(model(x))
+    energy, learning = settled(model, x, y, cost, 0.5, mep.Sweep(tol=1e-10))
+    with torch.no_grad():
+        knowing = settle(energy, energy.rest(), mep.Sweep(tol=1e-10), Known(1.0))
+    assert learning.known.gain == pytest.approx(1) and knowing.known.gain == pytest.approx(1)
+    assert knowing.iterations < learning.iterations
+    torch.testing.assert_close(energy.output(knowing.point), energy.output(learning.point))

@@ -10,7 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -18,6 +18,9 @@ from torch import Tensor
 from mep.energy import Energy, State
 from mep.errors import ArgumentError
 from mep.graph import Point
+
+_SEEN, _LATE = 4, 6
+"""The pace of settling is judged by its last few iterations, once there were some more."""
 
 
 class Result(str, enum.Enum):
@@ -116,6 +119,8 @@ class Solver(ABC):
 
     beta_limited = False
     """Whether a smaller beta makes an equilibrium easier to reach."""
+    gives_up: ClassVar[bool] = False
+    """Whether settling ends as soon as it is too slow to reach `tol` within `settle_steps`."""
     recalls = False
     """Whether it begins at an earlier equilibrium of the same examples, if there is one."""
 
@@ -146,6 +151,7 @@ def settle(energy: Energy, point: Point, solver: Solver, known: Known = Known())
     iterate = solver.start(energy, point, known)
     active: Tensor | None = None  # an example that has settled rests, until another one disturbs it
     quiet: Tensor | None = None
+    course: list[float] = []
     for iterations in range(solver.settle_steps + 1):
         worst = float(iterate.residual.max())
         if solver.adaptive and (iterations > 0 or iterate.exact):
@@ -157,10 +163,24 @@ def settle(energy: Energy, point: Point, solver: Solver, known: Known = Known())
                 active = quiet < solver.patience
                 if not active.any():
                     break
-        if iterations == solver.settle_steps or iterate.out_of_reach or not math.isfinite(worst):
+        course.append(worst)
+        hopeless = iterate.out_of_reach or not math.isfinite(worst) or _is_too_slow(solver, course, bool(energy.kinks))
+        if iterations == solver.settle_steps or hopeless:
             break
         iterate = solver.advance(energy, iterate, active)
     return _judged(solver, solver.certify(energy, iterate), iterations, known)
+
+
+def _is_too_slow(solver: Solver, course: list[float], has_kinks: bool) -> bool:
+    """Whether the worst residual falls so slowly of late that it would not reach `tol` in the iterations left.
+
+    Where units come to rest at kinks it falls in fits and starts, and says nothing of the kind.
+    """
+    if has_kinks or not (solver.gives_up and solver.adaptive and len(course) > _SEEN + _LATE):
+        return False
+    best, before = min(course), min(course[:-_LATE])
+    left = solver.settle_steps + 1 - len(course)
+    return best > solver.tol and math.log(solver.tol / best) < left / _LATE * math.log(best / before)
 
 
 def _judged(solver: Solver, iterate: Iterate, iterations: int, known: Known) -> Settled:

@@ -4,6 +4,7 @@ mep train --data digits --epochs 5
 mep bench --quick
 mep profile
 mep verify --model package.module:factory
+mep study
 mep report runs/bench/mnist5k.json
 """
 
@@ -18,7 +19,7 @@ except ImportError as error:
     raise ImportError('The command `mep` needs: pip install "mep-torch[cli]"') from error
 
 import mep
-from mep.cli import bench, plot, profile, report, train, verify
+from mep.cli import bench, plot, profile, report, study, train, verify
 from mep.errors import MepError
 
 
@@ -50,6 +51,7 @@ COMMANDS = (
     (bench, bench.bench),
     (profile, profile.profile),
     (verify, verify.verify),
+    (study, study.study),
     (plot, plot.plot),
     (report, report.report),
 )

@@ -59,6 +59,7 @@ class Sweep(Solver):
     history: int = 4
 
     beta_limited = True
+    gives_up = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

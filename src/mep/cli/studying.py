@@ -1,0 +1,141 @@
+"""`mep study` as a whole: networks that differ in one thing at a time, and how each of them settles."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import product
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import mep
+from mep.cli.study import Settings
+from mep.data import load
+from mep.errors import MepError
+
+Row = dict[str, Any]
+
+ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "tanh": nn.Tanh, "gelu": nn.GELU}
+FAMILIES = (
+    # shortcuts, activation, initialisation: plain ones, what initialisation changes, what shortcuts change
+    ("plain", "relu", "torch"),
+    ("plain", "relu", "he"),
+    ("plain", "tanh", "torch"),
+    ("plain", "tanh", "xavier"),
+    ("plain", "gelu", "he"),
+    ("residual", "relu", "torch"),
+    ("residual", "gelu", "torch"),
+)
+COMMON_DEPTH, COMMON_BETA = 20, 0.1
+"""Where one of the two varies, the other one is this, or the nearest that was asked for."""
+
+
+class Residual(nn.Module):
+    """`x + f(linear(norm(x)))`."""
+
+    def __init__(self, width: int, activation: type[nn.Module]):
+        super().__init__()
+        self.norm, self.linear, self.activation = nn.LayerNorm(width), nn.Linear(width, width), activation()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[batch, width]."""
+        return x + self.activation(self.linear(self.norm(x)))
+
+
+def network(family: tuple[str, str, str], depth: int, width: int, features: int, classes: int) -> nn.Module:
+    """A multilayer perceptron with so many hidden layers, freshly initialised from torch's random state."""
+    shortcuts, activation, start = family
+    act = ACTIVATIONS[activation]
+    layers: list[nn.Module] = [nn.Flatten(), nn.Linear(features, width), act()]
+    for _ in range(depth - 1):
+        layers += [Residual(width, act)] if shortcuts == "residual" else [nn.Linear(width, width), act()]
+    model = nn.Sequential(*layers, nn.Linear(width, classes))
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and start == "he":
+            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+        elif isinstance(module, nn.Linear) and start == "xavier":
+            nn.init.xavier_normal_(module.weight)
+    return model
+
+
+def study_settings(settings: Settings, console: Console) -> list[Row]:
+    """One row for every network, beta and stage of training."""
+    data = load("digits")
+    torch.manual_seed(settings.seed)
+    order = torch.randperm(len(data.train_x))
+    x, y = data.train_x[order], data.train_y[order]
+    held = x[: settings.batch_size], y[: settings.batch_size]
+    rows: list[Row] = []
+    cells = list(product(FAMILIES, settings.depths))
+    hidden = not console.is_terminal
+    for family, depth in track(cells, "", console=console, transient=True, disable=hidden):
+        torch.manual_seed(settings.seed)
+        model = network(family, depth, settings.width, x[0].numel(), data.classes)
+        for stage in ("initial", "trained"):
+            if stage == "trained":
+                train(model, x, y, settings)
+            for beta in betas(settings, depth):
+                about = dict(zip(("shortcuts", "activation", "start"), family, strict=True))
+                rows.append(
+                    {**about, "depth": depth, "stage": stage, "beta": beta, **look(model, *held, beta, settings)}
+                )
+    return rows
+
+
+def betas(settings: Settings, depth: int) -> Iterator[float]:
+    """All of them at the common depth, the common one elsewhere."""
+    yield from (
+        settings.betas if depth == nearest(settings.depths, COMMON_DEPTH) else [nearest(settings.betas, COMMON_BETA)]
+    )
+
+
+def nearest(values: tuple[Any, ...], wanted: float) -> Any:
+    """The value that is nearest to the one wanted."""
+    return min(values, key=lambda value: abs(value - wanted))
+
+
+def train(model: nn.Module, x: Tensor, y: Tensor, settings: Settings) -> None:
+    """Some steps of Adam and backprop."""
+    update = torch.optim.Adam(model.parameters(), lr=1e-3)
+    torch.manual_seed(settings.seed)
+    for _ in range(settings.train_steps):
+        rows = torch.randint(len(x), (settings.batch_size,))
+        update.zero_grad()
+        F.cross_entropy(model(x[rows]), y[rows]).backward()
+        update.step()
+
+
+MEASURED = ("loss", "gradient", "error", "first_error", "used", "sweeps", "residual")
+
+
+def look(model: nn.Module, x: Tensor, y: Tensor, beta: float, settings: Settings) -> Row:
+    """How it settles: the beta within reach, sweeps, worst residual, and the gradient's error against backprop."""
+    ep = mep.EquilibriumPropagation(model, beta=beta, solver=mep.Sweep(tol=settings.tol))
+    try:
+        wanted, _ = mep.Backprop(model).gradients(x, y)
+        found, estimate = ep.gradients(x, y)
+    except MepError as error:
+        return {**dict.fromkeys(MEASURED), "converged": False, "why": type(error).__name__}
+    norm = _norm(wanted.values())
+    assert estimate.residual is not None
+    apart = {p: found[p] - g for p, g in wanted.items()}
+    first = next(p for p in model.parameters() if p.ndim > 1)
+    return {
+        "loss": float(estimate.loss),
+        "gradient": norm,
+        "error": _norm(apart.values()) / norm if norm else None,
+        "first_error": float(apart[first].norm() / wanted[first].norm()) if wanted[first].any() else None,
+        "used": estimate.beta,
+        "sweeps": estimate.iterations,
+        "residual": float(estimate.residual.max()),
+        "converged": estimate.converged,
+        "why": str(estimate.result),
+    }
+
+
+def _norm(tensors: Any) -> float:
+    return float(torch.cat([t.flatten() for t in tensors]).norm())
