@@ -732,3 +732,27 @@ def test_module_may_keep_what_it_saw(preset, kept, whole):
         torch.testing.assert_close(opt.step(x=x, target=y), expected)
         if step > 1 and not whole and preset in TWO_PHASES:
             assert not forwards
+
+
+class Two(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 4), nn.Linear(2, 4)
+
+    def forward(self, left, right):
+        return self.a(left).tanh() + self.b(right)
+
+
+@pytest.mark.parametrize("pack", [tuple, list, lambda pair: dict(zip(("left", "right"), pair, strict=True))])
+def test_a_model_is_traced_once(pack, monkeypatch):
+    """However its inputs are given: tracing again at every step would be right, and slow."""
+    from mep.estimators import equilibrium
+
+    traced = []
+    trace = equilibrium.trace
+    monkeypatch.setattr(equilibrium, "trace", lambda *given: traced.append(given) or trace(*given))
+    model = Two()
+    opt = mep.eqprop(model.parameters(), model=model)
+    for _ in range(4):
+        opt.step(x=pack((torch.randn(5, 3), torch.randn(5, 2))), target=torch.zeros(5, dtype=torch.long))
+    assert len(traced) <= 2  # in the constructor, and when the first inputs are known
