@@ -169,7 +169,23 @@ class Linear(Step):
         return dw, rows.sum(0).mul_(weight) if b is not None and b.requires_grad else None
 
 
-class Convolution(Step):
+class Native(Step):
+    """A step of which torch has the whole backward as one operation, that computes only what a mask asks for."""
+
+    @abstractmethod
+    def _backward(self, kept: Any, g: Tensor, mask: tuple[bool, ...]) -> Sequence[Tensor]:
+        """The gradients of h and of every parameter, as far as `mask` wants them."""
+
+    def pull(self, kept: Any, g: Tensor) -> Tensor:
+        return self._backward(kept, g, (True, False, False))[0]
+
+    def contract(self, kept: Any, force: Tensor, weight: float) -> Sequence[Tensor | None]:
+        trained = [p is not None and p.requires_grad for p in self.parameters]
+        found = self._backward(kept, force, (False, *trained))[1:]
+        return [g.mul_(weight) if wanted else None for g, wanted in zip(found, trained, strict=True)]
+
+
+class Convolution(Native):
     """`nn.Conv1d`, 2d and 3d."""
 
     def __init__(self, module: nn.Conv1d | nn.Conv2d | nn.Conv3d):
@@ -182,16 +198,8 @@ class Convolution(Step):
     def value(self, h: Tensor, held: Held) -> tuple[Tensor, Any]:
         return self._apply(h, self.module.bias), h
 
-    def pull(self, kept: Any, g: Tensor) -> Tensor:
-        return self._backward(kept, g, (True, False, False))[0]
-
     def push(self, kept: Any, t: Tensor) -> Tensor:
         return self._apply(t, None)
-
-    def contract(self, kept: Any, force: Tensor, weight: float) -> Sequence[Tensor | None]:
-        trained = [p is not None and p.requires_grad for p in self.parameters]
-        found = self._backward(kept, force, (False, *trained))[1:]
-        return [g.mul_(weight) if wanted else None for g, wanted in zip(found, trained, strict=True)]
 
     def _apply(self, h: Tensor, bias: Tensor | None) -> Tensor:
         m = self.module
@@ -202,7 +210,7 @@ class Convolution(Step):
         return aten.convolution_backward(g, h, weight, [self.module.out_channels], *self.geometry, list(mask))
 
 
-class LayerNorm(Step):
+class LayerNorm(Native):
     """`nn.LayerNorm`. Curved: J depends on h."""
 
     is_affine = False
@@ -215,14 +223,6 @@ class LayerNorm(Step):
         m = self.module
         y, mean, scale = aten.native_layer_norm(h, m.normalized_shape, m.weight, m.bias, m.eps)
         return y, (h, mean, scale)
-
-    def pull(self, kept: Any, g: Tensor) -> Tensor:
-        return self._backward(kept, g, (True, False, False))[0]
-
-    def contract(self, kept: Any, force: Tensor, weight: float) -> Sequence[Tensor | None]:
-        trained = [p is not None and p.requires_grad for p in self.parameters]
-        found = self._backward(kept, force, (False, *trained))[1:]
-        return [g.mul_(weight) if wanted else None for g, wanted in zip(found, trained, strict=True)]
 
     def _backward(self, kept: Any, g: Tensor, mask: tuple[bool, ...]) -> Sequence[Tensor]:
         h, mean, scale = kept

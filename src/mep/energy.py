@@ -132,6 +132,10 @@ class Energy:
             self.inputs, self.held, lambda node, mu: torch.add(mu, errors[node.name], alpha=-self.beta)
         )
 
+    def errors(self, point: Point) -> State:
+        """The scaled errors `(mu - s) / beta` of every state."""
+        return {name: (mu - point.values[name]) / self.beta for name, mu in point.predictions.items()}
+
     def state(self, point: Point) -> State:
         """The states of a point."""
         return {n.name: point.values[n.name] for n in self.graph.states}

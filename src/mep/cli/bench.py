@@ -68,7 +68,6 @@ def bench(
     from mep.cli import contestants, kinds, records
     from mep.cli.championship import hold
     from mep.cli.files import make_parent
-    from mep.cli.layout import output
     from mep.cli.training import pick_device
 
     path = out / f"{name or settings.data}.json"
@@ -78,7 +77,4 @@ def bench(
     here = pick_device(settings.device)
     record = records.header(KIND, here) | {"settings": asdict(settings)}
     record["rows"] = hold(settings, compared, here, Console(stderr=True))
-    records.write(path, record)
-    kinds.draw(record, path.with_suffix(".png"))
-    kinds.show(record, output())
-    typer.echo(f"\nRecord: {path}\nPicture: {path.with_suffix('.png')}")
+    kinds.publish(record, path)

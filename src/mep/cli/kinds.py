@@ -10,9 +10,11 @@ from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 
+import typer
 from rich.console import Console
 
 from mep.cli import records
+from mep.cli.layout import output
 from mep.cli.records import Record
 
 
@@ -46,3 +48,12 @@ def draw(record: Record, path: Path) -> None:
     """Draw the record's picture into `path`, a PNG, SVG or PDF."""
     function: Callable[[Record, Path], None] = import_module(KINDS[record["kind"]].figure).draw
     function(record, path)
+
+
+def publish(record: Record, path: Path) -> None:
+    """Write a new record, draw its picture beside it, print its table, and say where both are."""
+    picture = path.with_suffix(".png")
+    records.write(path, record)
+    draw(record, picture)
+    show(record, output())
+    typer.echo(f"\nRecord: {path}\nPicture: {picture}")

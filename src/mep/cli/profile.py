@@ -60,7 +60,6 @@ def profile(
 
     from mep.cli import kinds, records
     from mep.cli.files import make_parent
-    from mep.cli.layout import output
     from mep.cli.profiling import profile_settings
     from mep.cli.training import pick_device
 
@@ -70,7 +69,4 @@ def profile(
     here = pick_device(settings.device)
     record = records.header(KIND, here) | {"settings": asdict(settings)}
     record["rows"] = profile_settings(settings, here, Console(stderr=True))
-    records.write(path, record)
-    kinds.draw(record, path.with_suffix(".png"))
-    kinds.show(record, output())
-    typer.echo(f"\nRecord: {path}\nPicture: {path.with_suffix('.png')}")
+    kinds.publish(record, path)

@@ -57,7 +57,6 @@ def study(
 
     from mep.cli import kinds, records
     from mep.cli.files import make_parent
-    from mep.cli.layout import output
     from mep.cli.studying import study_settings
 
     path = out / f"{name}.json"
@@ -65,7 +64,4 @@ def study(
     torch.set_num_threads(settings.threads)
     record = records.header(KIND, torch.device("cpu")) | {"settings": asdict(settings)}
     record["rows"] = study_settings(settings, Console(stderr=True))
-    records.write(path, record)
-    kinds.draw(record, path.with_suffix(".png"))
-    kinds.show(record, output())
-    typer.echo(f"\nRecord: {path}\nPicture: {path.with_suffix('.png')}")
+    kinds.publish(record, path)

@@ -66,7 +66,6 @@ def verify(
 
     from mep.cli import kinds, records
     from mep.cli.files import make_parent
-    from mep.cli.layout import output
     from mep.cli.training import pick_device
     from mep.cli.verifying import verify_settings
 
@@ -75,8 +74,5 @@ def verify(
     here = pick_device(settings.device)
     report = verify_settings(settings, here).as_dict()
     record = records.header(KIND, here) | {"settings": asdict(settings), "report": report}
-    records.write(path, record)
-    kinds.draw(record, path.with_suffix(".png"))
-    kinds.show(record, output())
-    typer.echo(f"\nRecord: {path}\nPicture: {path.with_suffix('.png')}")
+    kinds.publish(record, path)
     raise typer.Exit(0 if report["ok"] else 1)

@@ -234,8 +234,7 @@ class EquilibriumPropagation:
         """Scaled errors of the nudged equilibrium; where the free one is not the forward pass, its states."""
         if not self.coupling.vanishes_when_free:
             return energy.state(free.point)
-        point = settled.point
-        return settled.errors or {n: (mu - point.values[n]) / energy.beta for n, mu in point.predictions.items()}
+        return energy.errors(settled.point) if settled.errors is None else settled.errors
 
     def _checked_indices(self, indices: Any, batch: int) -> Tensor:
         if not self.solver.recalls:

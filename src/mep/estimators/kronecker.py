@@ -60,6 +60,7 @@ def settled_layers(phases: Iterable[tuple[Energy, Settled]]) -> list[SettledLaye
     examples = 0
     for energy, settled in phases:
         examples += energy.batch
+        errors = energy.errors(settled.point) if settled.errors is None else settled.errors
         for node in energy.graph.states:
             module: Any = node.weighted
             if module is None or not _is_plain(node, module):
@@ -70,7 +71,7 @@ def settled_layers(phases: Iterable[tuple[Energy, Settled]]) -> list[SettledLaye
             beside[bias].add(weight)
             inputs = node.weighted_input(settled.point.saved[node.name])
             layer = layers.setdefault(weight, SettledLayer(weight, bias))
-            layer.uses.append((module, inputs, _errors(node, energy, settled)))
+            layer.uses.append((module, inputs, errors[node.name]))
     for layer in layers.values():
         layer.examples = examples
         bias = layer.bias
@@ -83,13 +84,6 @@ def settled_layers(phases: Iterable[tuple[Energy, Settled]]) -> list[SettledLaye
 def _is_plain(node: Node, module: Any) -> bool:
     owns = any(p is module.weight for p in node.parameters)  # a parametrised weight is computed
     return owns and getattr(module, "groups", 1) == 1
-
-
-def _errors(node: Node, energy: Energy, settled: Settled) -> Tensor:
-    """The scaled errors of a node."""
-    if settled.errors is not None:
-        return settled.errors[node.name]
-    return (settled.point.predictions[node.name] - settled.point.values[node.name]) / energy.beta
 
 
 def _rows(module: nn.Module, inputs: Tensor, errors: Tensor) -> tuple[Tensor, Tensor]:

@@ -23,13 +23,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from mep.energy import Energy, relative_residual
+from mep.energy import Energy
 from mep.errors import ArgumentError
 from mep.graph import Point
 from mep.nodes import Node
 from mep.settle import Iterate, Known, Solver
 from mep.solvers.cells import Cell, Network
-from mep.solvers.output import first_error, output_residual, wanted_error
+from mep.solvers.output import first_error, require_prediction, wanted_error
+from mep.solvers.walks import worst_residual
 
 Groups = Sequence[Sequence[Node]]
 
@@ -83,11 +84,7 @@ class Local(Solver):
 
     def start(self, energy: Energy, point: Point, known: Known) -> Iterate:
         """The free equilibrium: the output has a question, and nobody else has heard anything."""
-        if energy.coupling.name != "prediction":
-            raise ArgumentError(
-                f"Local settles the energy 'prediction' only, not {energy.coupling.name!r}: it works with the errors "
-                "mu - s. Use solver=mep.Descent(...)."
-            )
+        require_prediction(self, energy)
         if energy.kinks:
             raise ArgumentError(
                 f"Local cannot rest at the kinks of {list(energy.kinks)} (branches='exact'). Use branches='held', or "
@@ -132,18 +129,4 @@ class Local(Solver):
         errors = {
             name: e + (now.predictions[name] - point.predictions[name]) / energy.beta for name, e in errors.items()
         }
-        found: list[Tensor] = []
-
-        def transmit(node: Node, force: Tensor | None) -> Tensor | None:
-            if not node.owns_state:
-                return force
-            s, error = now.values[node.name], errors[node.name]
-            if node.name == energy.graph.output:
-                found.append(output_residual(error, wanted_error(energy, now), s))
-            else:
-                pull = torch.zeros_like(s) if force is None else force
-                found.append(relative_residual(error, pull, s, energy.batch))
-            return error
-
-        energy.graph.pull(now.saved, None, transmit)
-        return replace(iterate, point=now, errors=errors, residual=torch.stack(found).amax(0))
+        return replace(iterate, point=now, errors=errors, residual=worst_residual(energy, now, errors))

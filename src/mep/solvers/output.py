@@ -14,13 +14,23 @@ from torch import Tensor
 
 from mep.cost import BatchCost
 from mep.energy import Energy, example_norm
+from mep.errors import ArgumentError
 from mep.graph import Point
-from mep.settle import Known
+from mep.settle import Known, Solver
 from mep.solvers.anderson import mix
 from mep.solvers.secant import Trial, first_output, solve_output
 
 _EXPANDS = 4.0
 """Mixing still finds the equilibrium of a map that expands by a few; beyond, a smaller beta is cheaper."""
+
+
+def require_prediction(solver: Solver, energy: Energy) -> None:
+    """Refuse an energy whose equilibrium is not one of errors."""
+    if energy.coupling.name != "prediction":
+        raise ArgumentError(
+            f"{type(solver).__name__} settles the energy 'prediction' only, not {energy.coupling.name!r}: it works "
+            "with the errors mu - s. Use solver=mep.Descent(...)."
+        )
 
 
 def wanted_error(energy: Energy, point: Point) -> Tensor:

@@ -28,10 +28,10 @@ from mep.energy import Energy, per_example
 from mep.errors import ArgumentError
 from mep.graph import Point
 from mep.settle import Iterate, Known, Solver
-from mep.solvers.output import expands, first_error, gain, next_error, output_residual, wanted_error
+from mep.solvers.output import expands, first_error, gain, next_error, output_residual, require_prediction, wanted_error
 from mep.solvers.response import Response
 from mep.solvers.secant import Trial
-from mep.solvers.walks import Walks
+from mep.solvers.walks import Walks, worst_residual
 
 
 @dataclass(frozen=True)
@@ -68,11 +68,7 @@ class Sweep(Solver):
 
     def start(self, energy: Energy, point: Point, known: Known) -> Iterate:
         """The free equilibrium: every error is zero and the nudge unanswered."""
-        if energy.coupling.name != "prediction":
-            raise ArgumentError(
-                f"Sweep settles the energy 'prediction' only, not {energy.coupling.name!r}: it works with the errors "
-                "mu - s. Use solver=mep.Descent(...)."
-            )
+        require_prediction(self, energy)
         question, free, nudge = wanted_error(energy, point), energy.output(point), energy.nudge
         assert nudge is not None
         first = first_error(energy, free, question, known if self.history else Known())
@@ -125,7 +121,7 @@ class Sweep(Solver):
         answers = memory.answers
         residual = iterate.residual
         if isinstance(answers, Walks) and not iterate.exact:
-            residual = answers.residual()
+            residual = worst_residual(energy, answers.point, answers.errors)
         return replace(iterate, point=answers.point, errors=answers.errors, residual=residual, exact=True)
 
 

@@ -83,30 +83,30 @@ class Walks:
 
         return energy.graph.evaluate(energy.inputs, energy.held, place), errors
 
-    def residual(self) -> Tensor:
-        """The relative residual of each example's worst node: one more backward walk, with the errors as they are."""
-        energy, point = self.energy, self.point
-        wanted = wanted_error(energy, point)
-        found: list[Tensor] = []
-        behind_kink: Behind = {}
 
-        def transmit(node: Node, force: Tensor | None) -> Tensor | None:
-            if _is_stopped_at_kink(energy, node, force, behind_kink):
-                return None
-            if not node.owns_state:
-                return force
-            name, s, delta = node.name, point.values[node.name], self.errors[node.name]
-            if name == energy.graph.output:
-                found.append(output_residual(delta, wanted, s))
-                return delta
-            pull = torch.zeros_like(s) if force is None else force
-            if name in behind_kink:
-                pull = kinks.balancing_pull(s, delta, pull, *behind_kink[name], energy.beta)
-            found.append(relative_residual(delta, pull, s, energy.batch))
+def worst_residual(energy: Energy, point: Point, errors: State) -> Tensor:
+    """The relative residual of each example's worst node: one backward walk, with the errors as they are."""
+    wanted = wanted_error(energy, point)
+    found: list[Tensor] = []
+    behind_kink: Behind = {}
+
+    def transmit(node: Node, force: Tensor | None) -> Tensor | None:
+        if _is_stopped_at_kink(energy, node, force, behind_kink):
+            return None
+        if not node.owns_state:
+            return force
+        name, s, delta = node.name, point.values[node.name], errors[node.name]
+        if name == energy.graph.output:
+            found.append(output_residual(delta, wanted, s))
             return delta
+        pull = torch.zeros_like(s) if force is None else force
+        if name in behind_kink:
+            pull = kinks.balancing_pull(s, delta, pull, *behind_kink[name], energy.beta)
+        found.append(relative_residual(delta, pull, s, energy.batch))
+        return delta
 
-        energy.graph.pull(point.saved, None, transmit)
-        return torch.stack(found).amax(0)
+    energy.graph.pull(point.saved, None, transmit)
+    return torch.stack(found).amax(0)
 
 
 def _is_stopped_at_kink(energy: Energy, node: Node, force: Tensor | None, behind_kink: Behind) -> bool:
