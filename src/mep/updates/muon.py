@@ -10,7 +10,7 @@ biases and gains have no spectrum, so they take the SGD step with the same momen
 
 References: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/; scale `"rms"`: Liu et al. 2025, "Muon is
 Scalable for LLM Training", https://arxiv.org/abs/2502.16982. It is not `torch.optim.Muon`, which takes matrices only,
-averages its momentum, and orthogonalises in bfloat16 on every device.
+averages its momentum, and orthogonalises by five Newton-Schulz steps in bfloat16 on every device.
 """
 
 from __future__ import annotations
