@@ -15,6 +15,7 @@ SOURCE = Path(mep.__file__).parent
 ARROWS = {
     "errors": "",
     "activations": "",
+    "interrupts": "",
     "snapshot": "",
     "cost": "errors",
     "data": "errors",
@@ -28,11 +29,12 @@ ARROWS = {
     "recording": "errors snapshot",
     "tracing": "activations chain errors graph nodes ops recording snapshot",
     "energy": "activations cost errors graph nodes",
-    "settle": "energy errors graph",
+    "settle": "energy errors graph nodes",
     "solvers": "activations cost energy errors graph nodes settle",
-    "estimators": "check cost energy errors graph nodes settle snapshot solvers tracing",
+    "compiled": "",
+    "estimators": "check compiled cost energy errors graph nodes settle snapshot solvers tracing",
     "verification": "activations cost energy errors estimators graph nodes settle snapshot solvers tracing",
-    "optimizer": "errors estimators",
+    "optimizer": "errors estimators interrupts",
     "presets": "constraints cost errors estimators optimizer settle solvers tracing updates",
     "optimizers": "presets",
     "__init__": "constraints errors estimators optimizer presets settle solvers tracing updates verification",
@@ -42,7 +44,7 @@ ARROWS = {
 # Packages that only these units may import. Everyone may import the standard library and torch, and nothing else.
 RESERVED = {
     "lazy_loader": ("__init__",),
-    "torch.fx": ("recording", "tracing"),
+    "torch.fx": ("compiled", "recording", "tracing"),
     "torch.distributed": (),
     "numpy": ("cli", "data"),
     "sklearn": ("data",),

@@ -432,9 +432,12 @@ class Branching(nn.Module):
         super().__init__()
         self.inner = nn.Linear(6, 6)
     def forward(self, x): return self.inner(x) if x.sum() > -1e9 else x
+class Sorted(nn.Module):
+    def forward(self, x): return x.sort(1)[0]
 def good(classes): return nn.Sequential(nn.Flatten(), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, classes))
 def bad(classes): return nn.Sequential(nn.Flatten(), nn.Linear(6, 6), Wrong(), nn.Linear(6, classes))
 def branching(classes): return nn.Sequential(nn.Flatten(), Branching(), nn.Linear(6, classes))
+def sorting(classes): return nn.Sequential(nn.Flatten(), nn.Linear(6, 6), Sorted(), nn.Linear(6, classes))
 """
 
 
@@ -479,7 +482,8 @@ def test_exit_codes(command, tmp_path):
     assert "Way out" in command("verify", "--model", "factories:branching", *words, code=2)
     assert "training mode" in command("verify", "--model", "factories:branching", *words, "--leaf", "1")
     assert "evaluation mode" in command("verify", "--model", "factories:good", *words, "--eval")
-    assert "branches='exact'" in command("verify", "--model", "cnn", "--branches", "exact", "--out", tmp_path, code=2)
+    output = command("verify", "--model", "factories:sorting", *words, "--branches", "exact", code=2)
+    assert "branches='exact'" in output
     command("verify", "--model", "factories:good", "--shape", "6,x", "--out", tmp_path, code=2)
 
 

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mep.activations import Activation, MaxPool
-from mep.nodes import Held, Local, Node
+from mep.nodes import Held, Local, Node, Strength, displaced
 from mep.ops import Op, Ref, has_hooks
 
 aten = torch.ops.aten
@@ -65,7 +65,10 @@ class Pointwise(Step):
         if not (activation.piecewise and held.hold_branches):
             y = activation.value(h)
             return y, (h, y)
+        is_first = self.key not in held.branches
         y = held.on_branch(self.key, activation, h)
+        if is_first and activation.box and activation.homogeneous:
+            held.branches[self.key] = y  # as ReLU's y > 0 where h > 0; the next step keeps y, so h need not be kept
         x0 = held.branches[self.key]
         return y, (x0, x0)
 
@@ -286,8 +289,8 @@ class Chain(Node):
                 arriving, t = t, step.push(kept, t)
         return t, arriving if self.parameters else None
 
-    def moved(self, saved: Any, arriving: Tensor, size: float) -> Any:
-        return saved._replace(kept=[*saved.kept[:-1], torch.add(saved.kept[-1], arriving, alpha=size)])
+    def moved(self, saved: Any, arriving: Tensor, beta: Strength) -> Any:
+        return saved._replace(kept=[*saved.kept[:-1], displaced(saved.kept[-1], arriving, beta)])
 
     def rows(self, saved: Any, index: Tensor) -> Any:
         kept = [step.rows(own, index) for step, own in zip(self.steps, saved.kept, strict=True)]

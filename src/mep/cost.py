@@ -6,8 +6,8 @@ The loss of a batch is the mean over its examples, so gradients agree with `F.cr
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Mapping
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -47,6 +47,14 @@ class BatchCost(ABC):
     def of(self, rows: Tensor) -> BatchCost:
         """The cost of some of the examples."""
         raise NotImplementedError
+
+    def parts(self) -> dict[str, Tensor]:
+        """What it holds of the target."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+
+    def with_parts(self, parts: Mapping[str, Tensor]) -> BatchCost:
+        """The same cost of another target."""
+        return _copy(self, **parts)
 
 
 class SquaredError(BatchCost):
@@ -99,7 +107,14 @@ class CrossEntropy(BatchCost):
             self.total = self.target.sum(1, keepdim=True)
         else:
             self.labels = _checked_labels(output, target)
-            self.target = torch.zeros_like(output).scatter_(1, self.labels, 1.0)
+            self._shape, self._dtype = output.shape, output.dtype
+
+    @cached_property
+    def target(self) -> Tensor:
+        """The probabilities q, in the shape of the output."""
+        assert self.labels is not None
+        zeros = self.labels.new_zeros(self._shape, dtype=self._dtype)
+        return zeros.scatter_(1, self.labels, 1.0)
 
     def value(self, output: Tensor) -> Tensor:
         if self.labels is not None:

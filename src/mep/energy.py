@@ -17,18 +17,18 @@ Sources: Scellier and Bengio 2017 (arXiv:1602.05179), eq. 3 to 6; Whittington an
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mep.activations import Activation
+from mep.activations import Kink
 from mep.cost import BatchCost
 from mep.errors import ArgumentError
 from mep.graph import Graph, Point
-from mep.nodes import Held, Node
+from mep.nodes import Held, Node, Strength, displaced
 
 State = dict[str, Tensor]
 Box = tuple[float, float]
@@ -89,7 +89,7 @@ class Nudge:
     """`beta C(s_out)`."""
 
     cost: BatchCost
-    beta: float
+    beta: Strength
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,12 +104,12 @@ class Energy:
     nudge: Nudge | None = None
 
     @property
-    def beta(self) -> float:
+    def beta(self) -> Strength:
         """The nudging strength, 0 for the free energy."""
         return self.nudge.beta if self.nudge else 0.0
 
     @property
-    def kinks(self) -> Mapping[str, Activation]:
+    def kinks(self) -> Mapping[str, Kink]:
         """The junctions that are true kinks; none while the branches are held."""
         return {} if self.held.hold_branches else self.graph.kinks
 
@@ -118,9 +118,12 @@ class Energy:
         """Whether the Jacobians do not depend on the state: every node but the output is then balanced by a sweep."""
         return self.held.hold_branches and self.graph.is_affine_when_held
 
-    def rest(self) -> Point:
-        """Every state on its prediction, inside its box: the free equilibrium of the prediction energy."""
-        return self.graph.evaluate(self.inputs, self.held, inside_box)
+    def rest(self, lean: bool = False) -> Point:
+        """Every state on its prediction, inside its box: the free equilibrium of the prediction energy.
+
+        A `lean` one has only the values that a sweep through an affine graph reads: input, output, loose ends.
+        """
+        return self.graph.evaluate(self.inputs, self.held, inside_box, lean=lean)
 
     def at(self, state: Mapping[str, Tensor]) -> Point:
         """The graph evaluated at a state."""
@@ -128,9 +131,7 @@ class Energy:
 
     def following(self, errors: Mapping[str, Tensor]) -> Point:
         """The graph with every state off its prediction by its scaled error: `s = mu - beta error`."""
-        return self.graph.evaluate(
-            self.inputs, self.held, lambda node, mu: torch.add(mu, errors[node.name], alpha=-self.beta)
-        )
+        return self.graph.evaluate(self.inputs, self.held, lambda node, mu: displaced(mu, errors[node.name], self.beta))
 
     def errors(self, point: Point) -> State:
         """The scaled errors `(mu - s) / beta` of every state."""
@@ -198,20 +199,27 @@ class Energy:
             found[node.name] = relative_residual(*sides, s, self.batch, node.box)
         gradient = self.cost_gradient(point)
         if gradient is not None:
-            felt = abs(self.beta) * example_norm(gradient, self.batch) > 10 * rounding(self.output(point), self.batch)
+            felt = example_norm(self.beta * gradient, self.batch) > 10 * rounding(self.output(point), self.batch)
             found = {name: residual * felt for name, residual in found.items()}
         return found
 
-    def parameter_gradient(self, point: Point, errors: Mapping[str, Tensor] | None, weight: float) -> dict[Any, Tensor]:
-        """`weight * dE/dtheta` summed over the batch; `errors` are the scaled ones, (mu - s) / beta, where known."""
+    def parameter_gradient(
+        self, point: Point, errors: Mapping[str, Tensor] | None, weight: float, nodes: Sequence[Node] | None = None
+    ) -> dict[Any, Tensor]:
+        """`weight * dE/dtheta`, over beta where there is a nudge, summed over the batch and over the nodes (or all).
+
+        `errors` are the scaled ones, (mu - s) / beta, where they are known.
+        """
         if errors is not None:
-            return self.graph.contract(point, errors, weight * self.beta)
-        tension = self.coupling.tension
-        tensions = {n: tension(point.values[n], mu) for n, mu in point.predictions.items()}
-        return self.graph.contract(point, tensions, -weight)
+            return self.graph.contract(point, errors, weight, nodes)
+        tension, scale = self.coupling.tension, self.beta if self.nudge else 1.0
+        assert not isinstance(scale, Tensor), "a compiled step knows its errors"
+        names = [node.name for node in (self.graph.states if nodes is None else nodes)]
+        tensions = {n: tension(point.values[n], point.predictions[n]) for n in names}
+        return self.graph.contract(point, tensions, -weight / scale, nodes)
 
 
-def nudge(energy: Energy, cost: BatchCost, beta: float) -> Energy:
+def nudge(energy: Energy, cost: BatchCost, beta: Strength) -> Energy:
     """The energy plus `beta` times the cost at the output: just another energy."""
     return replace(energy, nudge=Nudge(cost, beta))
 

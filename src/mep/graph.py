@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
-from mep.activations import Activation
+from mep.activations import Kink
 from mep.errors import InputError
 from mep.nodes import Held, Node
 from mep.snapshot import Snapshot
@@ -22,7 +22,7 @@ class Point:
 
     values: dict[str, Any]
     predictions: dict[str, Tensor]
-    saved: dict[str, Any]
+    saved: Mapping[str, Any]
 
 
 @dataclass(eq=False)
@@ -33,20 +33,34 @@ class Graph:
     inputs: tuple[str, ...]
     nodes: tuple[Node, ...]
     output: str
-    kinks: Mapping[str, Activation] = field(default_factory=dict)
-    """Junction -> the piecewise-linear activation that it is, alone behind one state (`trace_kinks` only)."""
+    kinks: Mapping[str, Kink] = field(default_factory=dict)
+    """Junction -> the operation with kinks that it is, directly behind a state (`trace_kinks` only)."""
 
     def __post_init__(self) -> None:
         self.states = tuple(n for n in self.nodes if n.owns_state)
+        self.by_name = {node.name: node for node in self.nodes}
         self.readers: dict[str, list[Node]] = {node.name: [] for node in self.nodes}
         """Node -> the nodes that read its value."""
         for node in self.nodes:
             for parent in node.parents:
                 if parent in self.readers:
                     self.readers[parent].append(node)
+        self.last_read = self._last_read()
+        """Node -> the nodes whose values nobody reads after it; only of those that forces from the output reach."""
         self.is_affine_when_held = all(n.clamped or n.is_affine_when_held for n in self.nodes)
         """Whether no Jacobian changes while the branches are held: pointwise pieces and linear layers only."""
         self.snapshot = Snapshot(self.model)
+
+    def _last_read(self) -> dict[str, list[str]]:
+        reached = {self.output}
+        for node in reversed(self.nodes):
+            if node.name in reached:
+                reached.update(p for p, flows in zip(node.parents, node.flows, strict=True) if flows)
+        last_read: dict[str, list[str]] = {node.name: [] for node in self.nodes}
+        for node in self.nodes:
+            if self.readers[node.name] and node.name in reached:
+                last_read[self.readers[node.name][-1].name].append(node.name)
+        return last_read
 
     def parameters(self) -> list[nn.Parameter]:
         """Every parameter that some node uses, each once."""
@@ -68,14 +82,17 @@ class Graph:
         held: Held,
         place: Callable[[Node, Tensor], Tensor] | None = None,
         before: Point | None = None,
+        lean: bool = False,
     ) -> Point:
         """Walk the nodes in order; `place(node, mu)` says where a state stands (by default on its prediction).
 
         What was known `before` is kept where no parent has moved since, that is, where its value is the same object.
+        A `lean` point forgets the values and predictions that have been read, see `last_read`.
         """
         if held.buffers and not held.recording:
             held.buffers.rewind()
-        values, predictions, saved = dict(inputs), {}, {}
+        values, predictions = dict(inputs), dict[str, Tensor]()
+        saved: dict[str, Any] = {}
         for node in self.nodes:
             if before is None or any(values[p] is not before.values[p] for p in node.parents):
                 mu, saved[node.name] = node.evaluate([values[p] for p in node.parents], held)
@@ -87,6 +104,10 @@ class Graph:
                 values[node.name] = place(node, mu) if place else mu
             else:
                 values[node.name] = mu
+            if lean:
+                for name in self.last_read[node.name]:
+                    del values[name]
+                    predictions.pop(name, None)
         return Point(values, predictions, saved)
 
     def reevaluate(self, node: Node, values: Mapping[str, Any], held: Held) -> tuple[Any, Any]:
@@ -101,8 +122,13 @@ class Graph:
         `transmit(node, force)` receives that sum (plus `output_force` at the output; None if nothing arrived) and
         returns the force that the node in turn exerts on its own parents. A junction should return what it gets.
         """
-        forces: dict[str, Tensor | None] = {self.output: output_force}
-        for node in reversed(self.nodes):
+        self.pull_through(self.nodes, saved, {self.output: output_force}, transmit)
+
+    def pull_through(
+        self, nodes: Sequence[Node], saved: Mapping[str, Any], forces: dict[str, Tensor | None], transmit: Transmit
+    ) -> None:
+        """`pull` through successive nodes. `forces`: those that arrive from behind; then those on what is before."""
+        for node in reversed(nodes):
             force = transmit(node, forces.pop(node.name, None))
             if force is None or node.clamped:
                 continue
@@ -112,34 +138,48 @@ class Graph:
                     forces[parent] = g if known is None else known + g
 
     def push(
-        self, saved: Mapping[str, Any], errors: Mapping[str, Tensor]
+        self, saved: Mapping[str, Any], errors: Mapping[str, Tensor], forget: bool = False
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The tangents `t_n = errors[n] + sum over the parents of J t`, and those of the weighted inputs.
 
-        They tell how far values move when every state adds its error. Only for graphs that are affine.
+        They tell how far values move when every state adds its error. Only for graphs that are affine. With `forget`
+        tangents that have been read are dropped, see `last_read`; that of the output is left.
         """
         tangents: dict[str, Tensor] = {}
         arriving: dict[str, Tensor] = {}
         for node in self.nodes:
-            t, h = None, None
-            if not node.clamped:
-                t, h = node.push(saved[node.name], [tangents.get(p) for p in node.parents])
+            h = self.push_through(node, saved.get(node.name), errors, tangents, forget)
             if h is not None:
                 arriving[node.name] = h
-            if node.owns_state:
-                t = errors[node.name] if t is None else t + errors[node.name]
-            if t is not None:
-                tangents[node.name] = t
         return tangents, arriving
+
+    def push_through(
+        self, node: Node, saved: Any, errors: Mapping[str, Tensor], tangents: dict[str, Tensor], forget: bool
+    ) -> Tensor | None:
+        """`push` through one node, whose tangent joins the others. Returns that of its weighted input."""
+        t, h = (None, None) if node.clamped else node.push(saved, [tangents.get(p) for p in node.parents])
+        if node.owns_state:
+            t = errors[node.name] if t is None else t + errors[node.name]
+        if t is not None:
+            tangents[node.name] = t
+        if forget:
+            for name in self.last_read[node.name]:
+                tangents.pop(name, None)
+        return h
 
     def rows(self, saved: Mapping[str, Any], index: Tensor) -> dict[str, Any]:
         """What `pull` and `push` need of some examples; only for graphs that are affine."""
         return {node.name: node.rows(saved[node.name], index) for node in self.nodes if not node.clamped}
 
-    def contract(self, point: Point, forces: Mapping[str, Tensor], weight: float) -> dict[nn.Parameter, Tensor]:
-        """weight * sum over the nodes of (dmu_n/dtheta)^T forces[n]; an untrained parameter has no entry."""
+    def contract(
+        self, point: Point, forces: Mapping[str, Tensor], weight: float, nodes: Sequence[Node] | None = None
+    ) -> dict[nn.Parameter, Tensor]:
+        """weight * sum over the nodes (all by default) of (dmu_n/dtheta)^T forces[n].
+
+        An untrained parameter has no entry.
+        """
         total: dict[nn.Parameter, Tensor] = {}
-        for node in self.states:
+        for node in self.states if nodes is None else nodes:
             if not node.parameters:
                 continue
             found = node.contract(point.saved[node.name], forces[node.name], weight)

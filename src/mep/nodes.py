@@ -25,6 +25,9 @@ from mep.activations import Activation, MaxPool, kink_of_call
 from mep.ops import Op, has_hooks
 from mep.snapshot import Buffers, generators, set_generators
 
+Strength = float | Tensor
+"""A nudging strength: a number, or a tensor without dimensions where a step is compiled for any."""
+
 WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 """Modules whose parameter gradient is a sum of outer products of their input and the error of their output."""
 
@@ -124,8 +127,8 @@ class Node:
         """
         raise NotImplementedError
 
-    def moved(self, saved: Any, arriving: Tensor, size: float) -> Any:
-        """`saved` after `weighted_input` has moved by `size * arriving`."""
+    def moved(self, saved: Any, arriving: Tensor, beta: Strength) -> Any:
+        """`saved` after `weighted_input` has moved by `-beta * arriving`."""
         raise NotImplementedError
 
     def rows(self, saved: Any, index: Tensor) -> Any:
@@ -214,6 +217,13 @@ def _grad(output: Tensor, inputs: Sequence[Tensor], force: Tensor) -> Sequence[T
     if not inputs or not output.requires_grad:
         return [None] * len(inputs)
     return torch.autograd.grad(output, inputs, force, retain_graph=True, allow_unused=True)
+
+
+def displaced(mu: Tensor, error: Tensor, beta: Strength) -> Tensor:
+    """`mu - beta error`."""
+    if isinstance(beta, Tensor):
+        return torch.addcmul(mu, error, beta, value=-1)
+    return torch.add(mu, error, alpha=-beta)
 
 
 class _same_noise:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from mep.errors import ArgumentError, ParameterError
 from mep.estimators.estimate import Estimate, Gradients
+from mep.interrupts import uninterrupted
 
 Constraint = Callable[[torch.optim.Optimizer], None]
 
@@ -42,6 +43,11 @@ class EPOptimizer(torch.optim.Optimizer):
         estimator: where gradients come from.
         update: any `torch.optim.Optimizer` over parameters of the estimator's model.
         constraints: called in turn with this optimizer after every update.
+        low_memory: hold one node's gradient at a time. `step` makes them node by node and lets the update move each
+            parameter as soon as its gradient is complete; `p.grad` is None afterwards. The result is the same to
+            rounding if the update moves every parameter by its own gradient, as SGD, AdamW, Muon and Dion do. Gradients
+            are made twice, since all must be finite before the first weight moves. Hooks of the update and constraints
+            run once a piece, and see no other parameters than its own; hooks of this optimizer, once a step.
 
     Attributes:
         last: the `Estimate` of the latest `step(x=..., target=...)`, None before the first.
@@ -55,7 +61,16 @@ class EPOptimizer(torch.optim.Optimizer):
         True
     """
 
-    def __init__(self, estimator: Estimator, update: torch.optim.Optimizer, constraints: Sequence[Constraint] = ()):
+    def __init__(
+        self,
+        estimator: Estimator,
+        update: torch.optim.Optimizer,
+        constraints: Sequence[Constraint] = (),
+        low_memory: bool = False,
+    ):
+        self.low_memory = low_memory
+        if low_memory:
+            _check_low_memory(estimator, update)
         self.estimator = estimator
         self.update = update
         self.constraints = tuple(constraints)
@@ -83,7 +98,7 @@ class EPOptimizer(torch.optim.Optimizer):
         With `x` and `target` the estimator computes the gradients, which replace those in `p.grad`. With a `closure`
         that fills `p.grad`, or with `p.grad` already filled, it is an ordinary optimizer step. If a batch is refused or
         settling diverges, parameters, gradients and state stay exactly as they were. So they do when the estimate is
-        interrupted; an update that is interrupted may have moved some weights and not yet others.
+        interrupted; an update is finished before Ctrl-C takes effect.
 
         Args:
             closure: fills `p.grad` and returns the loss.
@@ -101,10 +116,14 @@ class EPOptimizer(torch.optim.Optimizer):
             if x is None or target is None or closure is not None:
                 raise ArgumentError("step(...): pass x and target together, and no closure with them.")
             known = {} if indices is None else {"indices": indices}
+            if self.low_memory:
+                return self._step_in_pieces(x, target, **known)
             gradients, estimate = self.estimator.gradients(x, target, **known)
             for p in self._parameters():
                 p.grad = gradients.get(p)
             self.last, loss = estimate, estimate.loss
+        elif self.low_memory:
+            raise ArgumentError("step(): low_memory=True makes its own gradients. Call step(x=inputs, target=labels).")
         elif closure is not None:
             with torch.enable_grad():
                 loss = closure()
@@ -113,10 +132,46 @@ class EPOptimizer(torch.optim.Optimizer):
                 "step() has nothing to do: no x and target, no closure, and no parameter has a gradient. "
                 "Call step(x=inputs, target=labels)."
             )
+        with uninterrupted():
+            self._move()
+        return loss
+
+    def _step_in_pieces(self, x: Any, target: Tensor, **known: Any) -> Tensor:
+        """Every parameter moves as soon as its gradient is there, which is then dropped.
+
+        For that time the groups hold no other parameters: a step over all of them for every node would take a time
+        that grows with the square of the depth.
+        """
+        estimator: Any = self.estimator
+        pieces, self.last = estimator.pieces(x, target, **known)
+        every = [group["params"] for group in self.param_groups]
+        home = {p: i for i, params in enumerate(every) for p in params}
+        self.zero_grad()
+        with uninterrupted():
+            try:
+                for piece in pieces:
+                    moving: list[list[nn.Parameter]] = [[] for _ in every]
+                    for p in [p for p in piece if p in home]:
+                        p.grad = piece[p]
+                        moving[home[p]].append(p)
+                    piece.clear()  # `p.grad` alone holds them, so that they are gone before the next are made
+                    self._set_params(moving)
+                    if any(moving):
+                        self._move()
+                    self.zero_grad()
+            finally:
+                self._set_params(every)
+                self.zero_grad()
+        return self.last.loss
+
+    def _set_params(self, params: Sequence[list[nn.Parameter]]) -> None:
+        for group, members in zip(self.param_groups, params, strict=True):
+            group["params"] = members
+
+    def _move(self) -> None:
         self.update.step()
         for constrain in self.constraints:
             constrain(self)
-        return loss
 
     def predict(self, x: Any) -> Tensor:
         """The output of the free equilibrium; for the prediction energy and for backprop that is `model(x)`."""
@@ -152,7 +207,7 @@ class EPOptimizer(torch.optim.Optimizer):
             self.estimator.load_state_dict(state_dict["estimator"])
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {name: getattr(self, name) for name in ("estimator", "update", "constraints", "last")}
+        own = {name: getattr(self, name) for name in ("estimator", "update", "constraints", "last", "low_memory")}
         return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -165,3 +220,15 @@ class EPOptimizer(torch.optim.Optimizer):
 
     def _parameters(self) -> list[nn.Parameter]:
         return [p for group in self.param_groups for p in group["params"]]
+
+
+def _check_low_memory(estimator: Estimator, update: torch.optim.Optimizer) -> None:
+    """Refuse at once what needs all gradients together."""
+    call, kind = "EPOptimizer(low_memory=True", type(update).__name__
+    if not hasattr(estimator, "pieces"):
+        made = type(estimator).__name__
+        raise ArgumentError(f"{call}, estimator={made}(...)): it makes all gradients at once. Leave low_memory out.")
+    if getattr(estimator, "compile", False):
+        raise ArgumentError(f"{call}): a compiled step makes all gradients at once. Leave out low_memory or compile.")
+    if getattr(update, "couples_parameters", False):
+        raise ArgumentError(f"{call}, update={kind}(...)): it looks at all gradients at once. Leave low_memory out.")

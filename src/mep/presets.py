@@ -45,6 +45,9 @@ def eqprop(
     adaptive: bool | None = None,
     tol: float = 1e-2,
     patience: int = 1,
+    compile: bool = False,
+    checkpoint: bool = False,
+    low_memory: bool = False,
 ) -> EPOptimizer:
     """Vanilla equilibrium propagation: its gradient, and `torch.optim.SGD`.
 
@@ -52,8 +55,9 @@ def eqprop(
         params: the parameters to train, or groups of them; they must be the model's.
         model: the model.
         lr, momentum, weight_decay, nesterov: as in `torch.optim.SGD`.
-        cost, beta, energy, phases, branches, leaves: as in `mep.EquilibriumPropagation`.
+        cost, beta, energy, phases, branches, leaves, compile, checkpoint: as in `mep.EquilibriumPropagation`.
         settle_steps, settle_lr, adaptive, tol, patience: how to settle, see `mep.presets`.
+        low_memory: as in `mep.EPOptimizer`.
 
     Example:
         >>> import torch, mep
@@ -64,11 +68,13 @@ def eqprop(
         (True, True)
     """
     solver = _solver(energy, settle_steps, settle_lr, adaptive, tol, patience)
-    estimator = EquilibriumPropagation(model, cost, beta, solver, energy, phases, branches, leaves)
+    estimator = EquilibriumPropagation(
+        model, cost, beta, solver, energy, phases, branches, leaves, compile=compile, checkpoint=checkpoint
+    )
     _check_sgd("eqprop", lr=lr, momentum=momentum, weight_decay=weight_decay)
     groups = _listed(params, model)
     update = torch.optim.SGD(groups, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov)
-    return EPOptimizer(estimator, update)
+    return EPOptimizer(estimator, update, low_memory=low_memory)
 
 
 def smep(
@@ -91,6 +97,9 @@ def smep(
     adaptive: bool | None = None,
     tol: float = 1e-2,
     patience: int = 1,
+    compile: bool = False,
+    checkpoint: bool = False,
+    low_memory: bool = False,
 ) -> EPOptimizer:
     """Spectral Muon EP: equilibrium propagation, Muon, and a bound on every weight's largest singular value.
 
@@ -99,13 +108,16 @@ def smep(
         model: the model.
         lr, momentum, weight_decay, nesterov: as in `mep.Muon`.
         gamma: the bound, see `mep.spectral_bound`.
-        cost, beta, energy, phases, branches, leaves: as in `mep.EquilibriumPropagation`.
+        cost, beta, energy, phases, branches, leaves, compile, checkpoint: as in `mep.EquilibriumPropagation`.
         settle_steps, settle_lr, adaptive, tol, patience: how to settle, see `mep.presets`.
+        low_memory: as in `mep.EPOptimizer`.
     """
     solver = _solver(energy, settle_steps, settle_lr, adaptive, tol, patience)
-    estimator = EquilibriumPropagation(model, cost, beta, solver, energy, phases, branches, leaves)
+    estimator = EquilibriumPropagation(
+        model, cost, beta, solver, energy, phases, branches, leaves, compile=compile, checkpoint=checkpoint
+    )
     update = Muon(_listed(params, model), lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov)
-    return EPOptimizer(estimator, update, [spectral_bound(gamma)])
+    return EPOptimizer(estimator, update, [spectral_bound(gamma)], low_memory)
 
 
 def smep_fast(
@@ -128,15 +140,20 @@ def smep_fast(
     adaptive: bool | None = None,
     tol: float = 1e-1,
     patience: int = 1,
+    compile: bool = False,
+    checkpoint: bool = False,
+    low_memory: bool = False,
 ) -> EPOptimizer:
     """`smep` with a looser tolerance, a weaker nudge and fewer steps: for prototyping.
 
     Takes the arguments of `smep`. One or two sweeps a step suffice.
     """
     solver = _solver(energy, settle_steps, settle_lr, adaptive, tol, patience)
-    estimator = EquilibriumPropagation(model, cost, beta, solver, energy, phases, branches, leaves)
+    estimator = EquilibriumPropagation(
+        model, cost, beta, solver, energy, phases, branches, leaves, compile=compile, checkpoint=checkpoint
+    )
     update = Muon(_listed(params, model), lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov)
-    return EPOptimizer(estimator, update, [spectral_bound(gamma)])
+    return EPOptimizer(estimator, update, [spectral_bound(gamma)], low_memory)
 
 
 def sdmep(
@@ -161,6 +178,9 @@ def sdmep(
     adaptive: bool | None = None,
     tol: float = 1e-2,
     patience: int = 1,
+    compile: bool = False,
+    checkpoint: bool = False,
+    low_memory: bool = False,
 ) -> EPOptimizer:
     """Spectral Dion-Muon EP: `smep` with Dion's low-rank step for the large weights.
 
@@ -179,7 +199,9 @@ def sdmep(
         [(100, 10)]
     """
     solver = _solver(energy, settle_steps, settle_lr, adaptive, tol, patience)
-    estimator = EquilibriumPropagation(model, cost, beta, solver, energy, phases, branches, leaves)
+    estimator = EquilibriumPropagation(
+        model, cost, beta, solver, energy, phases, branches, leaves, compile=compile, checkpoint=checkpoint
+    )
     update = Dion(
         _listed(params, model),
         lr=lr,
@@ -189,7 +211,7 @@ def sdmep(
         nesterov=nesterov,
         weight_decay=weight_decay,
     )
-    return EPOptimizer(estimator, update, [spectral_bound(gamma)])
+    return EPOptimizer(estimator, update, [spectral_bound(gamma)], low_memory)
 
 
 def O1MemoryEPv2(
@@ -212,6 +234,7 @@ def O1MemoryEPv2(
     adaptive: bool = False,
     tol: float = 1e-2,
     patience: int = 1,
+    low_memory: bool = False,
 ) -> EPOptimizer:
     """`smep` that settles by gradient descent with closed-form forces: its memory does not grow with `settle_steps`.
 
@@ -230,7 +253,7 @@ def O1MemoryEPv2(
     solver = _descent(settle_steps, settle_lr, adaptive, tol, patience)
     estimator = EquilibriumPropagation(model, cost, beta, solver, energy, phases, branches, leaves)
     update = Muon(_listed(params, model), lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov)
-    return EPOptimizer(estimator, update, [spectral_bound(gamma)])
+    return EPOptimizer(estimator, update, [spectral_bound(gamma)], low_memory)
 
 
 def natural_ep(
@@ -259,6 +282,7 @@ def natural_ep(
     adaptive: bool | None = None,
     tol: float = 1e-2,
     patience: int = 1,
+    compile: bool = False,
 ) -> EPOptimizer:
     """Natural-gradient EP: equilibrium propagation, and a Fisher matrix from the settled states.
 
@@ -271,7 +295,7 @@ def natural_ep(
         lr, momentum, weight_decay, nesterov, damping, kl_clip, decay, factors_every, inverse_every, rank,
             use_diagonal_fisher, orthogonalise: as in `mep.NaturalGradient`. Some weight decay is the default: steps
             this long fit a small training set at once.
-        cost, beta, phases, branches, leaves: as in `mep.EquilibriumPropagation`.
+        cost, beta, phases, branches, leaves, compile: as in `mep.EquilibriumPropagation`.
         settle_steps, settle_lr, adaptive, tol, patience: how to settle, see `mep.presets`.
 
     Example:
@@ -300,7 +324,15 @@ def natural_ep(
     )
     solver = _solver("prediction", settle_steps, settle_lr, adaptive, tol, patience)
     estimator = EquilibriumPropagation(
-        model, cost, beta, solver, phases=phases, branches=branches, leaves=leaves, observe=update.observe
+        model,
+        cost,
+        beta,
+        solver,
+        phases=phases,
+        branches=branches,
+        leaves=leaves,
+        observe=update.observe,
+        compile=compile,
     )
     return EPOptimizer(estimator, update)
 
@@ -319,6 +351,7 @@ def local_ep(
     leaves: Leaves = (),
     tol: float = 1e-2,
     schedule: str = "there and back",
+    low_memory: bool = False,
 ) -> EPOptimizer:
     """Strictly local equilibrium propagation: nodes that see only their neighbours, and `torch.optim.SGD`.
 
@@ -331,6 +364,7 @@ def local_ep(
         lr, momentum, weight_decay, nesterov: as in `torch.optim.SGD`.
         cost, beta, phases, leaves: as in `mep.EquilibriumPropagation`.
         tol, schedule: as in `mep.Local`.
+        low_memory: as in `mep.EPOptimizer`.
 
     Example:
         >>> import torch, mep
@@ -345,7 +379,7 @@ def local_ep(
     _check_sgd("local_ep", lr=lr, momentum=momentum, weight_decay=weight_decay)
     groups = _listed(params, model)
     update = torch.optim.SGD(groups, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov)
-    return EPOptimizer(estimator, update)
+    return EPOptimizer(estimator, update, low_memory=low_memory)
 
 
 def muon_backprop(

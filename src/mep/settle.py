@@ -18,6 +18,7 @@ from torch import Tensor
 from mep.energy import Energy, State
 from mep.errors import ArgumentError
 from mep.graph import Point
+from mep.nodes import Strength
 
 _SEEN, _LATE = 4, 6
 """The pace of settling is judged by its last few iterations, once there were some more."""
@@ -52,15 +53,15 @@ class Known:
     iteration before which no residual need be measured, safely below where settling has ended of late.
     """
 
-    gain: float | None = None
+    gain: Strength | None = None
     errors: State | None = None
     look_from: int = 0
 
-    def after(self, iterations: int, gain: float | None) -> Known:
+    def after(self, iterations: int, gain: Tensor | None) -> Known:
         """What is known after a settling that ended then: the first look follows down at once, and up slowly."""
         safe = 3 * iterations // 4
         look_from = safe if safe < self.look_from else self.look_from + (safe - self.look_from + 7) // 8
-        return Known(gain, None, look_from)
+        return Known(None if gain is None else float(gain), None, look_from)
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ class Iterate:
     out_of_reach: bool = False
     diverging: bool = False
     exact: bool = False
-    gain: float | None = None
+    gain: Tensor | None = None
     turns: Mapping[str, int] | None = None
     memory: Any = None
 

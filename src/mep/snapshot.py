@@ -101,6 +101,14 @@ class Buffers:
         for home, kept in zip(self.homes, self.before, strict=True):
             home.update({name: None if value is None else value.clone() for name, (_, value) in kept.items()})
 
+    def written(self) -> list[Tensor]:
+        """The values that the first evaluation left."""
+        return [value for home in self.after for _, value in home.values() if value is not None]
+
+    def targets(self) -> list[Tensor]:
+        """The buffers themselves, in the order of `written`."""
+        return [b for home in self.before for b, _ in home.values() if b is not None]
+
     def finish(self) -> None:
         """To what the first evaluation wrote."""
         self._restore(self.after)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,17 +16,29 @@ from mep.check import check_graph
 from mep.cost import BatchCost, PerExample, make_cost
 from mep.energy import Energy, make_coupling, nudge, per_example
 from mep.errors import ArgumentError, DivergedError, InputError
-from mep.estimators.contrast import CONTRASTS
+from mep.estimators.contrast import CONTRASTS, Phase, contrast, pieces
 from mep.estimators.estimate import Estimate, Gradients, accumulate, finished
-from mep.estimators.inputs import batch_size, check_model, check_target, undone_on_error
+from mep.estimators.inputs import (
+    batch_size,
+    check_finite,
+    check_model,
+    check_target,
+    count_examples,
+    undone_on_error,
+)
 from mep.estimators.kronecker import SettledLayer, settled_layers
+from mep.estimators.program import Setting
+from mep.estimators.programs import Programs
 from mep.estimators.recall import Recall, check_indices
 from mep.graph import Graph
 from mep.nodes import Held
 from mep.settle import Known, Result, Settled, Solver, settle
 from mep.snapshot import Buffers
 from mep.solvers import Descent, Sweep
+from mep.solvers.checkpointed import Forgotten
 from mep.tracing import Leaves, argument_names, trace, trace_activations, trace_kinks
+
+Found = TypeVar("Found")
 
 _SHRINK = 0.5
 _GROWTH = 1.02
@@ -54,6 +67,14 @@ class EquilibriumPropagation:
         diagnostics: also report the fraction of units that left their branch; one more forward walk a phase.
         observe: called with the layers of every batch whose estimate is good, for `NaturalGradient.observe`; only for
             "prediction".
+        compile: after a few steps of one shape, make the next ones by a program that inductor has compiled as a whole.
+            It needs a C++ compiler and takes seconds to a minute for every shape and number of sweeps; a step that it
+            does not settle is made without it. What the model reads besides tensors and attributes of its modules is
+            then fixed. Only for `mep.Sweep`, held branches, the costs that have names, and models without noise.
+        checkpoint: keep neither states nor errors of all nodes, and compute them again where they are needed: memory
+            of the order of the cube root of the depth, for two to three times the time. The gradient is the same to
+            rounding. Only for `mep.Sweep`, held branches, and affine graphs (linear layers, convolutions, pooling,
+            piecewise-linear activations).
 
     Raises:
         TraceError, ParameterError, ArgumentError: at once, from the constructor.
@@ -82,6 +103,8 @@ class EquilibriumPropagation:
         leaves: Leaves = (),
         diagnostics: bool = False,
         observe: Callable[[list[SettledLayer]], None] | None = None,
+        compile: bool = False,
+        checkpoint: bool = False,
     ):
         check_model(model, "EquilibriumPropagation")
         if not (isinstance(beta, (int, float)) and 0 < beta < math.inf):
@@ -109,6 +132,10 @@ class EquilibriumPropagation:
             raise ArgumentError(f"EquilibriumPropagation(solver={solver!r}): must be a mep.Sweep, mep.Descent, ...")
         if isinstance(self.solver, Sweep) and energy != "prediction":
             raise ArgumentError(f"Sweep does not settle energy={energy!r}. Use solver=mep.Descent(...).")
+        self.compile, self.checkpoint = compile, checkpoint
+        if checkpoint:
+            self._check_checkpoint()
+        self.programs = self._make_programs() if compile else None
         self._reach = self.beta
         self._known = Known()
         self._recall = Recall()
@@ -132,31 +159,21 @@ class EquilibriumPropagation:
     @torch.no_grad()
     def gradients(self, x: Any, target: Tensor, indices: Tensor | None = None) -> tuple[Gradients, Estimate]:
         """The estimated gradient of the mean cost for every trained parameter, without touching `p.grad`."""
-        batch = batch_size(x)
-        check_target(target)
-        check_model(self.model, "EquilibriumPropagation")
-        indices = None if indices is None else self._checked_indices(indices, batch)
-        with undone_on_error(self.model) as buffers:
-            energy, free = self._free(x, batch, buffers, indices)
-            output = energy.output(free.point)
-            if len(output) != batch:
-                raise InputError(f"The output has {len(output)} rows for {batch} examples; dimension 0 is the batch.")
-            cost = self._cost(output, target)
-            loss = cost.value(output).mean()
-            if not math.isfinite(float(loss)):
-                raise DivergedError(
-                    f"The loss is {float(loss)} before settling: the target or the weights are not finite, or the "
-                    "output overflows. Nothing was changed."
-                )
-            beta, phases = self._nudged(energy, free, cost, self._where_to_begin(energy, free, indices))
-            gradients = finished(self._contrast(phases, batch))
-            estimate = self._estimate(loss, beta, phases)
-            if self.observe is not None:
-                self.observe(settled_layers((e, settled) for _, e, settled in phases if e.nudge is not None))
-        self._reach, self._known = beta, phases[-1][2].known  # last, so that an interruption leaves all as it was
-        if indices is not None:
-            self._recall.keep(indices, self._worth_keeping(*phases[-1][1:], free))
-        return gradients, estimate
+        if self.programs is not None and indices is None:
+            count_examples(x)
+            check_target(target)
+            if (compiled := self._compiled(x, target)) is not None:
+                return compiled
+        return self._contracted(x, target, indices, self._contrast)
+
+    @torch.no_grad()
+    def pieces(self, x: Any, target: Tensor, indices: Tensor | None = None) -> tuple[Iterator[Gradients], Estimate]:
+        """As `gradients`, one after the other: each is made when it is asked for, and may be used up at once.
+
+        Every trained parameter occurs once, after the last node that uses it; from then on it may be changed. All have
+        been made and found finite before, and dropped again. Never by a compiled program.
+        """
+        return self._contracted(x, target, indices, _checked_pieces)
 
     @torch.no_grad()
     def predict(self, x: Any) -> Tensor:
@@ -180,10 +197,74 @@ class EquilibriumPropagation:
         twin = object.__new__(type(self))
         memo[id(self)] = twin
         twin.__dict__ = {
-            k: copy.deepcopy(v, memo) for k, v in self.__dict__.items() if k not in ("_graphs", "_checked")
+            k: copy.deepcopy(v, memo) for k, v in self.__dict__.items() if k not in ("_graphs", "_checked", "programs")
         }
         twin._checked, twin._graphs = set(), [twin._trace()]
+        twin.programs = twin._make_programs() if twin.compile else None
         return twin
+
+    def _contracted(
+        self, x: Any, target: Tensor, indices: Tensor | None, contract: Callable[[Sequence[Phase], int], Found]
+    ) -> tuple[Found, Estimate]:
+        """What `contract` makes of the phases, once they have settled; and how they did."""
+        batch = count_examples(x)
+        check_target(target)
+        indices = None if indices is None else self._checked_indices(indices, batch)
+        check_finite(x)
+        check_model(self.model, "EquilibriumPropagation")
+        with undone_on_error(self.model) as buffers:
+            energy, free = self._free(x, batch, buffers, indices)
+            output = energy.output(free.point)
+            if len(output) != batch:
+                raise InputError(f"The output has {len(output)} rows for {batch} examples; dimension 0 is the batch.")
+            cost = self._cost(output, target)
+            loss = cost.value(output).mean()
+            if not math.isfinite(float(loss)):
+                raise DivergedError(
+                    f"The loss is {float(loss)} before settling: the target or the weights are not finite, or the "
+                    "output overflows. Nothing was changed."
+                )
+            beta, phases = self._nudged(energy, free, cost, self._where_to_begin(energy, free, indices))
+            found = contract(phases, batch)
+            estimate = self._estimate(loss, beta, phases)
+            if self.observe is not None:
+                self.observe(settled_layers((e, settled) for _, e, settled in phases if e.nudge is not None))
+        if self.programs is not None:
+            self.programs.learn(x, target, *phases[-1][1:])
+        self._reach, self._known = beta, phases[-1][2].known  # last, so that an interruption leaves all as it was
+        if indices is not None:
+            self._recall.keep(indices, self._worth_keeping(*phases[-1][1:], free))
+        return found, estimate
+
+    def _make_programs(self) -> Programs:
+        """Refuse at once what is never compiled."""
+        solver, call = self.solver, "EquilibriumPropagation(compile=True"
+        if not isinstance(solver, Sweep):
+            raise ArgumentError(f"{call}, solver={solver}): only mep.Sweep is compiled.")
+        if solver.patience > 1:
+            raise ArgumentError(f"{call}, solver=Sweep(patience={solver.patience})): patience must be 1.")
+        if self.branches == "exact":
+            raise ArgumentError(f"{call}, branches='exact'): only held branches are compiled.")
+        if self.diagnostics:
+            raise ArgumentError(f"{call}, diagnostics=True): leave out one of the two.")
+        if self.cost not in ("cross_entropy", "mse"):
+            raise ArgumentError(f"{call}, cost={self.cost!r}): only 'cross_entropy' and 'mse' are compiled.")
+        return Programs(Setting(solver, self.phases, self.observe is not None), self._cost)
+
+    def _check_checkpoint(self) -> None:
+        """Refuse at once what needs the states of all nodes."""
+        for name, asked in (
+            (f"solver={self.solver}", not isinstance(self.solver, Sweep)),
+            ("branches='exact'", self.branches == "exact"),
+            ("compile=True", self.compile),
+            ("diagnostics=True", self.diagnostics),
+            ("observe=...", self.observe is not None),
+        ):
+            if asked:
+                raise ArgumentError(
+                    f"EquilibriumPropagation(checkpoint=True, {name}): it needs the states of all nodes at once. "
+                    "Leave out one of the two."
+                )
 
     def _trace(self, inputs: Sequence[str] | None = None) -> Graph:
         if self.coupling.name == "hopfield":
@@ -197,6 +278,8 @@ class EquilibriumPropagation:
             graph = self._trace(argument_names(self.model, x))
             self._graphs = [graph, *self._graphs[:_KEPT_GRAPHS]]
             self._checked &= {id(g) for g in self._graphs}
+            if self.programs is not None:
+                self.programs.keep(self._graphs)
         if id(graph) not in self._checked:
             check_graph(graph, x, against_model=self.coupling.name == "prediction")
             self._checked.add(id(graph))
@@ -209,9 +292,15 @@ class EquilibriumPropagation:
         is_forward = self.coupling.vanishes_when_free
         held = Held(hold_branches=hold and is_forward, buffers=buffers)
         energy = Energy(graph, self.coupling, graph.bind(x), held, batch)
-        point = energy.rest()
+        sweeps_affine = isinstance(self.solver, Sweep) and energy.is_affine
+        point = Forgotten(energy) if self.checkpoint else energy.rest(lean=sweeps_affine and not self.diagnostics)
         held.recording = False
         buffers.keep_writes()
+        if held.noise and self.compile:
+            raise ArgumentError(
+                f"compile=True: {', '.join(held.noise)} draws random numbers in every step, which a compiled step "
+                "cannot. Leave compile out, or put the module in eval mode."
+            )
         if is_forward:
             return energy, Settled(point, torch.zeros(batch, device=energy.output(point).device), 0, Result.CONVERGED)
         if indices is not None:
@@ -248,7 +337,7 @@ class EquilibriumPropagation:
         self, energy: Energy, free: Settled, cost: BatchCost, known: Known
     ) -> tuple[float, list[tuple[float, Energy, Settled]]]:
         """Settle every phase of the contrast, with a smaller beta as long as one is out of reach."""
-        beta = min(self.beta, self._reach * _GROWTH)
+        beta = self._next_beta()
         for attempt in range(_TRIES):
             phases: list[tuple[float, Energy, Settled]] = []
             for multiple, weight in CONTRASTS[self.phases]:
@@ -256,7 +345,7 @@ class EquilibriumPropagation:
                     phases.append((weight / beta, energy, free))
                     continue
                 nudged = nudge(energy, cost, multiple * beta)
-                phases.append((weight / beta, nudged, settle(nudged, free.point, self.solver, known)))
+                phases.append((weight * multiple, nudged, settle(nudged, free.point, self.solver, known)))
             failed = [s.result for _, _, s in phases if s.result is not Result.CONVERGED]
             if not failed or not (self.solver.beta_limited and self.solver.adaptive) or attempt == _TRIES - 1:
                 break
@@ -268,15 +357,26 @@ class EquilibriumPropagation:
             )
         return beta, phases
 
-    def _contrast(self, phases: list[tuple[float, Energy, Settled]], batch: int) -> Gradients:
-        """`sum_k w_k dE/dtheta`, the mean over the batch."""
-        total: Gradients = {}
-        for weight, energy, settled in phases:
-            if energy.nudge is None and self.coupling.vanishes_when_free:
-                continue
-            for p, g in energy.parameter_gradient(settled.point, settled.errors, weight / batch).items():
-                total[p] = total[p].add_(g) if p in total else g
-        return total
+    def _contrast(self, phases: Sequence[Phase], batch: int) -> Gradients:
+        return finished(contrast(phases, batch))
+
+    def _compiled(self, x: Any, target: Tensor) -> tuple[Gradients, Estimate] | None:
+        """The step by a compiled program, or None if it has to be made without one."""
+        assert self.programs is not None
+        beta, solver = self._next_beta(), self.solver
+        found = self.programs.step(self._graph(x), x, target, beta, self._known.gain)
+        if found is None:
+            return None
+        settled = found.worst <= solver.tol
+        result = Result.CONVERGED if settled else Result.FIXED_STEPS
+        if self.observe is not None:
+            self.observe(found.layers)
+        self._reach, self._known = beta, Known(found.gain)
+        return found.gradients, Estimate(found.loss, found.residual, found.sweeps, beta, result)
+
+    def _next_beta(self) -> float:
+        """As large as it may be, after the last one that was within reach."""
+        return min(self.beta, self._reach * _GROWTH)
 
     def _estimate(self, loss: Tensor, beta: float, phases: list[tuple[float, Energy, Settled]]) -> Estimate:
         settled = [s for _, _, s in phases]
@@ -291,6 +391,12 @@ class EquilibriumPropagation:
             left_branch=left,
             turns=settled[-1].turns,
         )
+
+
+def _checked_pieces(phases: Sequence[Phase], batch: int) -> Iterator[Gradients]:
+    """All pieces are made twice: first to see that they are finite, since the first that is used changes a weight."""
+    deque(pieces(phases, batch), maxlen=0)  # drops each before the next is made
+    return pieces(phases, batch)
 
 
 _HOPFIELD_SOLVER = Descent(settle_steps=500, settle_lr=0.3, adaptive=True, tol=1e-4)

@@ -15,20 +15,36 @@ from mep.snapshot import Buffers, generators, set_generators
 
 
 def batch_size(x: Any) -> int:
-    """The number of examples, after checking that there are some and that every number of the input is finite.
+    """The number of examples, after checking that there are some and that every number of the input is finite."""
+    examples = count_examples(x)
+    check_finite(x)
+    return examples
 
-    A sum is finite only if all its terms are; only if it is not does the slower exact test decide.
-    """
-    values = list(x.values()) if isinstance(x, Mapping) else x if isinstance(x, (tuple, list)) else [x]
-    tensors = [v for v in values if isinstance(v, Tensor)]
+
+def count_examples(x: Any) -> int:
+    """The number of examples, after checking that there are some."""
+    tensors = input_tensors(x)
     if not tensors:
         raise InputError(f"x must be a tensor, or a tuple or dict of them, not {type(x).__name__}: torch.as_tensor(x).")
     if tensors[0].ndim == 0 or len(tensors[0]) == 0:
         raise InputError(f"The batch is empty: {[tuple(t.shape) for t in tensors]}. Pass at least one example.")
-    for t in (t.detach() for t in tensors):
+    return len(tensors[0])
+
+
+def input_tensors(x: Any) -> list[Tensor]:
+    """The tensors of an input, in order."""
+    values = list(x.values()) if isinstance(x, Mapping) else x if isinstance(x, (tuple, list)) else [x]
+    return [v for v in values if isinstance(v, Tensor)]
+
+
+def check_finite(x: Any) -> None:
+    """Refuse an input with a number that is not finite.
+
+    A sum is finite only if all its terms are; only if it is not does the slower exact test decide.
+    """
+    for t in (t.detach() for t in input_tensors(x)):
         if t.is_floating_point() and not math.isfinite(float(t.sum())) and not torch.isfinite(t).all():
             raise InputError("The input contains NaN or Inf. Nothing was changed; mend or drop this batch.")
-    return len(tensors[0])
 
 
 def check_target(target: Any) -> None:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from mep.energy import Energy
 from mep.nodes import Node
-from mep.settle import Settled
+from mep.settle import Iterate, Settled
 
 
 @dataclass(eq=False)
@@ -45,7 +45,7 @@ class SettledLayer:
         return (inputs[0], errors[0]) if len(inputs) == 1 else (torch.cat(inputs), torch.cat(errors))
 
 
-def settled_layers(phases: Iterable[tuple[Energy, Settled]]) -> list[SettledLayer]:
+def settled_layers(phases: Iterable[tuple[Energy, Settled | Iterate]]) -> list[SettledLayer]:
     """The layers of the nudged phases of one batch; two phases count as two batches.
 
     Args:

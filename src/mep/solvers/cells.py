@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mep.energy import Energy, State, per_example, relative_residual
 from mep.graph import Point
-from mep.nodes import Node
+from mep.nodes import Node, displaced
 from mep.solvers.output import expands, gain, next_error, output_residual
 
 
@@ -36,7 +36,7 @@ def predict(energy: Energy, node: Node, cell: Cell, values: Mapping[str, Any]) -
     mu, saved = energy.graph.reevaluate(node, values, energy.held)
     if not node.owns_state:
         return replace(cell, value=mu, saved=saved)
-    s = mu if cell.error is None else torch.add(mu, cell.error, alpha=-energy.beta)
+    s = mu if cell.error is None else displaced(mu, cell.error, energy.beta)
     return replace(cell, value=s, prediction=mu, saved=saved)
 
 
@@ -55,7 +55,7 @@ def balance(energy: Energy, node: Node, cell: Cell, force: Tensor, tol: float) -
 
 
 def _with_error(energy: Energy, cell: Cell, error: Tensor) -> Cell:
-    return replace(cell, error=error, value=torch.add(cell.prediction, error, alpha=-energy.beta))
+    return replace(cell, error=error, value=displaced(cell.prediction, error, energy.beta))
 
 
 @dataclass
@@ -77,7 +77,7 @@ class Network:
     turns: Counter[str] = field(default_factory=Counter)
     asking: bool = True
     expands: bool = False
-    gain: float | None = None
+    gain: Tensor | None = None
     rounds: int = 0
 
     def copy(self) -> Network:

@@ -5,6 +5,8 @@ linear, `f` is what pulls on s itself and `u` what pulls on a(s). On a piece wit
 `s = mu - beta (f + k u)`, if that lies on the piece. A kink is a minimum where the two sides push toward it: the unit
 rests **at** it, its error is clipped, not switched off. Of several minima it takes the one to which descent leads from
 the free equilibrium: it stays on the branch it came from as long as there is one.
+
+The units of a maximum (`ties.py`) rest together, at a tie.
 """
 
 from __future__ import annotations
@@ -14,12 +16,28 @@ import math
 import torch
 from torch import Tensor, nn
 
-from mep.activations import Activation
-from mep.nodes import Node
+from mep.activations import Activation, Kink, Largest, Windows
+from mep.graph import Graph, Point
+from mep.nodes import Node, Strength
+from mep.solvers import ties
 
 
-def relax(mu: Tensor, f: Tensor, u: Tensor, beta: float, activation: Activation, x0: Tensor) -> tuple[Tensor, Tensor]:
-    """The scaled error `(mu - s) / beta` at the unit's equilibrium, and the kink where it rests (NaN: at none).
+def relax(
+    mu: Tensor,
+    f: Tensor,
+    u: Tensor,
+    beta: Strength,
+    kink: Kink,
+    x0: Tensor,
+    before: Tensor | None = None,
+    gain: Tensor | float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """The scaled error `(mu - s) / beta` at the unit's equilibrium, and where it rests at a kink (NaN: at none).
+
+    A unit feels its own error through the layers below (`gains`): had it the error delta, mu would be
+    `mu + gain beta (before - delta)`, with `before` the error at which mu was computed (0 if None). Where it may rest
+    it does so where that balances, else it would jump to and fro over its kink for ever; where nothing rests, at a
+    kink that pushes units away, it is judged by the mu that it has.
 
     `x0` is the unit's state at the free equilibrium, where descent to a minimum starts.
 
@@ -29,61 +47,94 @@ def relax(mu: Tensor, f: Tensor, u: Tensor, beta: float, activation: Activation,
         >>> relax(0.1 * one, 0 * one, 3 * one, 0.1, of_module(nn.ReLU()), one)
         (tensor([1.]), tensor([0.]))
     """
-    kinks, slopes = activation.kinks, activation.slopes
-    home = _slope(x0, activation, right=False)
-    direction = -torch.sign(x0 - mu + beta * (f + home * u))
+    gain = gain * (beta * u * _bend(mu, kink) > 0).to(mu.dtype)
+    stiffness = beta * (1 + gain)
+    mu = mu if before is None else mu + beta * gain * before
+    if isinstance(kink, Largest):
+        return ties.relax(mu, f, u, stiffness, x0)
+    kinks, slopes = kink.kinks, kink.slopes
+    home = _slope(x0, kink, right=False)
+    direction = -torch.sign(x0 - mu + stiffness * (f + home * u))
     delta, rest = torch.zeros_like(mu), torch.full_like(mu, math.nan)
     nearest = torch.full_like(mu, math.inf)
 
-    def consider(s: Tensor, error: Tensor, kink: float, is_minimum: Tensor) -> None:
+    def consider(s: Tensor, error: Tensor, place: float, is_minimum: Tensor) -> None:
         nonlocal delta, rest, nearest
         way = torch.where(direction == 0, (s - x0).abs(), (s - x0) * direction)
         noise = 4 * torch.finfo(s.dtype).eps * (s.abs() + x0.abs())
         better = is_minimum & (way >= -noise) & (way < nearest)
         delta, nearest = torch.where(better, error, delta), torch.where(better, way, nearest)
-        rest = torch.where(better, kink, rest)
+        rest = torch.where(better, place, rest)
 
     for slope, low, high in zip(slopes, (-math.inf, *kinks), (*kinks, math.inf), strict=True):
         error = f + slope * u
-        s = mu - beta * error
+        s = mu - stiffness * error
         consider(s, error, math.nan, (s >= low) & (s <= high))
-    for i, kink in enumerate(kinks):
-        error = (mu - kink) / beta
+    for i, place in enumerate(kinks):
+        error = (mu - place) / stiffness
         least, most = _ordered(f + slopes[i] * u, f + slopes[i + 1] * u, beta)
-        consider(torch.full_like(mu, kink), error, kink, (least <= error) & (error <= most))
+        consider(torch.full_like(mu, place), error, place, (least <= error) & (error <= most))
     return delta, rest
+
+
+def _bend(mu: Tensor, kink: Kink) -> Tensor | float:
+    """By how much the slope grows at the kink that is nearest to mu; a maximum is bent upward everywhere."""
+    if isinstance(kink, Largest):
+        return 1.0
+    bends = torch.tensor(kink.slopes, dtype=mu.dtype, device=mu.device).diff()
+    edges = torch.tensor(kink.kinks, dtype=mu.dtype, device=mu.device)
+    return bends[(mu.unsqueeze(-1) - edges).abs().argmin(-1)]
 
 
 def _slope(s: Tensor, activation: Activation, right: bool) -> Tensor:
     """The slope of the activation at s; at a kink that of its left or right piece."""
     edges = torch.tensor(activation.kinks, dtype=s.dtype, device=s.device)
-    return torch.tensor(activation.slopes, dtype=s.dtype, device=s.device)[torch.bucketize(s, edges, right=right)]
+    return torch.tensor(activation.slopes, dtype=s.dtype, device=s.device)[
+        torch.bucketize(s.contiguous(), edges, right=right)
+    ]
 
 
-def _ordered(left: Tensor, right: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+def _ordered(left: Tensor, right: Tensor, beta: Strength) -> tuple[Tensor, Tensor]:
     """The scaled errors between which a kink is a minimum: what pulls on either side of it."""
     return (left, right) if beta > 0 else (right, left)
 
 
-def balancing_pull(s: Tensor, delta: Tensor, f: Tensor, u: Tensor, activation: Activation, beta: float) -> Tensor:
+def balancing_pull(s: Tensor, delta: Tensor, f: Tensor, u: Tensor, kink: Kink, beta: Strength) -> Tensor:
     """What balances the error `delta`: on a piece `f + k u`; at a kink whatever of the subdifferential is nearest."""
-    left, right = (f + _slope(s, activation, right=side) * u for side in (False, True))
+    if isinstance(kink, Largest):
+        return ties.balancing_pull(s, delta, f, u, beta)
+    left, right = (f + _slope(s, kink, right=side) * u for side in (False, True))
     low, high = _ordered(left, right, beta)
     return torch.where(low < high, delta.clamp(low, high), left)
 
 
-def damp(node: Node, delta: Tensor, before: Tensor | None, rest: Tensor) -> Tensor:
-    """Step units that rest at a kink by `1 / (1 + |W_row|^2)`: they feel their own error through the layers below.
+def placed(s: Tensor, rest: Tensor, kink: Kink) -> Tensor:
+    """The states `s`, with those at rest put on their kink: units at a tie to where they now meet."""
+    return torch.where(rest.isnan(), s, ties.mean_at_tie(s, rest) if isinstance(kink, Largest) else rest)
 
-    There mu moves by about `-|W_row|^2 beta` times the error, so a full step would overshoot.
+
+def gains(graph: Graph, free: Point) -> dict[str, Tensor | float]:
+    """How far the error of each value comes back through the layers below, per unit or on the average.
+
+    Unit i of a linear layer or convolution: `|W_i|^2` times what each value it reads moves with its own error: a state
+    by 1 and what comes back to it, the value behind a kink by the mean squared slope of that. Everything else is taken
+    to hand on what it reads.
     """
+    found: dict[str, Tensor | float] = {}
+    moves: dict[str, float] = {}
+    for node in graph.nodes:
+        below = sum(moves.get(p, 0.0) for p in node.parents)
+        found[node.name] = 0.0 if node.clamped else _gain(node, below)
+        moves[node.name] = float(torch.as_tensor(found[node.name]).mean()) + node.owns_state
+        kink = graph.kinks.get(node.name)
+        if isinstance(kink, Activation):
+            moves[node.name] *= float(_slope(free.values[node.parents[0]], kink, right=False).square().mean())
+    return found
+
+
+def _gain(node: Node, below: float) -> Tensor | float:
     last = node.program[-1].target
-    if node.clamped:
-        return delta
     if isinstance(last, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-        gain = last.weight.detach().flatten(1).square().sum(1)
-        gain = gain if isinstance(last, nn.Linear) else gain.view(-1, *[1] * (delta.ndim - 2))
-    else:
-        gain = torch.ones((), dtype=delta.dtype, device=delta.device)
-    start = torch.zeros_like(delta) if before is None else before
-    return torch.where(rest.isnan(), delta, start + (delta - start) / (1 + gain))
+        rows = below * last.weight.detach().flatten(1).square().sum(1)
+        return rows if isinstance(last, nn.Linear) else rows.view(-1, *[1] * len(last.stride))
+    return below * math.prod(op.target.overlap() for op in node.program if isinstance(op.target, Windows))

@@ -16,6 +16,7 @@ from mep.cost import BatchCost
 from mep.energy import Energy, example_norm
 from mep.errors import ArgumentError
 from mep.graph import Point
+from mep.nodes import Strength
 from mep.settle import Known, Solver
 from mep.solvers.anderson import mix
 from mep.solvers.secant import Trial, first_output, solve_output
@@ -59,19 +60,24 @@ def expands(question: Tensor, error: Tensor, wanted: Tensor, residual: Tensor) -
     return bool((missed > _EXPANDS * torch.maximum(asked, asked.mean())).any())
 
 
-def gain(x: Tensor, shift: Tensor, beta: float) -> float:
+def gain(x: Tensor, shift: Tensor, beta: Strength) -> Tensor:
     """The mean of `<x, M x> / <x, x>` over the examples, with weights `<x, x>`; `shift` is `beta M x`."""
     x, shift = x.reshape(-1), shift.reshape(-1)
-    size = beta * float(torch.dot(x, x))
-    return float(torch.dot(x, shift)) / size if size else 0.0
+    return torch.dot(x, shift) / (beta * torch.dot(x, x))
 
 
 def first_error(energy: Energy, free: Tensor, wanted: Tensor, known: Known) -> Tensor:
-    """The error to try first: what follows if `-beta gain` times it is the answer."""
+    """The error to try first: what follows if `-beta gain` times it is the answer.
+
+    A gain that is a tensor has been looked at before.
+    """
     nudge = energy.nudge
     assert nudge is not None
-    strength = nudge.beta * (known.gain or 0.0)
-    found = first_output(nudge.cost, free, wanted, strength) if 0 < strength < math.inf else None
+    if known.gain is None:
+        return wanted
+    strength = nudge.beta * known.gain
+    is_usable = isinstance(strength, Tensor) or 0 < strength < math.inf
+    found = first_output(nudge.cost, free, wanted, strength) if is_usable else None
     return wanted if found is None else found
 
 

@@ -11,44 +11,54 @@ nodes but the output balance exactly. Examples do not see each other, so those t
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from mep.energy import Energy, State
 from mep.graph import Point
-from mep.nodes import Node
+from mep.nodes import Node, displaced
 
 
 class Response:
-    """The errors so far, and how far they have moved what the weights are applied to (`arriving`)."""
+    """The errors so far, and how far they have moved what the weights are applied to (`arriving`).
+
+    With the weighted inputs that `free` keeps, that is all that is held: three numbers a unit, after any number of
+    sweeps. A sweep of some examples holds their share of it twice.
+
+    Args:
+        energy: nudged, of an affine graph.
+        free: its free equilibrium; a lean one will do.
+    """
 
     def __init__(self, energy: Energy, free: Point):
         self.energy, self.free = energy, free
         self.errors: State = {}
         self.arriving: State = {}
-        self.narrows = all(len(free.values[node.name]) == energy.batch for node in energy.graph.states)
-        """Whether examples can be left out: the rows of every state are the examples."""
+        self.narrows = False
+        """Whether examples can be left out, once there are errors: the rows of every state are the examples."""
 
     def answer(self, x: Tensor, rows: Tensor | None, active: Tensor | None) -> Tensor:
         """The output of these rows (None: all) that follows their output error x."""
-        graph = self.energy.graph
-        saved = self.free.saved if rows is None else graph.rows(self.free.saved, rows)
-        errors = self._errors(saved, x)
-        tangents, arriving = graph.push(saved, errors)
+        energy = self.energy
+        free, saved = energy.output(self.free), self.free.saved
         if rows is None:
-            self.errors, self.arriving = errors, arriving
+            self.errors = self.arriving = {}  # the old ones are gone before there are new ones
+            self.errors = self._pulled(saved, x)
+            moved, self.arriving = energy.graph.push(saved, self.errors, forget=True)
+            self.narrows = all(len(error) == energy.batch for error in self.errors.values())
         else:
+            free, saved = free.index_select(0, rows), energy.graph.rows(saved, rows)
+            errors = self._pulled(saved, x)
+            moved, arriving = energy.graph.push(saved, errors, forget=True)
             for known, new in ((self.errors, errors), (self.arriving, arriving)):
                 for name, value in new.items():
                     known[name].index_copy_(0, rows, value)
-        free = self.energy.output(self.free)
-        free = free if rows is None else free.index_select(0, rows)
-        return free.add(tangents[graph.output], alpha=-self.energy.beta)
+        return displaced(free, moved[energy.graph.output], energy.beta)
 
-    def _errors(self, saved: dict[str, Any], x: Tensor) -> State:
+    def _pulled(self, saved: Mapping[str, Any], x: Tensor) -> State:
         """The errors of all nodes that balance the output error x."""
         errors: State = {}
         output = self.energy.graph.output
@@ -57,8 +67,9 @@ class Response:
             if node.name == output:
                 force = x
             if node.owns_state:
-                shape = self.free.values[node.name].shape[1:]
-                errors[node.name] = x.new_zeros(len(x), *shape) if force is None else force
+                if force is None:
+                    force = x.new_zeros(len(x), *self.free.values[node.name].shape[1:])
+                errors[node.name] = force
             return force
 
         self.energy.graph.pull(saved, None, transmit)
@@ -70,31 +81,45 @@ class Response:
         return Moved(self)
 
 
+class OnDemand(Mapping[str, Any]):
+    """The keys of another mapping; each value is made anew whenever it is asked for, and held by nobody."""
+
+    def __init__(self, like: Mapping[str, Any], make: Callable[[str], Any]):
+        self.like, self.make = like, make
+
+    def __getitem__(self, name: str) -> Any:
+        return self.make(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.like)
+
+    def __len__(self) -> int:
+        return len(self.like)
+
+
 class Moved(Point):
     """An affine graph after its states have followed the errors; what nobody asks for is not computed."""
 
     def __init__(self, response: Response):
-        energy = response.energy
-        self.graph, self.free, self.beta = energy.graph, response.free, energy.beta
-        self.errors, self.arriving = dict(response.errors), dict(response.arriving)
+        self.energy, self.free = response.energy, response.free
+        self.errors, self.arriving = response.errors, response.arriving
+        self.saved = OnDemand(self.free.saved, self._saved)
+
+    def _saved(self, name: str) -> Any:
+        """What `pull` and `contract` need of a node."""
+        saved, arriving = self.free.saved[name], self.arriving.get(name)
+        return saved if arriving is None else self.energy.graph.by_name[name].moved(saved, arriving, self.energy.beta)
 
     @cached_property
+    def _walked(self) -> Point:
+        return self.energy.following(self.errors)
+
+    @property
     def values(self) -> dict[str, Any]:  # type: ignore[override]
         """Of every node and input."""
-        tangents, _ = self.graph.push(self.free.saved, self.errors)
-        moved = {name: torch.add(self.free.values[name], t, alpha=-self.beta) for name, t in tangents.items()}
-        return self.free.values | moved
+        return self._walked.values
 
-    @cached_property
+    @property
     def predictions(self) -> dict[str, Tensor]:  # type: ignore[override]
-        """Of every state: it is off by its error."""
-        return {name: torch.add(self.values[name], error, alpha=self.beta) for name, error in self.errors.items()}
-
-    @cached_property
-    def saved(self) -> dict[str, Any]:  # type: ignore[override]
-        """What `pull` and `contract` need."""
-        saved = dict(self.free.saved)
-        for node in self.graph.nodes:
-            if node.name in self.arriving:
-                saved[node.name] = node.moved(saved[node.name], self.arriving[node.name], -self.beta)
-        return saved
+        """Of every state."""
+        return self._walked.predictions

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from mep.cost import BatchCost, Curvature
+from mep.nodes import Strength
 
 _SCALAR_TRIALS = 2
 """So many are answered by a multiple of the identity: cheaper, and as good while the trials are nearly parallel."""
@@ -34,7 +35,7 @@ Trial = tuple[Tensor, Tensor, Tensor]
 """An output error x, the output `free - beta M x` that answered it, and dC there; each `[batch, features]`."""
 
 
-def first_output(cost: BatchCost, free: Tensor, gradient: Tensor, k: float) -> Tensor | None:
+def first_output(cost: BatchCost, free: Tensor, gradient: Tensor, k: Strength) -> Tensor | None:
     """The output error that `beta M^ = k I` predicts before any trial; `gradient` is dC at the free output."""
     curvature = cost.curvature(free, gradient)
     return None if curvature is None else _scalar_step(curvature, gradient, k)
@@ -63,7 +64,7 @@ def solve_output(cost: BatchCost, free: Tensor, trials: Sequence[Trial]) -> Tens
     return torch.where(x.isfinite(), x, gradient)
 
 
-def _scalar_step(curvature: Curvature, r: Tensor, k: Tensor | float) -> Tensor:
+def _scalar_step(curvature: Curvature, r: Tensor, k: Strength) -> Tensor:
     """Solve `(I + k H) step = r` (Sherman and Morrison)."""
     d, p = curvature
     scale = (k * d).add_(1).reciprocal_()

@@ -11,9 +11,9 @@ have followed the errors.
 
 The output error x is the only unknown: given x and the Jacobians, one backward walk makes every other error consistent.
 It solves `x = dC(s_free - beta M x)`, where the gain `M = sum_n A_n A_n^T` (`A_n = ds_out / ds_n`) is known only by how
-the network answers (`walks.py` for any graph, `response.py` for affine ones). Plain iteration contracts like
-`beta |M|`. So the first x follows from the mean gain that the last step met, and each later one from all answers so
-far (`output.py`).
+the network answers (`walks.py` for any graph, `response.py` for affine ones, `checkpointed.py` for these in little
+memory). Plain iteration contracts like `beta |M|`. So the first x follows from the mean gain that the last step met,
+and each later one from all answers so far (`output.py`).
 """
 
 from __future__ import annotations
@@ -28,10 +28,16 @@ from mep.energy import Energy, per_example
 from mep.errors import ArgumentError
 from mep.graph import Point
 from mep.settle import Iterate, Known, Solver
+from mep.solvers.checkpointed import Checkpointed, Forgotten
 from mep.solvers.output import expands, first_error, gain, next_error, output_residual, require_prediction, wanted_error
 from mep.solvers.response import Response
 from mep.solvers.secant import Trial
 from mep.solvers.walks import Walks, worst_residual
+
+
+def few(batch: int) -> int:
+    """So many examples of a batch are still settling late, when the others have settled: a quarter."""
+    return -(-batch // 4)
 
 
 @dataclass(frozen=True)
@@ -72,43 +78,67 @@ class Sweep(Solver):
         question, free, nudge = wanted_error(energy, point), energy.output(point), energy.nudge
         assert nudge is not None
         first = first_error(energy, free, question, known if self.history else Known())
-        answers = Response(energy, point) if energy.is_affine else Walks(energy, point)
+        kind = Checkpointed if isinstance(point, Forgotten) else Response if energy.is_affine else Walks
+        answers = kind(energy, point)
         memory = _Memory(answers, nudge.cost, free, question, first)
         return Iterate(point, free.new_ones(energy.batch), memory=memory)
 
     def advance(self, energy: Energy, iterate: Iterate, active: Tensor | None) -> Iterate:
         """One sweep."""
+        is_first = not iterate.memory.trials
+        if active is not None and iterate.memory.narrows:
+            iterate, active = replace(iterate, memory=iterate.memory.of(active)), None
+        moved = self._swept(energy, iterate, active)
+        if is_first:
+            memory: _Memory = moved.memory
+            x, _, wanted = memory.trials[0]
+            moved.out_of_reach = self.adaptive and expands(memory.question, x, wanted, moved.residual)
+        may_have_settled = not energy.is_affine and float(moved.residual.min()) <= self.tol
+        return self.certify(energy, moved) if may_have_settled else moved
+
+    def unrolled(
+        self, energy: Energy, point: Point, known: Known, sweeps: int, late: int
+    ) -> tuple[Iterate, list[Tensor]]:
+        """Where so many sweeps of all and `late` ones of the worst examples lead; after each, how many are unsettled.
+
+        Nothing is decided on the way, so that it can be compiled. In graphs that are not affine examples neither rest
+        nor are left out, and what is counted on the way are the residuals of the output alone.
+        """
+        iterate, course = self.start(energy, point, known), list[Tensor]()
+        rests = self.adaptive and energy.is_affine
+        for sweep in range(sweeps + late):
+            if sweep == sweeps and rests and iterate.memory.narrows:
+                worst = iterate.residual.topk(few(energy.batch)).indices
+                iterate = replace(iterate, memory=iterate.memory.narrowed(worst, worst))
+            active = iterate.residual > self.tol if sweep and rests else None
+            if active is not None and iterate.memory.rows is not None:
+                active = active.index_select(0, iterate.memory.rows)
+            iterate = self._swept(energy, iterate, active)
+            course.append((iterate.residual > self.tol).sum())
+        return self.certify(energy, iterate), course
+
+    def _swept(self, energy: Energy, iterate: Iterate, active: Tensor | None) -> Iterate:
+        """One sweep of the examples in play."""
         memory: _Memory = iterate.memory
-        if active is not None and memory.narrows:
-            memory, active = memory.narrowed(active), None
         x = self._error(memory, active)
         output = memory.answers.answer(x, memory.rows, active)
         wanted = memory.cost.gradient(output)
         residual = output_residual(x, wanted, output)
         if memory.rows is not None:
             residual = iterate.residual.index_copy(0, memory.rows, residual)
-        moved = replace(iterate, residual=residual, memory=memory.tried((x, output, wanted), self.history), exact=False)
-        if not memory.trials:
-            moved.gain = gain(x, memory.free - output, energy.beta)
-            moved.out_of_reach = self.adaptive and expands(memory.question, x, wanted, residual)
-        may_have_settled = not energy.is_affine and float(residual.min()) <= self.tol
-        return self.certify(energy, moved) if may_have_settled else moved
+        found = gain(x, memory.free - output, energy.beta) if not memory.trials else iterate.gain
+        tried = memory.tried((x, output, wanted), self.history)
+        return replace(iterate, residual=residual, memory=tried, gain=found, exact=False)
 
     def _error(self, memory: _Memory, active: Tensor | None) -> Tensor:
         """What the next backward walk starts from; the examples that are not active keep what they have."""
-        trials = memory.trials
-        if not trials:
+        if not memory.trials:
             return memory.first
-        latest, _, gradient = trials[-1]
-        if not self.history:
-            return gradient
-        if active is None:
-            return next_error(memory.cost, memory.free, trials)
-        if not memory.cost.narrows:
-            return torch.where(per_example(active, latest), next_error(memory.cost, memory.free, trials), latest)
-        rows = active.nonzero().squeeze(1)
-        cost, free, some = memory.picked(rows)
-        return latest.index_copy(0, rows, next_error(cost, free, some))
+        latest, _, gradient = memory.trials[-1]
+        wanted = next_error(memory.cost, memory.free, memory.trials) if self.history else gradient
+        return (
+            wanted if active is None or not self.history else torch.where(per_example(active, wanted), wanted, latest)
+        )
 
     def certify(self, energy: Energy, iterate: Iterate) -> Iterate:
         """The point, its errors, and the residual of the worst node.
@@ -133,7 +163,7 @@ class _Memory:
     first.
     """
 
-    answers: Response | Walks
+    answers: Response | Checkpointed | Walks
     cost: BatchCost
     free: Tensor
     question: Tensor
@@ -146,19 +176,16 @@ class _Memory:
         """Whether examples that have settled can be left out."""
         return self.answers.narrows and self.cost.narrows and bool(self.trials)
 
-    def narrowed(self, active: Tensor) -> _Memory:
+    def of(self, active: Tensor) -> _Memory:
         """The memory of those examples that are active, of those in play."""
         rows = active.nonzero().squeeze(1)
         picked = rows if self.rows is None else active[self.rows].nonzero().squeeze(1)
-        if len(picked) == len(self.free):
-            return self
-        cost, free, trials = self.picked(picked)
-        return replace(self, cost=cost, free=free, trials=trials, rows=rows)
+        return self if len(picked) == len(self.free) else self.narrowed(rows, picked)
 
-    def picked(self, index: Tensor) -> tuple[BatchCost, Tensor, tuple[Trial, ...]]:
-        """The cost, free output and trials of some of the examples in play."""
-        trials = tuple((x[index], s[index], g[index]) for x, s, g in self.trials)
-        return self.cost.of(index), self.free[index], trials
+    def narrowed(self, rows: Tensor, picked: Tensor) -> _Memory:
+        """The memory of these rows, `picked` from those in play."""
+        trials = tuple((x[picked], s[picked], g[picked]) for x, s, g in self.trials)
+        return replace(self, cost=self.cost.of(picked), free=self.free[picked], trials=trials, rows=rows)
 
     def tried(self, trial: Trial, history: int) -> _Memory:
         """With one more trial, and without those that are too old."""

@@ -11,22 +11,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mep.activations import Activation
+from mep.activations import Kink
 from mep.energy import Energy, State, per_example, relative_residual
 from mep.graph import Point
-from mep.nodes import Node
+from mep.nodes import Node, displaced
 from mep.solvers import kinks
 from mep.solvers.output import output_residual, wanted_error
 
-Behind = dict[str, tuple[Tensor, Activation]]
-"""State -> what pulls on it through a kink, and the activation that has it."""
+Behind = dict[str, tuple[Tensor, Kink]]
+"""State -> what pulls on it through a kink, or where it rests, and the operation that has the kink."""
 
 
 class Walks:
     """The present point and its errors.
 
     `sent` are the errors that the last backward walk handed down, `errors` those that the states then really have.
-    `resting` holds, for every state before a kink, the kink at which a unit rests, NaN where it rests at none.
+    `resting` holds, for every state before a kink, where a unit rests at it (NaN: it does not), and the kink; `gains`,
+    how far errors come back through the layers below.
     """
 
     narrows = False
@@ -36,7 +37,8 @@ class Walks:
         self.energy, self.free, self.point = energy, free, free
         self.sent: State = {}
         self.errors: State = {}
-        self.resting: State = {}
+        self.resting: Behind = {}
+        self.gains = kinks.gains(energy.graph, free) if energy.kinks else {}
 
     def answer(self, x: Tensor, rows: Tensor | None, active: Tensor | None) -> Tensor:
         """The output that follows the output error x. Examples that are not active keep their other errors."""
@@ -44,11 +46,11 @@ class Walks:
         self.point, self.errors = self._forward()
         return self.energy.output(self.point)
 
-    def _back(self, x: Tensor, active: Tensor | None) -> tuple[State, State]:
+    def _back(self, x: Tensor, active: Tensor | None) -> tuple[State, Behind]:
         """New errors for every node, from the output's; and where units come to rest at a kink."""
         energy = self.energy
         sent: State = {}
-        resting: State = {}
+        resting: Behind = {}
         behind_kink: Behind = {}
 
         def transmit(node: Node, force: Tensor | None) -> Tensor | None:
@@ -59,10 +61,10 @@ class Walks:
             name, mu = node.name, self.point.predictions[node.name]
             delta = x if name == energy.graph.output else torch.zeros_like(mu) if force is None else force
             if name in behind_kink:
-                u, activation = behind_kink[name]
-                delta, rest = kinks.relax(mu, delta, u, energy.beta, activation, self.free.values[name])
-                delta = kinks.damp(node, delta, self.sent.get(name), rest)
-                resting[name] = _keep(rest, self.resting.get(name), active)
+                u, kink = behind_kink[name]
+                x0, before, rested = self.free.values[name], self.sent.get(name), self.resting.get(name)
+                delta, rest = kinks.relax(mu, delta, u, energy.beta, kink, x0, before, self.gains[name])
+                resting[name] = _keep(rest, rested[0] if rested else None, active), kink
             sent[name] = _keep(delta, self.sent.get(name), active)
             return sent[name]
 
@@ -74,11 +76,11 @@ class Walks:
         energy, errors = self.energy, dict(self.sent)
 
         def place(node: Node, mu: Tensor) -> Tensor:
-            s = torch.add(mu, self.sent[node.name], alpha=-energy.beta)
+            s = displaced(mu, self.sent[node.name], energy.beta)
             if node.name in self.resting:
-                rest = self.resting[node.name]
-                s = torch.where(rest.isnan(), s, rest)
-                errors[node.name] = torch.where(rest.isnan(), self.sent[node.name], (mu - rest) / energy.beta)
+                rest, kink = self.resting[node.name]
+                s = kinks.placed(s, rest, kink)
+                errors[node.name] = torch.where(rest.isnan(), self.sent[node.name], (mu - s) / energy.beta)
             return s
 
         return energy.graph.evaluate(energy.inputs, energy.held, place), errors
@@ -111,10 +113,10 @@ def worst_residual(energy: Energy, point: Point, errors: State) -> Tensor:
 
 def _is_stopped_at_kink(energy: Energy, node: Node, force: Tensor | None, behind_kink: Behind) -> bool:
     """Whether a node is a kink: what passes it, the state before it must decide; its force is laid by for that."""
-    activation = energy.kinks.get(node.name)
-    if activation is not None and force is not None:
-        behind_kink[node.parents[0]] = force, activation
-    return activation is not None
+    kink = energy.kinks.get(node.name)
+    if kink is not None and force is not None:
+        behind_kink[node.parents[0]] = force, kink
+    return kink is not None
 
 
 def _keep(new: Tensor, old: Tensor | None, active: Tensor | None) -> Tensor:

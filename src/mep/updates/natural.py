@@ -82,6 +82,9 @@ class NaturalGradient(Update):
         ['errors', 'inputs']
     """
 
+    couples_parameters = True
+    """One step is scaled by the sum over all parameters: `EPOptimizer` cannot let them move one by one."""
+
     def __init__(
         self,
         params: ParamsT,

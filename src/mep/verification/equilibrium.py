@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mep.activations import Activation
+from mep.activations import Kink
 from mep.energy import Energy, State, example_norm, rounding
 from mep.estimators.contrast import CONTRASTS
 from mep.graph import Point
@@ -103,20 +103,20 @@ def residuals(energy: Energy, point: Point) -> State:
 def _pulls(energy: Energy, point: Point) -> State:
     """As `energy.pulls`; at a kink, of all that its subdifferential allows, what balances the unit best."""
     arriving: State = {}
-    behind: dict[str, tuple[Tensor, Activation]] = {}
+    behind: dict[str, tuple[Tensor, Kink]] = {}
 
     def transmit(node: Node, force: Tensor | None) -> Tensor | None:
-        activation = energy.kinks.get(node.name)
-        if activation is not None and force is not None:
-            behind[node.parents[0]] = force, activation
+        kink = energy.kinks.get(node.name)
+        if kink is not None and force is not None:
+            behind[node.parents[0]] = force, kink
             return None
         if not node.owns_state:
             return force
         s, mu = point.values[node.name], point.predictions[node.name]
         pull = torch.zeros_like(s) if force is None else force
         if node.name in behind:
-            u, activation = behind[node.name]
-            pull = -kinks.balancing_pull(s, mu - s, -pull, -u, activation, 1.0)
+            u, kink = behind[node.name]
+            pull = -kinks.balancing_pull(s, mu - s, -pull, -u, kink, 1.0)
         arriving[node.name] = pull
         return s - mu
 

@@ -88,12 +88,13 @@ class Subject:
         return float(make_cost(self.how.cost)(output, self.target).value(output).mean())
 
     @torch.no_grad()
-    def energy(self) -> tuple[Energy, Point]:
-        """The free energy of the batch, and its equilibrium."""
+    def energy(self, hold_branches: bool | None = None) -> tuple[Energy, Point]:
+        """The free energy of the batch, and its equilibrium; the branches are held as `how` says, unless told."""
         reading = trace if self.how.branches == "held" else trace_kinks
         graph = reading(self.model, self.how.leaves, argument_names(self.model, self.x))
         self._as_found()
-        held = Held(hold_branches=self.how.branches == "held", buffers=self.buffers)
+        hold = self.how.branches == "held" if hold_branches is None else hold_branches
+        held = Held(hold_branches=hold, buffers=self.buffers)
         energy = Energy(graph, make_coupling("prediction"), graph.bind(self.x), held, batch_size(self.x))
         point = energy.rest()
         held.recording = False

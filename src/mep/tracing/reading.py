@@ -1,19 +1,10 @@
-"""`trace(module)`: read a model as a graph of nodes.
-
-A **node** is a parametrised operation together with the parameter-free operations that feed it; it owns a state. The
-output owns one too. A parameter-free value that several nodes read becomes a **junction**: computed once, no state.
-Parameter expressions and shape queries are repeated in every node that reads them.
-
-    Linear -> ReLU -> Linear           nodes: (Linear) (ReLU, Linear)
-    h = fc1(x);  fc2(h) + h            nodes: (fc1) (fc2) (add: the output)
-"""
+"""What the fx graph of a model says: which operations need a state, and which merely feed them."""
 
 from __future__ import annotations
 
-import inspect
 import math
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -24,8 +15,8 @@ from mep.errors import TraceError
 from mep.graph import Graph
 from mep.nodes import Node
 from mep.ops import Op, Ref, has_hooks, references
-from mep.recording import MADE, place, record
-from mep.recording import Leaves as Leaves
+from mep.recording import MADE, Leaves, place, record
+from mep.tracing.rewriting import in_few_forms
 
 Box = tuple[float, float]
 _FREE: Box = (-math.inf, math.inf)
@@ -33,72 +24,17 @@ _SHAPE_METHODS = {"size", "dim", "numel", "ndimension", "stride"}
 _SHAPE_ATTRIBUTES = {"shape", "dtype", "device", "ndim"}
 
 
-def trace(module: nn.Module, leaves: Leaves = (), inputs: Sequence[str] | None = None) -> Graph:
-    """The graph of a model: nodes, junctions and what connects them.
-
-    Args:
-        module: any module that `torch.fx` can trace symbolically. It is not changed.
-        leaves: module types, or qualified names, that are kept whole: autograd inside, equilibrium between.
-        inputs: the arguments of `forward` that will be given, by default those that must be; others keep their
-            defaults.
-
-    Raises:
-        TraceError: the model cannot be represented; the message names the place and the way out.
-
-    Example:
-        >>> import mep
-        >>> net = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
-        >>> [(node.name, node.parents) for node in mep.trace(net).nodes]
-        [('0', ('input',)), ('2', ('0',))]
-    """
-    return _Reading(module, leaves, inputs).graph()
-
-
-def trace_kinks(module: nn.Module, leaves: Leaves = (), inputs: Sequence[str] | None = None) -> Graph:
-    """As `trace`, but every piecewise-linear activation is a junction of its own, so that its kink can be seen.
-
-    Raises:
-        TraceError: a kink does not stand directly and alone behind a state (max pooling, ReLU of a sum).
-    """
-    reading = _Reading(module, leaves, inputs)
-    kinks = [n for n in reading.data_ops() if _is_kink(reading.ops[n])]
-    reading.junctions |= {n for n in kinks if n not in reading.roots}
-    graph = reading.graph()
-    made = {node.name: node for node in graph.nodes}
-    states: set[str] = set()
-    for n in kinks:
-        node, activation = made[reading.names[n]], reading.ops[n].activation
-        if node.clamped and not node.owns_state:
-            continue
-        parent = node.parents[0]
-        alone = len(node.program) == len(node.parents) == 1 and not node.owns_state and parent not in states
-        if activation is None or not alone or not made[parent].owns_state:
-            raise TraceError(
-                f"branches='exact' needs every kink directly and alone behind a node with a state, and {place(n)} is "
-                "not. Way out: branches='held' (the default), a smooth activation, or average pooling."
-            )
-        states.add(parent)
-        graph.kinks = {**graph.kinks, node.name: activation}
-    return graph
-
-
-def trace_activations(module: nn.Module, leaves: Leaves = (), inputs: Sequence[str] | None = None) -> Graph:
-    """The Hopfield reading: states stand behind the activations, each in the interval onto which that projects.
-
-    Raises:
-        TraceError: an activation is no projection (tanh, GELU...), or a value is read before and behind it.
-    """
-    reading = _Reading(module, leaves, inputs)
-    reading.move_states_behind_activations()
-    return reading.graph()
-
-
-class _Reading:
+class Reading:
     """What the fx graph of a model says: which operations need a state, and which merely feed them."""
 
     def __init__(self, module: nn.Module, leaves: Leaves, inputs: Sequence[str] | None):
         self.module = module
         self.fx, self.root, self.constants = record(module, leaves, inputs)
+        in_few_forms(self.fx, self.root)
+        self.read()
+
+    def read(self) -> None:
+        """Read `fx` as it stands now."""
         self.nodes = list(self.fx.nodes)
         self.names = _names(self.nodes)
         self.alias: dict[fx.Node, fx.Node] = {}
@@ -106,7 +42,7 @@ class _Reading:
         self.data = self._depends_on_data()
         self.output = self._output()
         self.junctions = {n for n in self.data_ops() if _is_dropout(self.ops[n])}  # noise is drawn in the model's order
-        self.roots: dict[fx.Node, Box] = {self._tensor_of(n): _FREE for n in self.data_ops() if self._parametrised(n)}
+        self.roots: dict[fx.Node, Box] = {self._tensor_of(n): _FREE for n in self.data_ops() if self._needs_state(n)}
         self.roots[self.alias.get(self.output, self.output)] = _FREE
         self.junctions -= self.roots.keys()
 
@@ -195,6 +131,9 @@ class _Reading:
             )
         return result
 
+    def _needs_state(self, n: fx.Node) -> bool:
+        return self._parametrised(n) or n.target is activations.own_state
+
     def _parametrised(self, n: fx.Node) -> bool:
         """Whether it reads parameters itself or through an expression that does not depend on the data."""
         read = self.ops[n].parameters() if n in self.ops else []
@@ -259,16 +198,6 @@ class _Reading:
         )
 
 
-def argument_names(module: nn.Module, x: Any) -> tuple[str, ...] | None:
-    """The arguments of `forward` that an input gives: a tensor the first, a tuple the first few, a dict those named."""
-    known = inspect.signature(module.forward).parameters.values()
-    if any(p.kind is p.VAR_POSITIONAL for p in known):
-        return None
-    if isinstance(x, Mapping):
-        return tuple(p.name for p in known if p.name in x)
-    return tuple(p.name for p in known)[: len(x) if isinstance(x, (tuple, list)) else 1]
-
-
 def _names(nodes: Sequence[fx.Node]) -> dict[fx.Node, str]:
     """A readable unique name each: the module's path where there is one, numbered from its second use on."""
     names: dict[fx.Node, str] = {}
@@ -290,10 +219,6 @@ def _picked(n: fx.Node) -> int | str | None:
 def _is_dropout(op: Op) -> bool:
     name = type(op.target).__name__ if op.kind == "module" else getattr(op.target, "__name__", op.target)
     return "dropout" in str(name).lower()
-
-
-def _is_kink(op: Op) -> bool:
-    return op.pool is not None or (op.activation is not None and bool(op.activation.kinks))
 
 
 def _plain(template: Any, ref: Callable[[fx.Node], Ref]) -> Any:

@@ -1,0 +1,115 @@
+"""Which program a step may take: by graph, shapes and number of sweeps, compiled when a shape has come often enough."""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mep.cost import BatchCost, Cost
+from mep.energy import Energy
+from mep.errors import ArgumentError
+from mep.estimators.inputs import input_tensors
+from mep.estimators.program import Found, Program, Setting
+from mep.graph import Graph
+from mep.nodes import Strength
+from mep.settle import Settled
+
+_EAGER = 4
+"""So many steps of one shape are made without a program: they check the model, and tell how often it sweeps."""
+_RECENT = 16
+_SWEEPS = (1, 2, 3, 4, 6, 8, 12, 16, 24)
+"""The numbers of sweeps that programs are made for: few, since each takes seconds to compile."""
+_WHOLE = 2
+"""After so many sweeps most examples have settled, as far as a step without a program tells."""
+
+Key = tuple[Any, ...]
+
+
+class Programs:
+    """The programs of one estimator, and how often its steps have swept of late."""
+
+    def __init__(self, setting: Setting, make_cost: Cost):
+        self.setting, self.make_cost = setting, make_cost
+        self.recent: deque[tuple[int, int]] = deque(maxlen=_RECENT)
+        self._seen: Counter[Key] = Counter()
+        self._outputs: dict[Key, Tensor] = {}
+        self._programs: dict[tuple[Key, int, int], Program] = {}
+
+    def __len__(self) -> int:
+        return len(self._programs)
+
+    def keep(self, graphs: Collection[Graph]) -> None:
+        """Forget all graphs but these."""
+        alive = {id(graph) for graph in graphs}
+        for known in (self._seen, self._outputs):
+            for key in [key for key in known if key[0] not in alive]:
+                del known[key]
+        for which in [which for which in self._programs if which[0][0] not in alive]:
+            del self._programs[which]
+
+    def step(self, graph: Graph, x: Any, target: Tensor, beta: float, gain: Strength | None) -> Found | None:
+        """What a program finds, or None if the step has to be made without one."""
+        key = _key(graph, x, target)
+        output = self._outputs.get(key)
+        if output is None or self._seen[key] < _EAGER or gain is None or not gain > 0:
+            return None
+        cost, (sweeps, late) = self.make_cost(output, target), self._sweeps(graph)
+        program = self._programs.get((key, sweeps, late)) or self._made(key, graph, x, cost, output, sweeps, late)
+        found = program(x, cost, beta, float(gain))
+        solver = self.setting.solver
+        if found is None or (solver.adaptive and found.worst > solver.tol):
+            return None
+        self.recent.append((found.whole, found.sweeps))
+        for buffer, value in found.buffers:
+            buffer.copy_(value)
+        return found
+
+    def learn(self, x: Any, target: Tensor, energy: Energy, settled: Settled) -> None:
+        """Note a step that was made without a program."""
+        key = _key(energy.graph, x, target)
+        self._seen[key] += 1
+        self._outputs[key] = torch.zeros_like(energy.output(settled.point))
+        self.recent.append((min(settled.iterations, _WHOLE), settled.iterations))
+
+    def _sweeps(self, graph: Graph) -> tuple[int, int]:
+        """How many to make of all examples, and then of the worst: what all steps of late but one have needed."""
+        solver = self.setting.solver
+        if not solver.adaptive:
+            return solver.settle_steps, 0
+        whole, needed = (sorted(counts)[-2] for counts in zip(*self.recent, strict=True))
+        if not graph.is_affine_when_held:
+            return _rounded(needed), 0
+        return whole, _rounded(max(needed - whole, 1))
+
+    def _made(self, key: Key, graph: Graph, x: Any, cost: BatchCost, output: Tensor, sweeps: int, late: int) -> Program:
+        try:
+            program = Program(self.setting, graph, x, cost, output, sweeps, late)
+        except Exception as error:
+            raise ArgumentError(
+                f"compile=True: a step of {type(graph.model).__name__} cannot be compiled. "
+                f"{type(error).__name__}: {error}. Leave compile out."
+            ) from error
+        self._programs[key, sweeps, late] = program
+        return program
+
+
+def _rounded(sweeps: int) -> int:
+    return min((n for n in _SWEEPS if n >= sweeps), default=sweeps)
+
+
+def _key(graph: Graph, x: Any, target: Tensor) -> Key:
+    """All that a program depends on besides the values of tensors."""
+    tensors = [*input_tensors(x), target]
+    kind = tensors[0].device.type
+    casts = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    return (
+        id(graph),
+        casts,
+        *((t.shape, t.dtype, t.device) for t in tensors),
+        *((p.requires_grad, p.dtype, p.device) for p in graph.parameters()),
+        *map(id, graph.model.buffers()),
+    )

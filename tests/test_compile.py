@@ -1,0 +1,277 @@
+"""`compile=True`: a compiled step is the same step, to rounding, and whatever it cannot do is done without it."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import mep
+from mep import compiled
+
+STEPS = 10
+
+
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.inner, self.head = nn.LayerNorm(6), nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.head(x + nn.functional.gelu(self.inner(self.norm(x))))
+
+
+def mlp():
+    return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 7), nn.LeakyReLU(), nn.Linear(7, 3))
+
+
+def convolutional():
+    return nn.Sequential(
+        nn.Unflatten(1, (1, 6)),
+        nn.Conv1d(1, 4, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool1d(2),
+        nn.Flatten(),
+        nn.Linear(12, 3),
+    )
+
+
+def normalised():
+    return nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
+
+
+MODELS = {"mlp": mlp, "convolutional": convolutional, "residual": Residual, "batch norm": normalised}
+
+
+@pytest.fixture
+def uncompiled(monkeypatch):
+    """The program as it was traced, without waiting for inductor."""
+    monkeypatch.setattr(compiled.torch, "compile", lambda module, **_: module)
+
+
+def batches(n, count=STEPS, size=20):
+    generator = torch.Generator().manual_seed(n)
+    for _ in range(count):
+        x = torch.randn(size, 6, generator=generator, dtype=torch.float64)
+        yield x, torch.randint(0, 3, (size,), generator=generator)
+
+
+def pair(make, seed=0, **options):
+    """The same optimizer twice: without programs, and with them."""
+    torch.manual_seed(seed)
+    model = make().double()
+    twin = copy.deepcopy(model)
+    return [
+        mep.eqprop(m.parameters(), model=m, lr=0.05, compile=c, **options) for m, c in ((model, False), (twin, True))
+    ]
+
+
+def assert_equal_states(plain, quick, **tolerances):
+    for (name, a), b in zip(plain.model.state_dict().items(), quick.model.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, msg=lambda text, name=name: f"{name}: {text}", **tolerances)
+
+
+@pytest.mark.parametrize("phases", ["one-sided", "centered"])
+@pytest.mark.parametrize("cost", ["cross_entropy", "mse"])
+@pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
+def test_same_steps_as_without(uncompiled, make, cost, phases):
+    plain, quick = pair(make, cost=cost, phases=phases, settle_steps=4, adaptive=False)
+    for x, y in batches(1):
+        target = nn.functional.one_hot(y, 3).double() if cost == "mse" else y
+        losses = [opt.step(x=x, target=target) for opt in (plain, quick)]
+        torch.testing.assert_close(*losses)
+        torch.testing.assert_close(plain.last.residual, quick.last.residual, rtol=1e-4, atol=1e-10)
+        assert (plain.last.iterations, plain.last.result) == (quick.last.iterations, quick.last.result)
+    assert len(quick.estimator.programs) == 1
+    assert_equal_states(plain, quick, rtol=1e-9, atol=1e-10)
+
+
+def test_settles_each_example_as_without(uncompiled):
+    plain, quick = pair(mlp, seed=2, beta=0.5, tol=1e-4)
+    for x, y in batches(2, count=20):
+        for opt in (plain, quick):
+            opt.step(x=x, target=y)
+        assert quick.last.converged
+        assert quick.last.residual.max() <= 1e-4
+        assert plain.last.iterations == quick.last.iterations
+    assert len(quick.estimator.programs) >= 1
+    assert_equal_states(plain, quick, rtol=1e-8, atol=1e-9)
+
+
+def test_by_inductor():
+    plain, quick = pair(mlp)
+    for x, y in batches(3):
+        for opt in (plain, quick):
+            opt.step(x=x, target=y)
+    assert len(quick.estimator.programs) == 1
+    assert_equal_states(plain, quick, rtol=1e-8, atol=1e-9)
+
+
+def test_one_program_for_one_shape(uncompiled):
+    _, quick = pair(mlp, settle_steps=3, adaptive=False)
+    for x, y in batches(4, count=30):
+        quick.step(x=x, target=y)
+    assert len(quick.estimator.programs) == 1
+    for x, y in batches(5, count=6, size=11):
+        quick.step(x=x, target=y)
+    assert len(quick.estimator.programs) == 2
+
+
+def test_what_does_not_settle_is_done_without(uncompiled):
+    """Weights for which the programs so far sweep too little, and then some for which beta is too large."""
+    plain, quick = pair(mlp, seed=6)
+    for x, y in batches(6):
+        for opt in (plain, quick):
+            opt.step(x=x, target=y)
+    for scale in (3.0, 10.0):
+        x, y = next(batches(7, count=1))
+        for opt in (plain, quick):
+            with torch.no_grad():
+                opt.model[4].weight.mul_(scale)
+            opt.step(x=x, target=y)
+            assert opt.last.converged
+        assert (plain.last.beta, plain.last.iterations) == (quick.last.beta, quick.last.iterations)
+        assert_equal_states(plain, quick, rtol=1e-6, atol=1e-7)
+    assert quick.last.beta < 0.1
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_refuses_what_is_not_finite_and_changes_nothing(uncompiled, value):
+    _, quick = pair(normalised)
+    for x, y in batches(8):
+        quick.step(x=x, target=y)
+    before = copy.deepcopy(quick.model.state_dict())
+    x, y = next(batches(9, count=1))
+    x[3, 2] = value
+    with pytest.raises(mep.InputError, match="NaN or Inf"):
+        quick.step(x=x, target=y)
+    with pytest.raises(mep.InputError, match="labels lie in"):
+        quick.step(x=next(batches(9, count=1))[0], target=y + 3)
+    for name, value in quick.model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_sees_what_changes_in_the_model(uncompiled):
+    plain, quick = pair(normalised, settle_steps=4, adaptive=False)
+
+    def steps(seed):
+        for x, y in batches(seed, count=7):
+            for opt in (plain, quick):
+                opt.step(x=x, target=y)
+        assert_equal_states(plain, quick, rtol=1e-8, atol=1e-9)
+
+    steps(10)
+    for opt in (plain, quick):
+        opt.model[0].weight.requires_grad_(False)
+    steps(11)
+    for opt in (plain, quick):
+        opt.model.eval()
+    steps(12)
+    for opt in (plain, quick):
+        opt.model[1].running_mean = torch.zeros(8, dtype=torch.float64)
+    steps(13)
+    for opt in (plain, quick):
+        with torch.no_grad():
+            opt.model[3].weight.mul_(0.5)
+    steps(14)
+
+
+def test_a_copy_has_programs_of_its_own(uncompiled):
+    plain, quick = pair(mlp, settle_steps=3, adaptive=False)
+    for x, y in batches(15):
+        plain.step(x=x, target=y)
+        quick.step(x=x, target=y)
+    twin = copy.deepcopy(quick)
+    assert len(twin.estimator.programs) == 0
+    for x, y in batches(16):
+        plain.step(x=x, target=y)
+        twin.step(x=x, target=y)
+    assert_equal_states(plain, twin, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("make", [mlp, convolutional])
+def test_natural_gradient_observes_the_same(uncompiled, make):
+    torch.manual_seed(0)
+    model = make().double()
+    twin = copy.deepcopy(model)
+    plain, quick = (
+        mep.natural_ep(
+            m.parameters(),
+            model=m,
+            factors_every=1,
+            inverse_every=1,
+            rank=None,
+            settle_steps=4,
+            adaptive=False,
+            compile=c,
+        )
+        for m, c in ((model, False), (twin, True))
+    )
+    for x, y in batches(17):
+        plain.step(x=x, target=y)
+        quick.step(x=x, target=y)
+    assert len(quick.estimator.programs) == 1
+    assert_equal_states(plain, quick, rtol=1e-7, atol=1e-8)
+
+
+def test_several_inputs(uncompiled):
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 5), nn.Linear(6, 5)
+            self.out = nn.Linear(5, 3)
+
+        def forward(self, left, right):
+            return self.out(torch.tanh(self.a(left) + self.b(right)))
+
+    plain, quick = pair(Two, settle_steps=3, adaptive=False)
+    for x, y in batches(18):
+        for opt in (plain, quick):
+            opt.step(x={"left": x, "right": x.flip(1)}, target=y)
+    assert len(quick.estimator.programs) == 1
+    assert_equal_states(plain, quick, rtol=1e-9, atol=1e-10)
+
+
+def test_noise_is_refused():
+    model = nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.5), nn.Linear(8, 3)).double()
+    opt = mep.eqprop(model.parameters(), model=model, compile=True)
+    x, y = next(batches(19, count=1))
+    state = torch.get_rng_state()
+    with pytest.raises(mep.ArgumentError, match="random numbers"):
+        opt.step(x=x, target=y)
+    assert torch.equal(state, torch.get_rng_state())
+    model.eval()
+    for x, y in batches(19, count=3):
+        opt.step(x=x, target=y)
+
+
+def test_decisions_by_number_are_refused(uncompiled):
+    class Branching(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(6, 3)
+
+        def forward(self, x):
+            return self.a(x) if x.sum() > 0 else -self.a(x)
+
+    model = nn.Sequential(Branching(), nn.Tanh(), nn.Linear(3, 3)).double()
+    opt = mep.eqprop(model.parameters(), model=model, leaves=(Branching,), compile=True)
+    with pytest.raises(mep.ArgumentError, match="cannot be compiled"):
+        for x, y in batches(20):
+            opt.step(x=x, target=y)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"solver": mep.Descent()}, "only mep.Sweep"),
+        ({"solver": mep.Sweep(patience=2)}, "patience must be 1"),
+        ({"branches": "exact"}, "held branches"),
+        ({"diagnostics": True}, "one of the two"),
+        ({"cost": lambda output, target: output.sum(1)}, "are compiled"),
+        ({"energy": "hopfield"}, "only mep.Sweep"),
+    ],
+)
+def test_refused_at_once(options, reason):
+    with pytest.raises(mep.ArgumentError, match=reason):
+        mep.EquilibriumPropagation(mlp(), compile=True, **options)
