@@ -40,10 +40,12 @@ baselines: $(INSTALLED) ## measure the tables of docs/benchmarks; full MNIST fro
 		$(VARIANTS) --out $(MEASURED)
 	$(BIN)/mep profile --name profile --out $(MEASURED)
 	$(BIN)/mep study --out $(MEASURED)
+	$(BIN)/mep bench speed --out $(MEASURED)
 	rm -f $(PAGE)/*.json $(PAGE)/*.png
 	cp $(MEASURED)/*.json $(MEASURED)/*.png $(PAGE)
 	cd $(PAGE) && { cat introduction.md && ../../$(BIN)/mep report mnist5k.json $(if $(MNIST),mnist.json) \
 		tolerance.json profile.json study.json; } > PERFORMANCE_BASELINES.md
+	cd $(PAGE) && { cat speed_introduction.md && ../../$(BIN)/mep report speed.json; } > speed.md
 
 SAMPLE ?= 40
 SEED ?= 0

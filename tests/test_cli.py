@@ -94,6 +94,7 @@ def stopped_at_step(monkeypatch):
         ["--help"],
         ["train", "--help"],
         ["bench", "--help"],
+        ["bench", "speed", "--help"],
         ["profile", "--help"],
         ["study", "--help"],
         ["plot", "--help"],
@@ -148,7 +149,7 @@ def test_training_time_can_be_the_goal(tmp_path):
     assert 0.05 <= json.loads(record.read_text())["result"]["seconds"] < 0.5
 
 
-@pytest.mark.parametrize("model", ["mlp", "cnn"])
+@pytest.mark.parametrize("model", models.NAMED)
 @pytest.mark.parametrize("shape", [(1, 8, 8), (1, 28, 28), (3, 32, 32)])
 def test_named_models_fit_the_data(model, shape):
     assert models.NAMED[model](shape, 7)(torch.zeros(2, *shape)).shape == (2, 7)

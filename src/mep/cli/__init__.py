@@ -2,6 +2,7 @@
 
 mep train --data digits --epochs 5
 mep bench --quick
+mep bench speed
 mep profile
 mep verify --model package.module:factory
 mep study
@@ -10,6 +11,7 @@ mep report runs/bench/mnist5k.json
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Annotated, Any
 
 try:
@@ -19,7 +21,7 @@ except ImportError as error:
     raise ImportError('The command `mep` needs: pip install "mep-torch[cli]"') from error
 
 import mep
-from mep.cli import bench, plot, profile, report, study, train, verify
+from mep.cli import bench, bench_speed, plot, profile, report, study, train, verify
 from mep.errors import MepError
 
 
@@ -48,16 +50,25 @@ app = typer.Typer(
 )
 COMMANDS = (
     (train, train.train),
-    (bench, bench.bench),
     (profile, profile.profile),
     (verify, verify.verify),
     (study, study.study),
     (plot, plot.plot),
     (report, report.report),
 )
+
+
+def _help(module: ModuleType) -> str:
+    """The head of the file; a backspace keeps the lines of the paragraph that follows it."""
+    return str(module.__doc__).replace("\n\n    mep", "\n\n\b\n    mep")
+
+
 for module, command in COMMANDS:
-    # The head of the file is the help; a backspace keeps the lines of the paragraph that follows it.
-    app.command(help=str(module.__doc__).replace("\n\n    mep", "\n\n\b\n    mep"))(command)
+    app.command(help=_help(module))(command)
+benches = typer.Typer(rich_markup_mode="rich")
+benches.callback(invoke_without_command=True, help=_help(bench))(bench.bench)
+benches.command("speed", help=_help(bench_speed))(bench_speed.speed)
+app.add_typer(benches, name="bench")
 
 
 def _show_version(asked: bool) -> None:

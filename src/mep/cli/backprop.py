@@ -17,19 +17,26 @@ from mep.errors import ArgumentError
 
 
 class Backprop:
-    """Torch optimizers, each for parameters of its own, and the backward pass that feeds them."""
+    """Torch optimizers, each for parameters of its own, and the backward pass that feeds them.
 
-    def __init__(self, model: nn.Module, cost: str, *updates: torch.optim.Optimizer) -> None:
+    compile: `torch.compile` the loss, forward and backward.
+    """
+
+    def __init__(self, model: nn.Module, cost: str, *updates: torch.optim.Optimizer, compile: bool = False) -> None:
         if cost not in COSTS:
             raise ArgumentError(f"Unknown --cost {cost!r}. Choose one of {', '.join(COSTS)}.")
         self.model, self.cost, self.updates = model, COSTS[cost], updates
+        self._loss = torch.compile(self._eager_loss) if compile else self._eager_loss
         self.last: Estimate
+
+    def _eager_loss(self, x: Tensor, target: Tensor) -> Tensor:
+        return self.cost(self.model(x), target)
 
     def step(self, *, x: Tensor, target: Tensor) -> Tensor:
         """One update; returns the mean cost before it."""
         for update in self.updates:
             update.zero_grad()
-        loss = self.cost(self.model(x), target)
+        loss = self._loss(x, target)
         loss.backward()
         for update in self.updates:
             update.step()
@@ -62,9 +69,11 @@ def sgd(
     momentum: float = 0.9,
     weight_decay: float = 0.0,
     cost: str = "cross_entropy",
+    compile: bool = False,
 ) -> Backprop:
     """Backprop and stochastic gradient descent with momentum."""
-    return Backprop(model, cost, torch.optim.SGD(params, lr=lr, momentum=momentum, weight_decay=weight_decay))
+    update = torch.optim.SGD(params, lr=lr, momentum=momentum, weight_decay=weight_decay)
+    return Backprop(model, cost, update, compile=compile)
 
 
 def adam(

@@ -3,6 +3,7 @@
     mep bench
     mep bench --data mnist --folder data/mnist --seconds 60
     mep bench --only smep --only eqprop --add "eqprop tol=0.1 beta=0.01" --name tolerance
+    mep bench speed --help
 
 Writes a record (JSON) and a picture (PNG); `mep plot` draws the picture again, `mep report` makes Markdown of it.
 """
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from mep.errors import ArgumentError
 
 KIND = "mep bench"
 
@@ -40,6 +43,7 @@ _D = Settings()
 
 
 def bench(
+    ctx: typer.Context,
     data: Annotated[str, typer.Option(help="digits, mnist5k, mnist or fashion-mnist.")] = _D.data,
     folder: Annotated[str | None, typer.Option(help="Where the files of mnist or fashion-mnist are.")] = None,
     model: Annotated[str, typer.Option(help="mlp, cnn, or yours: package.module:factory.")] = _D.model,
@@ -57,7 +61,10 @@ def bench(
     out: Annotated[Path, typer.Option(help="The folder for record and picture.")] = Path("runs/bench"),
     name: Annotated[str | None, typer.Option(help="Their name. Default: that of the data.")] = None,
 ) -> None:
-    """Compare; see the head of this file."""
+    """Compare, unless a command follows; see the head of this file."""
+    if ctx.invoked_subcommand is not None:
+        _refuse_options(ctx, ctx.invoked_subcommand)
+        return
     given = {key: value for key, value in locals().items() if value is not None}
     chosen = {key: given[key] for key in Settings.__dataclass_fields__ if key in given}
     settings = Settings(**((QUICK if quick else {}) | chosen))
@@ -78,3 +85,12 @@ def bench(
     record = records.header(KIND, here) | {"settings": asdict(settings)}
     record["rows"] = hold(settings, compared, here, Console(stderr=True))
     kinds.publish(record, path)
+
+
+def _refuse_options(ctx: typer.Context, command: str) -> None:
+    """Options of `mep bench` say nothing to the command that follows them."""
+    for name in ctx.params:
+        source = ctx.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            flag = "--" + name.replace("_", "-")
+            raise ArgumentError(f"mep bench {flag} ... {command}: options of `{command}` go behind it.")

@@ -27,6 +27,7 @@ class Kind(NamedTuple):
 
 KINDS = {
     "mep bench": Kind("mep.cli.table", "mep.cli.figure"),
+    "mep bench speed": Kind("mep.cli.speed_table", "mep.cli.speed_figure"),
     "mep profile": Kind("mep.cli.profile_table", "mep.cli.profile_figure"),
     "mep study": Kind("mep.cli.study_table", "mep.cli.study_figure"),
     "mep verify": Kind("mep.cli.verify_table", "mep.cli.verify_figure"),

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 import mep
 from mep.cli.profile_rows import Recipe, estimator_of
+from mep.cli.turns import Batch
 
-Batch = tuple[Tensor, Tensor]
 EXACT = mep.Sweep(settle_steps=200, tol=1e-9)  # float64 has digits beyond, and float32 none
 
 COMPARED = ("cosine", "size", "first_cosine", "first_size", "gap", "bias", "backprop_cosine")

@@ -1,18 +1,14 @@
 """What a step costs, and where its time goes.
 
-All recipes step in turns, in one process, on the same batches; after every step the model is put back, so that all
-steps of all recipes start from one point. A busy moment of the machine then falls on all alike, and the ratio of two
-times is that of neighbours. A turn is several steps, and the first of them are not counted: another recipe has emptied
-the caches, which would hide much of what separates a fast step from a slow one. Reading the clock between phases costs
-time itself (a GPU must be waited for), so each recipe takes two turns: one for the whole step, one for its parts.
+Reading the clock between phases costs time itself (a GPU must be waited for), so each recipe takes two turns: one for
+the whole step, one for its parts.
 """
 
 from __future__ import annotations
 
-import copy
 import statistics
-import time
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,35 +16,15 @@ from torch import Tensor, nn
 
 import mep
 from mep.cli.backprop import Backprop
-from mep.cli.profile_gradient import Batch
 from mep.cli.profile_rows import Recipe, estimator_of
-from mep.cli.training import clock
+from mep.cli.turns import Batch, Stepper, batches_of, in_turns, relative
 
 METHODS = {"free": "_free", "settle": "_nudged", "contrast": "_contrast"}
 """The phases of a step of EP, each with the method of the estimator that does it."""
 TURN = 8
 UNCOUNTED = 3
 """Steps in a turn, and those at its head that fill the caches."""
-
-
-class Stepper:
-    """A recipe's optimizer on a copy of the model, which is put back after every step."""
-
-    def __init__(self, recipe: Recipe, model: nn.Module, cost: str):
-        self.model = copy.deepcopy(model)
-        self.optimizer = recipe.build(self.model, cost)
-        self.now = clock(next(model.parameters()).device)
-        self.took = self.ran = 0.0
-        self._point = {name: value.clone() for name, value in self.model.state_dict().items()}
-
-    def step(self, x: Tensor, target: Tensor) -> float:
-        """The seconds of one step; `took` sums them, and `ran` those in which this thread was given the processor."""
-        ran, start = time.thread_time(), self.now()
-        self.optimizer.step(x=x, target=target)
-        seconds = self.now() - start
-        self.took, self.ran = self.took + seconds, self.ran + time.thread_time() - ran
-        self.model.load_state_dict(self._point)
-        return seconds
+Turn = tuple[list[float], list[dict[str, float]]]  # the seconds of its steps, and of their phases
 
 
 class PhasedStepper(Stepper):
@@ -70,7 +46,7 @@ class PhasedStepper(Stepper):
         start = self.now()
         self.optimizer.step(x=x, target=target)
         end = self.now()
-        self.model.load_state_dict(self._point)
+        self.put_back()
         known = {**self._seconds, "update": end - self._update_began}
         return {**known, self._remainder: end - start - sum(known.values())}
 
@@ -97,33 +73,22 @@ def time_steps(
     """
     whole = [Stepper(recipe, model, cost) for recipe in recipes]
     parts = [PhasedStepper(recipe, model, cost) for recipe in recipes]
-    seconds: list[list[list[float]]] = [[] for _ in recipes]  # of every recipe, round and step
-    phases: list[list[dict[str, float]]] = [[] for _ in recipes]
-    for number in rounds:
-        turn = [batches[(number * TURN + step) % len(batches)] for step in range(TURN)]
-        for place in _rotated(len(recipes), number):
-            seconds[place].append([whole[place].step(*batch) for batch in turn][UNCOUNTED:])
-            phases[place] += [parts[place].phases(*batch) for batch in turn][UNCOUNTED:]
-    yardstick = [statistics.median(turn) for turn in seconds[0]]
+
+    def turn(place: int, number: int) -> Turn:
+        given = batches_of(batches, number, TURN)
+        seconds = [whole[place].step(*batch) for batch in given][UNCOUNTED:]
+        return seconds, [parts[place].phases(*batch) for batch in given][UNCOUNTED:]
+
+    found = in_turns([partial(turn, place) for place in range(len(recipes))], rounds)
+    seconds = [[one for one, _ in turns] for turns in found]
     return [
         {
-            "seconds": _quartiles([step for turn in own for step in turn]),
-            "ratio": _quartiles([statistics.median(turn) / b for turn, b in zip(own, yardstick, strict=True)]),
-            "shares": _shares(own_phases),
-            "running": min(1.0, stepper.ran / stepper.took),
+            **relative(own, seconds[0]),
+            "shares": _shares([step for _, steps in turns for step in steps]),
+            "running": stepper.running,
         }
-        for own, own_phases, stepper in zip(seconds, phases, whole, strict=True)
+        for own, turns, stepper in zip(seconds, found, whole, strict=True)
     ]
-
-
-def _rotated(length: int, by: int) -> list[int]:
-    """All places, beginning with another one each time."""
-    return [(place + by) % length for place in range(length)]
-
-
-def _quartiles(values: Sequence[float]) -> dict[str, float]:
-    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
-    return {"median": median, "low": low, "high": high}
 
 
 def _shares(steps: Sequence[dict[str, float]]) -> dict[str, float]:

@@ -11,12 +11,12 @@ from rich.console import Console
 from rich.progress import track
 from torch import nn
 
-from mep.cli import models, optimizers
 from mep.cli.profile import Settings
-from mep.cli.profile_gradient import Batch, Reference, judge
+from mep.cli.profile_gradient import Reference, judge
 from mep.cli.profile_rows import RECIPES, YARDSTICK, Recipe
 from mep.cli.profile_time import time_steps
-from mep.cli.training import Batches, on_device, targets
+from mep.cli.training import briefly_trained, on_device, other_batches
+from mep.cli.turns import Batch
 from mep.data import load
 from mep.errors import ArgumentError, MepError
 
@@ -27,16 +27,9 @@ def profile_settings(settings: Settings, device: torch.device, console: Console)
     """Train the model that the settings name for a moment, and profile it on other batches of the same data."""
     torch.manual_seed(0)
     data = on_device(load(settings.data, folder=settings.folder), device)
-    model = models.build(settings.model, data).to(device)
-    wanted = targets(data, settings.cost)
-    optimizer = optimizers.build("sgd", model, {"cost": settings.cost})
-    stream = Batches(data.train_x, wanted, settings.batch_size, seed=0)
-    for _ in range(settings.train_steps):
-        x, target = stream.next()
-        optimizer.step(x=x, target=target)
-    stream = Batches(data.train_x, wanted, settings.batch_size, seed=1)
-    whole = max(1, len(data.train_x) // settings.batch_size)  # the last batch of an epoch may be smaller
-    batches = [stream.next() for _ in range(min(settings.batches, whole))]
+    common: dict[str, Any] = {"cost": settings.cost, "batch_size": settings.batch_size}
+    model = briefly_trained(settings.model, data, optimizer="sgd", steps=settings.train_steps, **common)
+    batches = other_batches(data, count=settings.batches, **common)
     return profile(model, batches, cost=settings.cost, rounds=settings.rounds, console=console)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import mep
+from mep.cli.models import PreNorm
 from mep.cli.study import Settings
 from mep.data import load
 from mep.errors import MepError
@@ -34,25 +35,14 @@ COMMON_DEPTH, COMMON_BETA = 20, 0.1
 """Where one of the two varies, the other one is this, or the nearest that was asked for."""
 
 
-class Residual(nn.Module):
-    """`x + f(linear(norm(x)))`."""
-
-    def __init__(self, width: int, activation: type[nn.Module]):
-        super().__init__()
-        self.norm, self.linear, self.activation = nn.LayerNorm(width), nn.Linear(width, width), activation()
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[batch, width]."""
-        return x + self.activation(self.linear(self.norm(x)))
-
-
 def network(family: tuple[str, str, str], depth: int, width: int, features: int, classes: int) -> nn.Module:
     """A multilayer perceptron with so many hidden layers, freshly initialised from torch's random state."""
     shortcuts, activation, start = family
     act = ACTIVATIONS[activation]
     layers: list[nn.Module] = [nn.Flatten(), nn.Linear(features, width), act()]
     for _ in range(depth - 1):
-        layers += [Residual(width, act)] if shortcuts == "residual" else [nn.Linear(width, width), act()]
+        inner = nn.Linear(width, width), act()
+        layers += [PreNorm(width, nn.Sequential(*inner))] if shortcuts == "residual" else inner
     model = nn.Sequential(*layers, nn.Linear(width, classes))
     for module in model.modules():
         if isinstance(module, nn.Linear) and start == "he":

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mep import Estimate
+from mep.cli import models, optimizers
 from mep.cli.optimizers import Optimizer
 from mep.data import DataSet
 from mep.errors import ArgumentError
@@ -55,6 +56,24 @@ def epoch_order(length: int, seed: int, epoch: int) -> Tensor:
     # torch's CPU generator keeps only the low 32 bits of a seed, so the two must be mixed within them.
     generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**32)
     return torch.randperm(length, generator=generator)
+
+
+def briefly_trained(name: str, data: DataSet, *, optimizer: str, cost: str, batch_size: int, steps: int) -> nn.Module:
+    """The model called `name` after some steps: gradients as they are in training, not at its start."""
+    model = models.build(name, data).to(data.train_x.device)
+    stepping = optimizers.build(optimizer, model, {"cost": cost})
+    stream = Batches(data.train_x, targets(data, cost), batch_size, seed=0)
+    for _ in range(steps):
+        x, target = stream.next()
+        stepping.step(x=x, target=target)
+    return model
+
+
+def other_batches(data: DataSet, *, cost: str, batch_size: int, count: int) -> list[tuple[Tensor, Tensor]]:
+    """Full batches in another order than `briefly_trained` saw; fewer than `count` where the data have no more."""
+    stream = Batches(data.train_x, targets(data, cost), batch_size, seed=1)
+    whole = max(1, len(data.train_x) // batch_size)  # the last batch of an epoch may be smaller
+    return [stream.next() for _ in range(min(count, whole))]
 
 
 class Tally:

@@ -1,0 +1,407 @@
+"""`mep bench speed`: what it counts is there, what it times is the step, and its record says all."""
+
+import copy
+import json
+import sys
+import time
+from collections import Counter
+from itertools import pairwise
+
+import pytest
+import torch
+from rich.console import Console
+from torch import nn
+from torch.nn import functional as F
+from typer.testing import CliRunner
+
+import mep
+from mep.cli import app, models
+from mep.cli.backprop import sgd
+from mep.cli.bench_speed import MODELS
+from mep.cli.meters import PeakMemory, Work
+from mep.cli.profile_rows import Recipe
+from mep.cli.speed_figure import draw
+from mep.cli.speed_resources import attainable, resources, seasoned
+from mep.cli.speed_rows import MUON, SGD
+from mep.cli.speed_table import show
+from mep.cli.speed_time import SETTLED, Contender
+from mep.cli.speeding import compare, within
+from mep.cli.turns import batches_of, in_turns, relative
+
+WIDTHS, BATCH = (6, 7, 5, 3), 4
+TIGHT = Recipe("tight", "eqprop", {"tol": 1e-6})
+FEW = ("Backprop + SGD", "Backprop + SGD, compiled", "Backprop + Muon", "EqProp tol 0.01", "Descent 10")
+PAUSE = 0.02  # seconds, much longer than a step of these networks
+
+
+def command(*words, code=0):
+    result = CliRunner().invoke(app, [str(word) for word in words])
+    assert result.exit_code == code, f"{result.output}\n{result.exception!r}"
+    return result.output
+
+
+def network(*widths, bias=True):
+    torch.manual_seed(0)
+    layers = [layer for a, b in pairwise(widths) for layer in (nn.Linear(a, b, bias), nn.Tanh())]
+    return nn.Sequential(*layers[:-1]).double()
+
+
+def batches(count=2):
+    torch.manual_seed(1)
+    return [(torch.randn(BATCH, WIDTHS[0]).double(), torch.randint(WIDTHS[-1], (BATCH,))) for _ in range(count)]
+
+
+def taken(recipe, model=None, data=None):
+    model, data = model or network(*WIDTHS), data or batches()
+    return resources(recipe, seasoned(recipe, model, data[0], "cross_entropy"), model, data, "cross_entropy")
+
+
+def contending(recipe):
+    model, data = network(*WIDTHS), batches()
+    return Contender(recipe, seasoned(recipe, model, data[0], "cross_entropy"), model, data, "cross_entropy")
+
+
+# What is counted
+
+
+def test_work_of_backprop_is_that_of_its_matrix_products():
+    """Each layer multiplies [batch, a] by [a, b] forward, once more for its weight, and for its input but the first."""
+    products = [a * b for a, b in pairwise(WIDTHS)]
+    expected = 2 * BATCH * (3 * sum(products) - products[0])
+    assert taken(SGD)["flops"] == expected
+
+
+@pytest.mark.parametrize("change", ["addmm", "addmm_", "out", "baddbmm_"])
+def test_every_way_to_multiply_counts(change):
+    total, a, b = torch.zeros(3, 5), torch.ones(3, 4), torch.ones(4, 5)
+    stacked = total[None].clone(), a[None], b[None]
+    with Work() as work:
+        {
+            "addmm": lambda: torch.addmm(total, a, b),
+            "addmm_": lambda: total.addmm_(a, b),
+            "out": lambda: torch.mm(a, b, out=total),
+            "baddbmm_": lambda: stacked[0].baddbmm_(*stacked[1:]),
+        }[change]()
+    assert work.flops == 2 * 3 * 4 * 5
+    moved = 3 * 4 + 4 * 5 + 3 * 5 * (1 if change == "out" else 2)  # the sum is read, too, unless there is none
+    assert work.bytes == 4 * moved
+
+
+def test_attention_counts():
+    """Two products of [tokens, tokens, width] a head forward, and five backward: one of them is made again."""
+    query, key, value = (torch.ones(2, 3, 8, 4, requires_grad=True) for _ in range(3))
+    product = 2 * 2 * 3 * 8 * 8 * 4
+    with Work() as work:
+        out = F.scaled_dot_product_attention(query, key, value)
+        assert work.flops == 2 * product
+        out.sum().backward()
+    assert work.flops == 7 * product
+
+
+def test_bytes_are_those_read_and_written():
+    x, y = torch.ones(10), torch.ones(10)
+    for run, moved in (
+        (lambda: x + y, 120),
+        (lambda: x.add_(y), 120),
+        (lambda: x.copy_(y), 80),
+        (lambda: x.zero_(), 40),
+        (lambda: x.view(2, 5).t(), 0),
+        (lambda: torch.empty(10), 0),
+        (lambda: torch._foreach_add_([x, y], 1.0), 160),
+        (lambda: x + torch.ones(()).expand(10), 84 + 4),  # one number is made, and read ten times from one place
+    ):
+        with Work() as work:
+            run()
+        assert work.bytes == moved, moved
+
+
+def test_memory_is_what_lives_beyond_parameters_and_state():
+    """The gradients at the end of the backward pass: by then there is little else."""
+    model = network(100, 100, 100, bias=False)
+    data = [(torch.randn(1, 100).double(), torch.zeros(1, dtype=torch.long))]
+    gradients = 8 * sum(p.numel() for p in model.parameters())
+    found = taken(SGD, model, data)["memory"]
+    assert gradients <= found <= gradients + 8 * 100 * 10
+    more = Recipe("", "sgd", {"momentum": 0.0})  # without a state there is as much beside it
+    assert taken(more, model, data)["memory"] == pytest.approx(found, rel=0.01)
+
+
+def patch_gradients(monkeypatch, first):
+    """Let every estimator do something before its first step."""
+    gradients = mep.EquilibriumPropagation.gradients
+
+    def prepare(self, x, target):
+        if not hasattr(self, "prepared"):
+            self.prepared = first()
+        return gradients(self, x, target)
+
+    monkeypatch.setattr(mep.EquilibriumPropagation, "gradients", prepare)
+
+
+def test_buffers_that_a_recipe_keeps_count(monkeypatch):
+    before = taken(TIGHT)["memory"]
+    patch_gradients(monkeypatch, lambda: torch.zeros(10**6))
+    assert taken(TIGHT)["memory"] == before + 4 * 10**6
+
+
+def test_what_the_first_step_alone_takes_does_not_count(monkeypatch):
+    before = taken(TIGHT)
+    patch_gradients(monkeypatch, lambda: float(torch.zeros(10**6).sum()))
+    assert taken(TIGHT) == before
+
+
+def test_state_that_the_steps_make_does_not_count():
+    """Whether momentum is there already or is made under the meter."""
+    model = network(*WIDTHS)
+    fresh = SGD.build(model, "cross_entropy").state_dict()
+    assert resources(SGD, fresh, model, batches(), "cross_entropy")["memory"] == taken(SGD)["memory"]
+
+
+def test_a_compiled_recipe_has_the_work_of_the_same_recipe():
+    plain, compiled = (taken(recipe) for recipe in (SGD, Recipe("", "sgd", {"compile": True})))
+    assert compiled == {"flops": plain["flops"], "memory": None, "bytes": None}
+
+
+def test_meters_can_stand_within_each_other():
+    with PeakMemory() as memory, Work() as work:
+        torch.zeros(10) + 1
+    assert (memory.peak, work.bytes) == (80, 40 + 80)
+
+
+def test_a_machine_does_something():
+    assert all(value > 1e8 for value in attainable(torch.device("cpu")).values())
+
+
+# What is timed
+
+
+def test_compiled_backprop_is_backprop():
+    def compiler(function):
+        calls.append(function)
+        return function
+
+    calls, found = [], []
+    for compile_ in (False, True):
+        model = network(*WIDTHS)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch, "compile", compiler)
+            optimizer = sgd(model.parameters(), model=model, lr=0.5, compile=compile_)
+        assert len(calls) == compile_
+        for x, target in batches():
+            optimizer.step(x=x, target=target)
+        found.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    assert torch.equal(*found)
+
+
+def test_a_contender_goes_on_from_its_state():
+    """A nudge that is out of reach is halved until it is not, once and not at every start."""
+    model, data = network(*WIDTHS), batches()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(3)
+    recipe = Recipe("", "eqprop", {"beta": 50.0, "settle_steps": 5})
+    state = seasoned(recipe, model, data[0], "cross_entropy")
+    tries = Counter()
+    nudge = sys.modules["mep.estimators.equilibrium"].nudge
+
+    def counted(energy, cost, beta):
+        tries[beta] += 1
+        return nudge(energy, cost, beta)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys.modules["mep.estimators.equilibrium"], "nudge", counted)
+        contender = Contender(recipe, state, model, data, "cross_entropy")
+    assert contender.optimizer.last.beta < 50 and max(tries) < 50
+
+
+def test_turns_are_taken_from_another_start_each_round():
+    order = []
+    turns = [lambda number, place=place: order.append((number, place)) for place in range(3)]
+    in_turns(turns, range(3))
+    assert [place for _, place in order] == [0, 1, 2, 1, 2, 0, 2, 0, 1]
+    assert batches_of("abc", 0, 2) + batches_of("abc", 1, 2) == ["a", "b", "c", "a"]
+
+
+def test_ratios_are_those_of_neighbours():
+    """The machine is ten times as slow in the second round: the ratio does not notice."""
+    found = relative([[2.0, 2.0, 9.0], [20.0, 20.0, 20.0]], [[1.0, 1.0, 1.0], [10.0, 10.0, 10.0]])
+    assert found["ratio"] == {"low": 2, "median": 2, "high": 2}
+    assert found["seconds"]["median"] == (9 + 20) / 2
+
+
+def test_settling_is_told_of_the_steps_that_are_timed():
+    contender = contending(Recipe("", "eqprop", {"tol": 1e-3, "beta": 0.05}))
+    assert contender.settled()["sweeps"] is None  # the steps before the first turn do not count
+    contender.turn(0)
+    found, estimate = contender.settled(), contender.optimizer.last
+    assert found.keys() == set(SETTLED)
+    assert 0 < found["residual"] <= found["residual_max"] <= 1e-3
+    assert found["converged"] == 1 and found["beta"] == estimate.beta == 0.05 and 1 <= found["sweeps"] <= 5
+    backprop = contending(SGD)
+    backprop.turn(0)
+    assert backprop.settled() == dict.fromkeys(SETTLED)
+
+
+def test_times_are_relative_to_backprop_and_to_muon(monkeypatch):
+    """Steps that take what they are told to, each round longer than the one before."""
+    told = {"SGD": 1.0, "Muon": 4.0}
+
+    def turn(self, number):
+        kinds = [type(update).__name__ for update in getattr(self.optimizer, "updates", [])]
+        return 3 * [(told[kinds[0]] if kinds else 2.0) * (number + 1)]
+
+    monkeypatch.setattr(Contender, "turn", turn)
+    rows = compare(network(*WIDTHS), batches(), [SGD, MUON, TIGHT], rounds=3, threads=(1, 2))
+    for place, number in enumerate((1, 2)):
+        times = [row["times"][place] for row in rows]
+        assert [time["threads"] for time in times] == 3 * [number]
+        assert [time["ratio"] for time in times] == [dict.fromkeys(("low", "median", "high"), r) for r in (1, 4, 2)]
+        assert [time["to_muon"] for time in times] == [0.25, 1, 0.5]
+        assert [time["seconds"]["median"] for time in times] == [2, 8, 4] == [time["mean"] for time in times]
+
+
+def test_the_time_is_that_of_the_step_and_the_model_stays(monkeypatch):
+    gradients = mep.EquilibriumPropagation.gradients
+
+    def slow(self, x, target):
+        time.sleep(PAUSE)
+        return gradients(self, x, target)
+
+    monkeypatch.setattr(mep.EquilibriumPropagation, "gradients", slow)
+    model = network(*WIDTHS)
+    before = copy.deepcopy(model.state_dict())
+    times = compare(model, batches(), [SGD, TIGHT], rounds=2)[1]["times"]
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert times[0]["seconds"]["low"] > PAUSE
+
+
+def test_a_recipe_that_fails_says_so_and_the_others_go_on(monkeypatch):
+    wild = Recipe("Wild", "eqprop", {"settle_steps": 100, "settle_lr": 100.0})
+    unknown = Recipe("Unknown", "eqprop", {"no_such_option": 1})
+    rows = compare(network(*WIDTHS), batches(), [SGD, wild, unknown, TIGHT], rounds=2)
+    assert [row["error"] is None for row in rows] == [True, False, False, True]
+    assert "finite" in rows[1]["error"] and "no_such_option" in rows[2]["error"].replace("-", "_")
+    assert rows[3]["times"][0]["to_muon"] is None  # there is no Muon to compare with
+
+
+def test_a_recipe_that_fails_on_the_way_does_not_take_the_others_with_it(monkeypatch):
+    turn = Contender.turn
+
+    def fail_late(self, number):
+        if number == 1 and isinstance(self.optimizer, mep.EPOptimizer):
+            raise mep.DivergedError("too far.\nAnd more.")
+        return turn(self, number)
+
+    monkeypatch.setattr(Contender, "turn", fail_late)
+    rows = compare(network(*WIDTHS), batches(), [SGD, TIGHT, MUON], rounds=3)
+    assert [row["error"] for row in rows] == [None, "too far.", None]
+    assert len(rows[2]["times"]) == 1
+
+
+def test_slow_models_get_fewer_rounds():
+    assert list(within(range(5), 0)) == [0, 1] and list(within(range(5), 60)) == [0, 1, 2, 3, 4]
+    rows = compare(network(*WIDTHS), batches(), [SGD], rounds=5, seconds=0)
+    assert rows[0]["times"][0]["rounds"] == 2
+
+
+def test_compare_refuses():
+    for bad in ({"rounds": 1}, {"batches": []}, {"recipes": []}):
+        with pytest.raises(mep.ArgumentError, match="2 rounds, 1 batch and 1 recipe"):
+            compare(network(*WIDTHS), **{"batches": batches(), "recipes": [SGD], "rounds": 2, **bad})
+    with pytest.raises(mep.ArgumentError, match="yardstick"):
+        compare(network(*WIDTHS), batches(), [Recipe("Wild", "eqprop", {"settle_lr": 1e9}), SGD], rounds=2)
+
+
+# Models
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_model_of_the_bench_maps_digits_to_classes(name):
+    torch.manual_seed(0)
+    model = models.NAMED[name]((1, 28, 28), 10)
+    assert model(torch.randn(2, 1, 28, 28)).shape == (2, 10)
+
+
+def test_models_have_the_sizes_that_they_are_named_for():
+    def weights(name):
+        return [p.shape for p in models.NAMED[name]((1, 28, 28), 10).parameters() if p.ndim > 1]
+
+    assert weights("mlp512") == [(512, 784), (256, 512), (10, 256)]
+    assert weights("mlp1024") == [(1024, 784), (1024, 1024), (1024, 1024), (10, 1024)]
+    assert weights("mlp20") == [(128, 784), *[(128, 128)] * 19, (10, 128)]
+    assert len(weights("residual")) == 2 * 24 + 2
+    transformer = models.NAMED["transformer"]((1, 28, 28), 10)
+    assert transformer[0](torch.zeros(2, 1, 28, 28)).shape == (2, 64, 64)
+    assert sum(isinstance(m, models.Attention) for m in transformer.modules()) == 4
+
+
+def test_a_block_adds_to_what_it_is_given():
+    x = torch.tensor([[1.0, 3.0]])
+    assert torch.allclose(models.PreNorm(2, nn.Identity())(x), torch.tensor([[0.0, 4.0]]), atol=1e-4)
+
+
+def test_attention_is_that_of_torch():
+    torch.manual_seed(0)
+    own, reference = models.Attention(8, 2), nn.MultiheadAttention(8, 2, batch_first=True)
+    parts = (own.query, own.key, own.value)
+    with torch.no_grad():
+        reference.in_proj_weight.copy_(torch.cat([part.weight for part in parts]))
+        reference.in_proj_bias.copy_(torch.cat([part.bias for part in parts]))
+        reference.out_proj.load_state_dict(own.out.state_dict())
+    x = torch.randn(3, 5, 8)
+    assert torch.allclose(own(x), reference(x, x, x)[0], atol=1e-6)
+
+
+# All of it
+
+
+@pytest.fixture(scope="module")
+def timed(tmp_path_factory):
+    """The folder of a small run, and what was printed."""
+    folder = tmp_path_factory.mktemp("speed")
+    few = [word for label in FEW for word in ("--only", label)]
+    small = ("--data", "digits", "--model", "mlp", "--rounds", 2, "--train-steps", 5, "--batches", 1, "--threads", 1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "compile", lambda function: function)  # minutes of compilation would show nothing more
+        return folder, command("bench", "speed", *small, *few, "--add", "smep beta=0.01", "--out", folder)
+
+
+def test_the_record_is_whole(timed):
+    record = json.loads((timed[0] / "speed.json").read_text())
+    assert record["kind"] == "mep bench speed" and record["settings"]["threads"] == [1]
+    assert {"created", "command", "commit", "versions", "machine", "attainable"} < record.keys()
+    (model,) = record["models"]
+    assert (model["model"], model["batch_size"]) == ("mlp", 256)
+    assert model["parameters"] == 64 * 128 + 128 + 128 * 64 + 64 + 64 * 10 + 10
+    assert [row["label"] for row in model["rows"]] == [*FEW, "SMEP beta=0.01"]
+    for row in model["rows"]:
+        assert row["error"] is None and len(row["times"]) == 1 and row["flops"] > 0
+        assert all((row[field] is None) == (row["preset"] in ("sgd", "torch_muon")) for field in SETTLED)
+
+
+def test_tables_and_pictures_come_from_the_record_alone(timed, tmp_path):
+    folder, output = timed
+    again = command("plot", folder / "speed.json", "--out", tmp_path / "again.png")
+    report = command("report", folder / "speed.json")
+    for row in json.loads((folder / "speed.json").read_text())["models"][0]["rows"]:
+        assert all(text.count(f"| {row['label']} ") == 3 for text in (output, again, report)), row["label"]
+    assert (folder / "speed.png").read_bytes() == (tmp_path / "again.png").read_bytes()
+
+
+def test_what_failed_is_shown(timed, tmp_path):
+    record = json.loads((timed[0] / "speed.json").read_text())
+    first, second = record["models"][0], copy.deepcopy(record["models"][0])
+    second["rows"][-1]["error"] = "no way."
+    record["models"] = [first, second]
+    console = Console(width=250, force_terminal=False, record=True)
+    show(record, console)
+    text = console.export_text()
+    assert text.count("failed") == 2 and "SMEP beta=0.01 failed: no way." in text
+    draw(record, tmp_path / "failed.svg")
+    assert "failed" in (tmp_path / "failed.svg").read_text()
+
+
+def test_speed_refuses_and_mep_bench_keeps_its_options(tmp_path):
+    assert "no such recipe" in command("bench", "speed", "--only", "smap", code=2)
+    assert "--data ... speed" in command("bench", "--data", "digits", "speed", "--rounds", 2, code=2)
+    assert "--only" in command("bench", "--only", "smap", "--out", tmp_path, code=2)
