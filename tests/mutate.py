@@ -33,12 +33,18 @@ SUITES = {
     "settle.py": "settling traps descent",
     "cost.py": "secant properties traps settling bad_input",
     "solvers/descent.py": "descent settling hopfield",
+    "solvers/flow.py": "descent settling hopfield",
+    "solvers/affine_flow.py": "descent settling",
+    "solvers/checkpointed.py": "memory",
+    "solvers/ties.py": "kinks",
+    "estimators/program": "compile",
     "solvers/": f"{CORE} secant local",
     "estimators/": f"{CORE} bad_input optimizer natural faults",
     "constraints.py": "constraints",
     "updates/muon.py": "muon",
     "updates/dion.py": "dion",
     "updates/orthogonal.py": "orthogonal muon",
+    "updates/quintic.py": "orthogonal muon",
     "updates/": "natural muon",
 }
 ARITHMETIC = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult}

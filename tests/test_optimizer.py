@@ -746,11 +746,11 @@ class Two(nn.Module):
 @pytest.mark.parametrize("pack", [tuple, list, lambda pair: dict(zip(("left", "right"), pair, strict=True))])
 def test_a_model_is_traced_once(pack, monkeypatch):
     """However its inputs are given: tracing again at every step would be right, and slow."""
-    from mep.estimators import equilibrium
+    from mep.estimators import graphs
 
     traced = []
-    trace = equilibrium.trace
-    monkeypatch.setattr(equilibrium, "trace", lambda *given: traced.append(given) or trace(*given))
+    trace = graphs.trace
+    monkeypatch.setattr(graphs, "trace", lambda *given: traced.append(given) or trace(*given))
     model = Two()
     opt = mep.eqprop(model.parameters(), model=model)
     for _ in range(4):

@@ -122,6 +122,8 @@ class Solver(ABC):
     """Whether a smaller beta makes an equilibrium easier to reach."""
     gives_up: ClassVar[bool] = False
     """Whether settling ends as soon as it is too slow to reach `tol` within `settle_steps`."""
+    prediction_only: ClassVar[bool] = False
+    """Whether it settles the energy "prediction" alone."""
     recalls = False
     """Whether it begins at an earlier equilibrium of the same examples, if there is one."""
 

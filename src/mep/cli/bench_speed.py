@@ -45,7 +45,7 @@ class Settings:
     train_steps: int = 150  # of Adam: gradients as they are in training, neither at its start nor at its end
     batches: int = 4  # enough examples for a stable mean of sweeps and residual
     rounds: int = 20  # turns of each recipe at most: enough for quartiles
-    seconds: float = 20.0  # of turns for each model and number of threads: the slow ones get fewer rounds
+    seconds: float = 10.0  # of turns for each model and number of threads: the slow ones get fewer rounds
     device: str = "cpu"  # where the table we are compared with was made
 
 

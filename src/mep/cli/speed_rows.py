@@ -15,6 +15,7 @@ RECIPES = (
     Recipe("Backprop + SGD, compiled", "sgd", {"compile": True}),
     MUON,
     *(Recipe(f"EqProp tol {tol:g}", "eqprop", {"tol": tol}) for tol in SWEEP_TOLERANCES),
+    Recipe("EqProp, compiled", "eqprop", {"compile": True}),
     *(
         Recipe(f"Descent {steps}", "eqprop", {"settle_steps": steps, "settle_lr": SETTLE_LR}, "descent")
         for steps in (10, 30)

@@ -12,12 +12,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from mep.check import check_graph
 from mep.cost import BatchCost, PerExample, make_cost
-from mep.energy import Energy, make_coupling, nudge, per_example
+from mep.energy import Energy, make_coupling, per_example
 from mep.errors import ArgumentError, DivergedError, InputError
-from mep.estimators.contrast import CONTRASTS, Phase, contrast, pieces
+from mep.estimators.contrast import Phase, contrast, pieces
 from mep.estimators.estimate import Estimate, Gradients, accumulate, finished
+from mep.estimators.graphs import Graphs
 from mep.estimators.inputs import (
     batch_size,
     check_finite,
@@ -27,24 +27,19 @@ from mep.estimators.inputs import (
     undone_on_error,
 )
 from mep.estimators.kronecker import SettledLayer, settled_layers
+from mep.estimators.phases import SettledPhase, estimate_of, next_beta, settle_phases
 from mep.estimators.program import Setting
 from mep.estimators.programs import Programs
 from mep.estimators.recall import Recall, check_indices
-from mep.graph import Graph
+from mep.estimators.settings import check_settings
 from mep.nodes import Held
 from mep.settle import Known, Result, Settled, Solver, settle
 from mep.snapshot import Buffers
 from mep.solvers import Descent, Sweep
 from mep.solvers.checkpointed import Forgotten
-from mep.tracing import Leaves, argument_names, trace, trace_activations, trace_kinks
+from mep.tracing import Leaves
 
 Found = TypeVar("Found")
-
-_SHRINK = 0.5
-_GROWTH = 1.02
-_TRIES = 16
-_KEPT_GRAPHS = 3
-"""Older graphs that are kept: enough for a model that goes to and fro between train and eval."""
 
 
 class EquilibriumPropagation:
@@ -107,40 +102,23 @@ class EquilibriumPropagation:
         checkpoint: bool = False,
     ):
         check_model(model, "EquilibriumPropagation")
-        if not (isinstance(beta, (int, float)) and 0 < beta < math.inf):
-            raise ArgumentError(f"EquilibriumPropagation(beta={beta!r}): must be a positive number.")
-        if phases not in CONTRASTS:
-            raise ArgumentError(f"EquilibriumPropagation(phases={phases!r}): choose one of {sorted(CONTRASTS)}.")
-        if branches not in ("held", "exact"):
-            raise ArgumentError(f"EquilibriumPropagation(branches={branches!r}): choose 'held' or 'exact'.")
         self.model = model
         self.cost = cost
         self._cost = make_cost(cost)
-        self.beta = float(beta)
+        self.beta = beta
         self.coupling = make_coupling(energy)
         self.phases = phases
         self.branches = branches
         self.leaves = tuple(leaves)
         self.diagnostics = diagnostics
-        if observe is not None and not callable(observe):
-            raise ArgumentError(f"EquilibriumPropagation(observe={observe!r}): must be callable, as update.observe.")
-        if observe is not None and energy != "prediction":
-            raise ArgumentError(f"EquilibriumPropagation(observe=...): energy={energy!r} has no errors to observe.")
         self.observe = observe
         self.solver = solver or (Sweep() if energy == "prediction" else _HOPFIELD_SOLVER)
-        if not isinstance(self.solver, Solver):
-            raise ArgumentError(f"EquilibriumPropagation(solver={solver!r}): must be a mep.Sweep, mep.Descent, ...")
-        if isinstance(self.solver, Sweep) and energy != "prediction":
-            raise ArgumentError(f"Sweep does not settle energy={energy!r}. Use solver=mep.Descent(...).")
         self.compile, self.checkpoint = compile, checkpoint
-        if checkpoint:
-            self._check_checkpoint()
-        self.programs = self._make_programs() if compile else None
-        self._reach = self.beta
+        check_settings(self)
+        self._reach = float(beta)
         self._known = Known()
         self._recall = Recall()
-        self._checked: set[int] = set()
-        self._graphs: list[Graph] = [self._trace()]
+        self._trace()
 
     def __call__(self, x: Any, target: Tensor, indices: Tensor | None = None) -> Estimate:
         """Accumulate the estimate into `p.grad`.
@@ -196,12 +174,18 @@ class EquilibriumPropagation:
         """A copy bound to the copied model."""
         twin = object.__new__(type(self))
         memo[id(self)] = twin
-        twin.__dict__ = {
-            k: copy.deepcopy(v, memo) for k, v in self.__dict__.items() if k not in ("_graphs", "_checked", "programs")
-        }
-        twin._checked, twin._graphs = set(), [twin._trace()]
-        twin.programs = twin._make_programs() if twin.compile else None
+        own = {name: value for name, value in self.__dict__.items() if name not in ("_graphs", "programs")}
+        twin.__dict__ = copy.deepcopy(own, memo)
+        twin._trace()
         return twin
+
+    def _trace(self) -> None:
+        """What belongs to this very model."""
+        self._graphs = Graphs(self.model, self.leaves, self.coupling.name, self.branches)
+        self.programs: Programs | None = None
+        if self.compile:
+            assert isinstance(self.solver, Sweep)
+            self.programs = Programs(Setting(self.solver, self.phases, self.observe is not None), self._cost)
 
     def _contracted(
         self, x: Any, target: Tensor, indices: Tensor | None, contract: Callable[[Sequence[Phase], int], Found]
@@ -226,7 +210,7 @@ class EquilibriumPropagation:
                 )
             beta, phases = self._nudged(energy, free, cost, self._where_to_begin(energy, free, indices))
             found = contract(phases, batch)
-            estimate = self._estimate(loss, beta, phases)
+            estimate = estimate_of(loss, beta, phases, self.diagnostics)
             if self.observe is not None:
                 self.observe(settled_layers((e, settled) for _, e, settled in phases if e.nudge is not None))
         if self.programs is not None:
@@ -236,58 +220,9 @@ class EquilibriumPropagation:
             self._recall.keep(indices, self._worth_keeping(*phases[-1][1:], free))
         return found, estimate
 
-    def _make_programs(self) -> Programs:
-        """Refuse at once what is never compiled."""
-        solver, call = self.solver, "EquilibriumPropagation(compile=True"
-        if not isinstance(solver, Sweep):
-            raise ArgumentError(f"{call}, solver={solver}): only mep.Sweep is compiled.")
-        if solver.patience > 1:
-            raise ArgumentError(f"{call}, solver=Sweep(patience={solver.patience})): patience must be 1.")
-        if self.branches == "exact":
-            raise ArgumentError(f"{call}, branches='exact'): only held branches are compiled.")
-        if self.diagnostics:
-            raise ArgumentError(f"{call}, diagnostics=True): leave out one of the two.")
-        if self.cost not in ("cross_entropy", "mse"):
-            raise ArgumentError(f"{call}, cost={self.cost!r}): only 'cross_entropy' and 'mse' are compiled.")
-        return Programs(Setting(solver, self.phases, self.observe is not None), self._cost)
-
-    def _check_checkpoint(self) -> None:
-        """Refuse at once what needs the states of all nodes."""
-        for name, asked in (
-            (f"solver={self.solver}", not isinstance(self.solver, Sweep)),
-            ("branches='exact'", self.branches == "exact"),
-            ("compile=True", self.compile),
-            ("diagnostics=True", self.diagnostics),
-            ("observe=...", self.observe is not None),
-        ):
-            if asked:
-                raise ArgumentError(
-                    f"EquilibriumPropagation(checkpoint=True, {name}): it needs the states of all nodes at once. "
-                    "Leave out one of the two."
-                )
-
-    def _trace(self, inputs: Sequence[str] | None = None) -> Graph:
-        if self.coupling.name == "hopfield":
-            return trace_activations(self.model, self.leaves, inputs)
-        return (trace if self.branches == "held" else trace_kinks)(self.model, self.leaves, inputs)
-
-    def _graph(self, x: Any) -> Graph:
-        """The graph of the model as it is now, checked against it on its first batch."""
-        graph = next((g for g in self._graphs if _fits(x, g) and g.snapshot.matches()), None)
-        if graph is None:
-            graph = self._trace(argument_names(self.model, x))
-            self._graphs = [graph, *self._graphs[:_KEPT_GRAPHS]]
-            self._checked &= {id(g) for g in self._graphs}
-            if self.programs is not None:
-                self.programs.keep(self._graphs)
-        if id(graph) not in self._checked:
-            check_graph(graph, x, against_model=self.coupling.name == "prediction")
-            self._checked.add(id(graph))
-        return graph
-
     def _free(self, x: Any, batch: int, buffers: Buffers, indices: Tensor | None = None) -> tuple[Energy, Settled]:
         """The free equilibrium, and the energy as the nudged phases are to see it."""
-        graph = self._graph(x)
+        graph = self._graphs.of(x)
         hold = self.branches == "held"
         is_forward = self.coupling.vanishes_when_free
         held = Held(hold_branches=hold and is_forward, buffers=buffers)
@@ -333,29 +268,9 @@ class EquilibriumPropagation:
             )
         return check_indices(indices, batch)
 
-    def _nudged(
-        self, energy: Energy, free: Settled, cost: BatchCost, known: Known
-    ) -> tuple[float, list[tuple[float, Energy, Settled]]]:
-        """Settle every phase of the contrast, with a smaller beta as long as one is out of reach."""
-        beta = self._next_beta()
-        for attempt in range(_TRIES):
-            phases: list[tuple[float, Energy, Settled]] = []
-            for multiple, weight in CONTRASTS[self.phases]:
-                if multiple == 0:
-                    phases.append((weight / beta, energy, free))
-                    continue
-                nudged = nudge(energy, cost, multiple * beta)
-                phases.append((weight * multiple, nudged, settle(nudged, free.point, self.solver, known)))
-            failed = [s.result for _, _, s in phases if s.result is not Result.CONVERGED]
-            if not failed or not (self.solver.beta_limited and self.solver.adaptive) or attempt == _TRIES - 1:
-                break
-            beta *= _SHRINK**2 if Result.OUT_OF_REACH in failed else _SHRINK
-        if any(s.result is Result.DIVERGED for _, _, s in phases):
-            raise DivergedError(
-                f"Settling left the finite numbers at beta={beta:g} with {self.solver}. Nothing was changed. Way out: "
-                "a smaller settle_lr or beta, or mep.Sweep."
-            )
-        return beta, phases
+    def _nudged(self, energy: Energy, free: Settled, cost: BatchCost, known: Known) -> tuple[float, list[SettledPhase]]:
+        beta = next_beta(self.beta, self._reach)
+        return settle_phases(energy, free, cost, self.solver, self.phases, beta, known)
 
     def _contrast(self, phases: Sequence[Phase], batch: int) -> Gradients:
         return finished(contrast(phases, batch))
@@ -363,34 +278,17 @@ class EquilibriumPropagation:
     def _compiled(self, x: Any, target: Tensor) -> tuple[Gradients, Estimate] | None:
         """The step by a compiled program, or None if it has to be made without one."""
         assert self.programs is not None
-        beta, solver = self._next_beta(), self.solver
-        found = self.programs.step(self._graph(x), x, target, beta, self._known.gain)
+        beta, graph = next_beta(self.beta, self._reach), self._graphs.of(x)
+        self.programs.keep(self._graphs.known)
+        found = self.programs.step(graph, x, target, beta, self._known.gain)
         if found is None:
             return None
-        settled = found.worst <= solver.tol
+        settled = found.worst <= self.solver.tol
         result = Result.CONVERGED if settled else Result.FIXED_STEPS
         if self.observe is not None:
             self.observe(found.layers)
         self._reach, self._known = beta, Known(found.gain)
         return found.gradients, Estimate(found.loss, found.residual, found.sweeps, beta, result)
-
-    def _next_beta(self) -> float:
-        """As large as it may be, after the last one that was within reach."""
-        return min(self.beta, self._reach * _GROWTH)
-
-    def _estimate(self, loss: Tensor, beta: float, phases: list[tuple[float, Energy, Settled]]) -> Estimate:
-        settled = [s for _, _, s in phases]
-        unsettled = [s.result for s in settled if s.result is not Result.CONVERGED]
-        left = max(e.left_branch(s.point) for _, e, s in phases) if self.diagnostics else None
-        return Estimate(
-            loss=loss,
-            residual=torch.stack([s.residual for s in settled]).amax(0),
-            iterations=max(s.iterations for s in settled),
-            beta=beta,
-            result=unsettled[0] if unsettled else Result.CONVERGED,
-            left_branch=left,
-            turns=settled[-1].turns,
-        )
 
 
 def _checked_pieces(phases: Sequence[Phase], batch: int) -> Iterator[Gradients]:
@@ -400,12 +298,3 @@ def _checked_pieces(phases: Sequence[Phase], batch: int) -> Iterator[Gradients]:
 
 
 _HOPFIELD_SOLVER = Descent(settle_steps=500, settle_lr=0.3, adaptive=True, tol=1e-4)
-
-
-def _fits(x: Any, graph: Graph) -> bool:
-    """Whether an input gives just what the graph takes."""
-    if isinstance(x, Mapping):
-        return set(x) == set(graph.inputs)
-    if isinstance(x, (tuple, list)) and len(x) > 1:
-        return argument_names(graph.model, x) in (None, graph.inputs)
-    return len(graph.inputs) == 1

@@ -75,6 +75,7 @@ class Local(Solver):
     adaptive: bool = True
     schedule: str = "there and back"
 
+    prediction_only = True
     beta_limited = True
 
     def __post_init__(self) -> None:

@@ -64,6 +64,7 @@ class Sweep(Solver):
     adaptive: bool = True
     history: int = 4
 
+    prediction_only = True
     beta_limited = True
     gives_up = True
 

@@ -1,0 +1,73 @@
+"""What an estimator refuses at once: settings out of range, and those that do not go together."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from mep.errors import ArgumentError
+from mep.estimators.contrast import CONTRASTS
+from mep.settle import Solver
+from mep.solvers import Sweep
+
+if TYPE_CHECKING:
+    from mep.estimators.equilibrium import EquilibriumPropagation
+
+_CALL = "EquilibriumPropagation"
+
+
+def check_settings(ep: EquilibriumPropagation) -> None:
+    """Raise an ArgumentError that says what to write instead."""
+    _check_values(ep)
+    if ep.compile:
+        _check_compile(ep)
+    if ep.checkpoint:
+        _check_checkpoint(ep)
+
+
+def _check_values(ep: EquilibriumPropagation) -> None:
+    energy = ep.coupling.name
+    if not (isinstance(ep.beta, (int, float)) and 0 < ep.beta < math.inf):
+        raise ArgumentError(f"{_CALL}(beta={ep.beta!r}): must be a positive number.")
+    if ep.phases not in CONTRASTS:
+        raise ArgumentError(f"{_CALL}(phases={ep.phases!r}): choose one of {sorted(CONTRASTS)}.")
+    if ep.branches not in ("held", "exact"):
+        raise ArgumentError(f"{_CALL}(branches={ep.branches!r}): choose 'held' or 'exact'.")
+    if ep.observe is not None and not callable(ep.observe):
+        raise ArgumentError(f"{_CALL}(observe={ep.observe!r}): must be callable, as update.observe.")
+    if ep.observe is not None and energy != "prediction":
+        raise ArgumentError(f"{_CALL}(observe=...): energy={energy!r} has no errors to observe.")
+    if not isinstance(ep.solver, Solver):
+        raise ArgumentError(f"{_CALL}(solver={ep.solver!r}): must be a mep.Sweep, mep.Descent, ...")
+    if ep.solver.prediction_only and energy != "prediction":
+        raise ArgumentError(
+            f"{type(ep.solver).__name__} does not settle energy={energy!r}. Use solver=mep.Descent(...)."
+        )
+
+
+def _check_compile(ep: EquilibriumPropagation) -> None:
+    call = f"{_CALL}(compile=True"
+    if not isinstance(ep.solver, Sweep):
+        raise ArgumentError(f"{call}, solver={ep.solver}): only mep.Sweep is compiled.")
+    if ep.solver.patience > 1:
+        raise ArgumentError(f"{call}, solver=Sweep(patience={ep.solver.patience})): patience must be 1.")
+    if ep.branches == "exact":
+        raise ArgumentError(f"{call}, branches='exact'): only held branches are compiled.")
+    if ep.diagnostics:
+        raise ArgumentError(f"{call}, diagnostics=True): leave out one of the two.")
+    if ep.cost not in ("cross_entropy", "mse"):
+        raise ArgumentError(f"{call}, cost={ep.cost!r}): only 'cross_entropy' and 'mse' are compiled.")
+
+
+def _check_checkpoint(ep: EquilibriumPropagation) -> None:
+    for name, asked in (
+        (f"solver={ep.solver}", not isinstance(ep.solver, Sweep)),
+        ("branches='exact'", ep.branches == "exact"),
+        ("compile=True", ep.compile),
+        ("diagnostics=True", ep.diagnostics),
+        ("observe=...", ep.observe is not None),
+    ):
+        if asked:
+            raise ArgumentError(
+                f"{_CALL}(checkpoint=True, {name}): it needs the states of all nodes at once. Leave out one of the two."
+            )
