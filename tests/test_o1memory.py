@@ -4,10 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import settled
-from memory import PeakMemory
 from torch import nn
 
 import mep
+from mep.cli.meters import PeakMemory
 from mep.optimizers import O1MemoryEPv2
 
 STEPS, SETTLE_LR, MOMENTUM, BETA, BATCH = 15, 0.15, 0.5, 0.1, 12

@@ -25,7 +25,9 @@
 
 import copy
 import inspect
+import random
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -322,3 +324,29 @@ def test_residual_is_small_at_an_equilibrium_where_nothing_pulls():
         estimates.append(mep.EquilibriumPropagation(model, energy="hopfield")(x, labels()))
     assert all(e.converged for e in estimates)
     assert abs(estimates[0].iterations - estimates[1].iterations) < 10
+
+
+class Jittered(nn.Module):
+    """Draws from Python's and from NumPy's generator."""
+
+    def forward(self, x):
+        return x * random.uniform(0.5, 1.5) + torch.from_numpy(np.random.standard_normal(x.shape))
+
+
+def test_noise_of_python_and_numpy_is_drawn_once_a_step():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), Jittered(), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+    x, y = torch.randn(5, 4, dtype=torch.float64), torch.randint(3, (5,))
+    ep = mep.EquilibriumPropagation(model, beta=1e-5, solver=mep.Sweep(tol=1e-9), leaves=(Jittered,))
+    ep.gradients(x, y)
+    random.seed(3)
+    np.random.seed(3)
+    gradients, estimate = ep.gradients(x, y)
+    drawn = random.getstate(), np.random.get_state()[1].tolist(), np.random.get_state()[2:]
+    random.seed(3)
+    np.random.seed(3)
+    F.cross_entropy(model(x), y).backward()
+    assert drawn == (random.getstate(), np.random.get_state()[1].tolist(), np.random.get_state()[2:])
+    assert estimate.converged and estimate.iterations > 1
+    for p, g in gradients.items():
+        torch.testing.assert_close(g, p.grad, rtol=1e-3, atol=1e-6)

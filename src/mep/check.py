@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mep.errors import TraceError
 from mep.graph import Graph
 from mep.nodes import Node
-from mep.snapshot import Buffers
+from mep.snapshot import Buffers, generators_kept
 
 
 def check_graph(graph: Graph, x: Any, against_model: bool = True) -> None:
@@ -31,15 +31,14 @@ def check_graph(graph: Graph, x: Any, against_model: bool = True) -> None:
     inputs = graph.bind(x)
     batch = len(next(v for v in inputs.values() if isinstance(v, Tensor)))
     buffers = Buffers(graph.model)
-    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
     try:
-        with torch.random.fork_rng(devices):
+        with generators_kept():
             expected, reached = _model(graph, inputs) if against_model else (None, None)
         buffers.rewind()
-        with torch.random.fork_rng(devices):
+        with generators_kept():
             output = _nodes(graph, inputs, batch)
         buffers.rewind()
-        with torch.random.fork_rng(devices):  # a dimension that is as long as the batch only now is not the batch
+        with generators_kept():  # a dimension that is as long as the batch only now is not the batch
             _larger(graph, inputs, batch)
     finally:
         buffers.undo()

@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 
 from mep.activations import Activation, MaxPool, kink_of_call
 from mep.ops import Op, has_hooks
-from mep.snapshot import Buffers, generators, set_generators
+from mep.snapshot import Buffers, Noise, generators, set_generators
 
 Strength = float | Tensor
 """A nudging strength: a number, or a tensor without dimensions where a step is compiled for any."""
@@ -47,7 +47,7 @@ class Held:
     recording: bool = True
     departures: list[tuple[Tensor, int]] | None = None
     branches: dict[tuple[str, str], Tensor] = field(default_factory=dict)
-    noise: dict[str, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
+    noise: dict[str, Noise] = field(default_factory=dict)
     clamped: dict[str, tuple[Tensor, Any]] = field(default_factory=dict)
     buffers: Buffers | None = None
 
@@ -83,6 +83,8 @@ class Node:
     def __post_init__(self) -> None:
         self.clamped = not any(self.flows)
         """Whether it sees only the input, so that its prediction never changes while settling."""
+        self.runs_foreign_code = any(op.kind == "module" and _is_foreign(op.target) for op in self.program)
+        """Whether it keeps a module whole that is not torch's own."""
 
     @property
     def is_affine_when_held(self) -> bool:
@@ -208,6 +210,10 @@ class HeldInside(TorchFunctionMode):
         return self.held.on_branch((self.node, f"{self.op.name}/{self.calls}"), piece, args[0])
 
 
+def _is_foreign(module: nn.Module) -> bool:
+    return any(not type(m).__module__.startswith("torch.") for m in module.modules())
+
+
 def _is_opaque(op: Op) -> bool:
     """Whether a module is kept whole that is more than one operation."""
     return op.kind == "module" and any(True for _ in op.target.children())
@@ -237,16 +243,14 @@ class _same_noise:
         self.node, self.held = node, held
 
     def __enter__(self) -> None:
-        if self.held.recording:
-            self.before = generators()
-        elif self.node.name in self.held.noise:
-            self.before = generators()
+        if self.held.recording or self.node.name in self.held.noise:
+            self.before = generators(self.node.runs_foreign_code)
+        if not self.held.recording and self.node.name in self.held.noise:
             set_generators(self.held.noise[self.node.name])
 
     def __exit__(self, *exception: object) -> None:
         if self.held.recording:
-            pairs = zip(self.before, generators(), strict=True)
-            if not all(torch.equal(a, b) for a, b in pairs if a is not None and b is not None):
+            if self.before.differs(generators(self.node.runs_foreign_code)):
                 self.held.noise[self.node.name] = self.before
         elif self.node.name in self.held.noise:
             set_generators(self.before)

@@ -39,6 +39,7 @@ def show(record: Record, console: Console) -> None:
 
 def show_overview(models: Sequence[Record], console: Console) -> None:
     """Print the ratios of all rows on all models."""
+    console.print()
     labels = dict.fromkeys(row["label"] for model in models for row in model["rows"])
     found = [{row["label"]: row for row in model["rows"]} for model in models]
     titles = ["Recipe", *(model["model"] for model in models)]

@@ -21,8 +21,8 @@ from mep.settle import Settled
 _EAGER = 4
 """So many steps of one shape are made without a program: they check the model, and tell how often it sweeps."""
 _RECENT = 16
-_SWEEPS = (1, 2, 3, 4, 6, 8, 12, 16, 24)
-"""The numbers of sweeps that programs are made for: few, since each takes seconds to compile."""
+_SWEEPS = (1, 2, 3, 4, 6)
+"""The numbers of sweeps that programs are made for: few, since each takes seconds to compile, and minutes for many."""
 _WHOLE = 2
 """After so many sweeps most examples have settled, as far as a step without a program tells."""
 
@@ -57,7 +57,10 @@ class Programs:
         output = self._outputs.get(key)
         if output is None or self._seen[key] < _EAGER or gain is None or not gain > 0:
             return None
-        cost, (sweeps, late) = self.make_cost(output, target), self._sweeps(graph)
+        sweeps, late = self._sweeps(graph)
+        if sweeps + late > _SWEEPS[-1]:
+            return None
+        cost = self.make_cost(output, target)
         program = self._programs.get((key, sweeps, late)) or self._made(key, graph, x, cost, output, sweeps, late)
         found = program(x, cost, beta, float(gain))
         solver = self.setting.solver
@@ -98,7 +101,7 @@ class Programs:
 
 
 def _rounded(sweeps: int) -> int:
-    return min((n for n in _SWEEPS if n >= sweeps), default=sweeps)
+    return next((n for n in _SWEEPS if n >= sweeps), sweeps)
 
 
 def _key(graph: Graph, x: Any, target: Tensor) -> Key:

@@ -22,7 +22,7 @@ from mep.estimators.estimate import finished
 from mep.estimators.inputs import batch_size, check_model, check_target
 from mep.graph import Graph, Point
 from mep.settle import Result, Settled, settle
-from mep.snapshot import generators, set_generators
+from mep.snapshot import generators_kept
 from mep.solvers import Sweep
 from mep.tracing import Leaves
 from mep.verification.gradients import cosine
@@ -96,15 +96,12 @@ def compare_branches(
     check_model(model, "compare_branches")
     batch_size(x)
     check_target(y)
-    noise = generators()
-    try:
+    with generators_kept():
         solver = Sweep(settle_steps=settle_steps, tol=tol)
         subject = Subject(model, x, y, How(cost, solver, "exact", leaves), dtype)
         subject.try_out()
         study = _Study(subject)
         return tuple(study.at(float(beta)) for beta in betas)
-    finally:
-        set_generators(noise)
 
 
 class _Study:

@@ -45,7 +45,7 @@ class Subject:
         self.model = _copy(model, dtype)
         self.x, self.target, self.how, self.dtype = _cast(x, dtype), _cast(target, dtype), how, dtype
         self.names = {p: name for name, p in self.model.named_parameters()}
-        self.noise, self.buffers = generators(), Buffers(self.model)
+        self.noise, self.buffers = generators(everyones=True), Buffers(self.model)
 
     def try_out(self) -> None:
         """Run the model once: what fails in this precision is told as such."""

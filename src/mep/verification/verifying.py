@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mep.errors import ArgumentError
 from mep.estimators.contrast import CONTRASTS
 from mep.estimators.inputs import batch_size, check_model, check_target
-from mep.snapshot import generators, set_generators
+from mep.snapshot import generators_kept
 from mep.solvers import Sweep
 from mep.tracing import Leaves
 from mep.verification import verdict
@@ -82,13 +82,10 @@ def verify(
     batch_size(x)
     check_target(y)
     _check(betas, phases, samples, tol)
-    noise = generators()
-    try:
+    with generators_kept():
         solver = Sweep(settle_steps=_SWEEPS, tol=tol or _default_tol(model, dtype))
         subject = Subject(model, x, y, How(cost, solver, branches, leaves), dtype)
         return _report(subject, sorted(set(map(float, betas)), reverse=True), list(phases), samples)
-    finally:
-        set_generators(noise)
 
 
 def _report(subject: Subject, betas: list[float], phases: list[str], samples: int) -> Report:
