@@ -266,6 +266,7 @@ def test_decisions_by_number_are_refused(uncompiled):
     [
         ({"solver": mep.Descent()}, "only mep.Sweep"),
         ({"solver": mep.Sweep(patience=2)}, "patience must be 1"),
+        ({"solver": mep.Sweep(adaptive=False)}, "at most 6 sweeps"),
         ({"branches": "exact"}, "held branches"),
         ({"diagnostics": True}, "one of the two"),
         ({"cost": lambda output, target: output.sum(1)}, "are compiled"),

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from mep.errors import ArgumentError
 from mep.estimators.contrast import CONTRASTS
+from mep.estimators.programs import MOST_SWEEPS
 from mep.settle import Solver
 from mep.solvers import Sweep
 
@@ -51,6 +52,10 @@ def _check_compile(ep: EquilibriumPropagation) -> None:
         raise ArgumentError(f"{call}, solver={ep.solver}): only mep.Sweep is compiled.")
     if ep.solver.patience > 1:
         raise ArgumentError(f"{call}, solver=Sweep(patience={ep.solver.patience})): patience must be 1.")
+    if not ep.solver.adaptive and ep.solver.settle_steps > MOST_SWEEPS:
+        raise ArgumentError(
+            f"{call}, solver={ep.solver}): at most {MOST_SWEEPS} sweeps are compiled. Give fewer, or adaptive=True."
+        )
     if ep.branches == "exact":
         raise ArgumentError(f"{call}, branches='exact'): only held branches are compiled.")
     if ep.diagnostics:
