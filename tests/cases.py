@@ -23,6 +23,18 @@ def mlp(activation: Callable[[], nn.Module], *widths: int) -> nn.Sequential:
     return nn.Sequential(*layers[:-1])
 
 
+def convolutional() -> nn.Sequential:
+    """Of six features."""
+    return nn.Sequential(
+        nn.Unflatten(1, (1, 6)),
+        nn.Conv1d(1, 4, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool1d(2),
+        nn.Flatten(),
+        nn.Linear(12, 3),
+    )
+
+
 class Residual(nn.Module):
     def __init__(self):
         super().__init__()

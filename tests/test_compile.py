@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from cases import convolutional
 from torch import nn
 
 import mep
@@ -23,17 +24,6 @@ class Residual(nn.Module):
 
 def mlp():
     return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 7), nn.LeakyReLU(), nn.Linear(7, 3))
-
-
-def convolutional():
-    return nn.Sequential(
-        nn.Unflatten(1, (1, 6)),
-        nn.Conv1d(1, 4, 3, padding=1),
-        nn.ReLU(),
-        nn.MaxPool1d(2),
-        nn.Flatten(),
-        nn.Linear(12, 3),
-    )
 
 
 def normalised():

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import convolutional
 from torch import nn
 from torch.utils.checkpoint import checkpoint_sequential
 
@@ -47,17 +48,6 @@ class Shared(nn.Module):
         h = torch.relu(self.norm(self.first(x)))
         h = h + self.frozen(self.twice(torch.tanh(self.twice(h))))
         return self.last(torch.relu(self.tied(h)))
-
-
-def convolutional():
-    return nn.Sequential(
-        nn.Unflatten(1, (1, 6)),
-        nn.Conv1d(1, 4, 3, padding=1),
-        nn.ReLU(),
-        nn.MaxPool1d(2),
-        nn.Flatten(),
-        nn.Linear(12, 3),
-    )
 
 
 MODELS = {"mlp": lambda: network(4, 6, 3), "convolutional": convolutional, "shared": Shared}

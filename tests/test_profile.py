@@ -194,7 +194,8 @@ def test_constraints_belong_to_the_update():
     assert stepper.phases(*batches()[0])["update"] > PAUSE
 
 
-def test_times_are_relative_to_the_first_recipe(monkeypatch):
+def slow_down(monkeypatch):
+    """Every gradient by EP takes a pause."""
     gradients = mep.EquilibriumPropagation.gradients
 
     def slow(self, x, target):
@@ -202,6 +203,10 @@ def test_times_are_relative_to_the_first_recipe(monkeypatch):
         return gradients(self, x, target)
 
     monkeypatch.setattr(mep.EquilibriumPropagation, "gradients", slow)
+
+
+def test_times_are_relative_to_the_first_recipe(monkeypatch):
+    slow_down(monkeypatch)
     first, second = time_steps([YARDSTICK, TIGHT], network(5, 7, 3), batches(), "cross_entropy", range(2))
     assert first["ratio"] == {"median": 1, "low": 1, "high": 1}
     assert second["seconds"]["low"] > PAUSE and second["ratio"]["low"] > 2

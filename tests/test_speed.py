@@ -2,12 +2,12 @@
 
 import copy
 import json
-import time
 from itertools import pairwise
 
 import pytest
 import torch
 from rich.console import Console
+from test_profile import PAUSE, slow_down
 from torch import nn
 from torch.nn import functional as F
 from typer.testing import CliRunner
@@ -29,7 +29,6 @@ from mep.cli.turns import batches_of, in_turns, relative
 WIDTHS, BATCH = (6, 7, 5, 3), 4
 TIGHT = Recipe("tight", "eqprop", {"tol": 1e-6})
 FEW = ("Backprop + SGD", "Backprop + SGD, compiled", "Backprop + Muon", "EqProp tol 0.01", "Descent 10")
-PAUSE = 0.02  # seconds, much longer than a step of these networks
 
 
 def command(*words, code=0):
@@ -247,13 +246,7 @@ def test_times_are_relative_to_backprop_and_to_muon(monkeypatch):
 
 
 def test_the_time_is_that_of_the_step_and_the_model_stays(monkeypatch):
-    gradients = mep.EquilibriumPropagation.gradients
-
-    def slow(self, x, target):
-        time.sleep(PAUSE)
-        return gradients(self, x, target)
-
-    monkeypatch.setattr(mep.EquilibriumPropagation, "gradients", slow)
+    slow_down(monkeypatch)
     model = network(*WIDTHS)
     before = copy.deepcopy(model.state_dict())
     times = compare(model, batches(), [SGD, TIGHT], rounds=2)[1]["times"]

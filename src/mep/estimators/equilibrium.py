@@ -215,6 +215,7 @@ class EquilibriumPropagation:
             if self.observe is not None:
                 self.observe(settled_layers((e, settled) for _, e, settled in phases if e.nudge is not None))
         if self.programs is not None:
+            self.programs.keep(self._graphs.known)  # a graph that is new takes its first steps here
             self.programs.learn(x, target, *phases[-1][1:])
         self._reach, self._known = beta, phases[-1][2].known  # last, so that an interruption leaves all as it was
         if indices is not None:
@@ -280,7 +281,6 @@ class EquilibriumPropagation:
         """The step by a compiled program, or None if it has to be made without one."""
         assert self.programs is not None
         beta, graph = next_beta(self.beta, self._reach), self._graphs.of(x)
-        self.programs.keep(self._graphs.known)
         found = self.programs.step(graph, x, target, beta, self._known.gain)
         if found is None:
             return None

@@ -64,7 +64,7 @@ class Program:
 
     def __init__(self, setting: Setting, graph: Graph, x: Any, cost: BatchCost, output: Tensor, sweeps: int, late: int):
         self.setting, self.graph, self.sweeps, self.late = setting, graph, sweeps, late
-        self.cost, self.output = cost, torch.zeros_like(output)
+        self.cost, self.output = cost, output
         self.parameters: list[nn.Parameter] = []
         self.layers: list[SettledLayer] = []
         self.batch = len(output)

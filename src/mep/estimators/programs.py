@@ -45,11 +45,10 @@ class Programs:
 
     def keep(self, graphs: Collection[Graph]) -> None:
         """Forget all graphs but these."""
-        alive = {id(graph) for graph in graphs}
         for known in (self._seen, self._outputs):
-            for key in [key for key in known if key[0] not in alive]:
+            for key in [key for key in known if key[0] not in graphs]:
                 del known[key]
-        for which in [which for which in self._programs if which[0][0] not in alive]:
+        for which in [which for which in self._programs if which[0][0] not in graphs]:
             del self._programs[which]
 
     def step(self, graph: Graph, x: Any, target: Tensor, beta: float, gain: Strength | None) -> Found | None:
@@ -111,7 +110,7 @@ def _key(graph: Graph, x: Any, target: Tensor) -> Key:
     kind = tensors[0].device.type
     casts = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
     return (
-        id(graph),
+        graph,
         casts,
         *((t.shape, t.dtype, t.device) for t in tensors),
         *((p.requires_grad, p.dtype, p.device) for p in graph.parameters()),

@@ -19,6 +19,7 @@ from mep.energy import Energy, State, example_norm, per_example, relative_residu
 from mep.graph import Point
 from mep.nodes import Node, displaced
 from mep.solvers.flow import Flow
+from mep.solvers.response import saved_after
 
 
 def is_affine_at_rest(energy: Energy, point: Point) -> bool:
@@ -88,11 +89,7 @@ class AffineFlow(Flow):
         values = free.values | {name: self._value(name) for name in self.shift}
         errors = {name: self.delta.get(name, d) for name, d in self._delta.items()}
         predictions = {name: displaced(values[name], error, -energy.beta) for name, error in errors.items()}
-        saved = dict(free.saved)
-        for node in energy.graph.nodes:
-            if node.name in self.arriving:
-                saved[node.name] = node.moved(saved[node.name], self.arriving[node.name], energy.beta)
-        return Point(values, predictions, saved), errors
+        return Point(values, predictions, saved_after(energy, free, dict(self.arriving))), errors
 
     def _look(self) -> None:
         """The deltas and forces where the states stand now."""

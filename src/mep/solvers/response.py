@@ -97,18 +97,23 @@ class OnDemand(Mapping[str, Any]):
         return len(self.like)
 
 
+def saved_after(energy: Energy, free: Point, arriving: Mapping[str, Tensor]) -> OnDemand:
+    """What `pull` and `contract` need of every node once its weighted input has moved by `-beta arriving`."""
+
+    def make(name: str) -> Any:
+        saved, moved = free.saved[name], arriving.get(name)
+        return saved if moved is None else energy.graph.by_name[name].moved(saved, moved, energy.beta)
+
+    return OnDemand(free.saved, make)
+
+
 class Moved(Point):
     """An affine graph after its states have followed the errors; what nobody asks for is not computed."""
 
     def __init__(self, response: Response):
         self.energy, self.free = response.energy, response.free
         self.errors, self.arriving = response.errors, response.arriving
-        self.saved = OnDemand(self.free.saved, self._saved)
-
-    def _saved(self, name: str) -> Any:
-        """What `pull` and `contract` need of a node."""
-        saved, arriving = self.free.saved[name], self.arriving.get(name)
-        return saved if arriving is None else self.energy.graph.by_name[name].moved(saved, arriving, self.energy.beta)
+        self.saved = saved_after(self.energy, self.free, self.arriving)
 
     @cached_property
     def _walked(self) -> Point:
