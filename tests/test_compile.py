@@ -9,6 +9,7 @@ from torch import nn
 
 import mep
 from mep import compiled
+from mep.solvers import sweep
 
 STEPS = 10
 
@@ -76,7 +77,10 @@ def test_same_steps_as_without(uncompiled, make, cost, phases):
     assert_equal_states(plain, quick, rtol=1e-9, atol=1e-10)
 
 
-def test_settles_each_example_as_without(uncompiled):
+@pytest.mark.parametrize("cheap", [0, 1 << 40])
+def test_settles_each_example_as_without(uncompiled, monkeypatch, cheap):
+    """Whether multiples of the first errors are tried or not."""
+    monkeypatch.setattr(sweep, "_CHEAP", cheap)
     plain, quick = pair(mlp, seed=2, beta=0.5, tol=1e-4)
     for x, y in batches(2, count=20):
         for opt in (plain, quick):

@@ -14,7 +14,8 @@ SOURCE = Path(mep.__file__).parent
 # A unit is a file or a folder of src/mep. It may import the units named beside it, all of which stand above it.
 ARROWS = {
     "errors": "",
-    "activations": "",
+    "layout": "",
+    "activations": "layout",
     "interrupts": "",
     "snapshot": "",
     "cost": "errors",
@@ -22,8 +23,10 @@ ARROWS = {
     "constraints": "errors",
     "updates": "errors",
     "ops": "activations",
-    "nodes": "activations ops snapshot",
-    "chain": "activations nodes ops",
+    "nodes": "activations layout ops snapshot",
+    "steps": "activations layout nodes ops",
+    "weighted_steps": "layout nodes steps",
+    "chain": "layout nodes ops steps weighted_steps",
     "graph": "activations errors nodes snapshot",
     "check": "errors graph nodes snapshot",
     "recording": "errors snapshot",

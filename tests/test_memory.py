@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint_sequential
 
 import mep
 from mep.cli.meters import PeakMemory
+from mep.solvers import sweep
 
 WIDTH, BATCH = 64, 64
 UNIT = WIDTH * BATCH * 4
@@ -276,9 +277,11 @@ class Residual(nn.Module):
         return self.last(torch.relu(h))
 
 
+@pytest.mark.parametrize("cheap", [0, 1 << 40])
 @pytest.mark.parametrize("phases", ["one-sided", "centered"])
 @pytest.mark.parametrize("make", [lambda: network(9, 6, 3), convolutional, Residual], ids=["mlp", "conv", "residual"])
-def test_checkpoint_finds_the_same(make, phases):
+def test_checkpoint_finds_the_same(monkeypatch, make, phases, cheap):
+    monkeypatch.setattr(sweep, "_CHEAP", cheap)
     torch.manual_seed(0)
     net, (x, y) = make().double(), batch(7, 6, torch.float64)
     found = []

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from mep.activations import Activation, MaxPool, kink_of_call
+from mep.layout import as_laid_out
 from mep.ops import Op, has_hooks
 from mep.snapshot import Buffers, Noise, generators, set_generators
 
@@ -53,10 +54,13 @@ class Held:
 
     def on_branch(self, key: tuple[str, str], piece: Activation | MaxPool, x: Tensor) -> Tensor:
         """The operation on the branch of that key, which is that of `x` if it is not known yet."""
-        if key not in self.branches:
-            self.branches[key] = piece.value_and_branch(x)[1] if isinstance(piece, MaxPool) else x.detach()
-        self.count(piece, x, self.branches[key])
-        return piece.held(x, self.branches[key])
+        if key not in self.branches and isinstance(piece, MaxPool):
+            y, self.branches[key] = piece.value_and_branch(x)
+            self.count(piece, x, self.branches[key])
+            return y
+        x0 = self.branches.setdefault(key, x.detach())
+        self.count(piece, x, x0)
+        return piece.held(x, x0)
 
     def count(self, piece: Activation | MaxPool, x: Tensor, branch: Tensor) -> None:
         """Note how many units of `x` are off the branch on which they are held."""
@@ -144,11 +148,21 @@ class Local(Node):
     A clamped node's graph is kept over the sweeps of a step, hence `retain_graph`.
     """
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.takes_any_layout = all(
+            op.kind == "module" and type(op.target) is nn.BatchNorm2d and not has_hooks(op.target)
+            for op in self.program
+        )
+        """Whether it is as fast, and the same, with channels last: else it gets what `view` needs."""
+
     def predict(self, parents: Sequence[Any], held: Held) -> tuple[Tensor, Any]:
         """Run the recorded operations on detached parents."""
         with torch.enable_grad():
             inputs = [
-                p.detach().requires_grad_() if flows and (p.is_floating_point() or p.is_complex()) else p
+                self._laid_out(p).detach().requires_grad_()
+                if flows and (p.is_floating_point() or p.is_complex())
+                else p
                 for p, flows in zip(parents, self.flows, strict=True)
             ]
             values = dict(zip(self.parents, inputs, strict=True))
@@ -160,6 +174,9 @@ class Local(Node):
             h = values[last.args[0].name].detach() if self.weighted else None
             mu = values[last.name]
         return mu.detach(), (inputs, mu, h)
+
+    def _laid_out(self, p: Tensor) -> Tensor:
+        return p if self.takes_any_layout else p.contiguous()
 
     def weighted_input(self, saved: Any) -> Tensor:
         """Kept by the autograd graph anyway."""
@@ -176,7 +193,7 @@ class Local(Node):
         """One backward pass through this node."""
         inputs, mu, _ = saved
         wanted = [i for i, p in enumerate(inputs) if isinstance(p, Tensor) and p.requires_grad and self.flows[i]]
-        found = _grad(mu, [inputs[i] for i in wanted], force)
+        found = _grad(mu, [inputs[i] for i in wanted], as_laid_out(force, mu))
         pulls: list[Tensor | None] = [None] * len(inputs)
         for i, g in zip(wanted, found, strict=True):
             pulls[i] = g
@@ -186,7 +203,7 @@ class Local(Node):
         """One backward pass to this node's parameters."""
         _, mu, _ = saved
         wanted = [p for p in self.parameters if p.requires_grad]
-        found = dict(zip(wanted, _grad(mu, wanted, force), strict=True))
+        found = dict(zip(wanted, _grad(mu, wanted, as_laid_out(force, mu)), strict=True))
         return [None if (g := found.get(p)) is None else g * weight for p in self.parameters]
 
 

@@ -77,7 +77,7 @@ class Settled:
     residual: Tensor
     iterations: int
     result: Result
-    errors: State | None = None
+    errors: Mapping[str, Tensor] | None = None
     known: Known = Known()
     turns: Mapping[str, int] | None = None
 
@@ -93,7 +93,7 @@ class Iterate:
 
     point: Point
     residual: Tensor
-    errors: State | None = None
+    errors: Mapping[str, Tensor] | None = None
     out_of_reach: bool = False
     diverging: bool = False
     exact: bool = False

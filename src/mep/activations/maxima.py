@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mep.layout import as_laid_out, layout
+
 
 @dataclass(frozen=True)
 class MaxPool:
@@ -35,9 +37,16 @@ class MaxPool:
         return getattr(F, name)(x, **self.options, return_indices=True)
 
     def held(self, x: Tensor, winners: Tensor) -> Tensor:
-        """The values of `x` at the given winners."""
+        """The values of `x` at the given winners, in their layout."""
         flat = x.flatten(-self.n).gather(-1, winners.flatten(-self.n))
-        return flat.view(winners.shape)
+        return as_laid_out(flat.view(winners.shape), winners)
+
+    def spread(self, g: Tensor, winners: Tensor, shape: torch.Size) -> Tensor:
+        """The transpose of `held`: `g` at the winners, in their layout, and 0 elsewhere; `shape` is that of x."""
+        lead, inner = g.shape[: -self.n], shape[-self.n :]
+        y = torch.empty((*lead, *inner), dtype=g.dtype, device=g.device, memory_format=layout(winners)).zero_()
+        y.view(*lead, -1).scatter_add_(-1, winners.flatten(-self.n), as_laid_out(g, winners).flatten(-self.n))
+        return y
 
     def left_branch(self, x: Tensor, winners: Tensor) -> Tensor:
         """True where another unit of the window is larger than the held winner."""

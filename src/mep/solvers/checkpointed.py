@@ -20,11 +20,11 @@ from typing import Any
 
 from torch import Tensor
 
-from mep.energy import Energy, State
+from mep.energy import Energy, State, per_example
 from mep.errors import ArgumentError
 from mep.graph import Point
 from mep.nodes import Node, displaced
-from mep.solvers.response import OnDemand
+from mep.solvers.response import OnDemand, multiplications
 
 Forces = dict[str, Tensor | None]
 Visit = tuple[Node, Any, Tensor | None]
@@ -60,9 +60,13 @@ class Checkpointed:
         """The output that follows the output error x."""
         self.x, self._cursor = x, _Cursor(self)
         tangents: State = {}
-        for _ in self.walk(tangents):
-            pass
+        self.work = sum(multiplications(node, error) for node, _, error in self.walk(tangents))
         return displaced(self.energy.output(self.free), tangents[self.energy.graph.output], self.energy.beta)
+
+    def rescale(self, a: Tensor, rows: Tensor | None) -> None:
+        """As if the output errors, just answered, had been `a` times as large."""
+        assert rows is None, "no example is left out"
+        self.x, self._cursor = self.x * per_example(a, self.x), _Cursor(self)
 
     @property
     def point(self) -> Point:

@@ -19,7 +19,7 @@ from mep.graph import Point
 from mep.nodes import Strength
 from mep.settle import Known, Solver
 from mep.solvers.anderson import mix
-from mep.solvers.secant import Trial, first_output, solve_output
+from mep.solvers.secant import Trial, first_output, hessian_product, solve_output
 
 _EXPANDS = 4.0
 """Mixing still finds the equilibrium of a map that expands by a few; beyond, a smaller beta is cheaper."""
@@ -87,13 +87,46 @@ def no_autocast(device: torch.device) -> AbstractContextManager[object]:
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
-def next_error(cost: BatchCost, free: Tensor, trials: Sequence[Trial]) -> Tensor:
-    """The error to try next, from how the last ones were answered (oldest first); `free`: the free output."""
+def rescaled(
+    cost: BatchCost, free: Tensor, trial: Trial, residual: Tensor, tol: float
+) -> tuple[Trial, Tensor, Tensor] | None:
+    """The multiple `a x` of an error, of those above `tol`, that leaves less residual; the network is linear in errors.
+
+    Its answer is then known: `free - a (free - s)`. One step of Gauss and Newton from a = 1 on the square of
+    `dC(free - a (free - s)) - a x`.
+
+    Returns:
+        The trial, a (`[batch]`, 1 where nothing is gained), and the residual; None where the Hessian is not known, or
+        where the dtype is too short for a to be told apart from 1.
+    """
+    x, output, gradient = trial
+    if torch.finfo(free.dtype).bits < 32 or (curvature := cost.curvature(output, gradient)) is None:
+        return None
+    with no_autocast(free.device):
+        shift = free - output
+        slope = hessian_product(curvature, shift).add_(x)  # of x - dC, by a
+        square = torch.linalg.vecdot(slope, slope).add_(torch.finfo(x.dtype).tiny)
+        a = (torch.linalg.vecdot(slope, gradient - x) / square).add_(1).unsqueeze(1)
+        scaled = a * x
+        moved = torch.addcmul(free, a, shift, value=-1)
+    wanted = cost.gradient(moved)
+    left = output_residual(scaled, wanted, moved)
+    gains = (left < residual) & (residual > tol)
+    kept = gains.unsqueeze(1)
+    found = [torch.where(kept, new, old) for new, old in zip((scaled, moved, wanted), trial, strict=True)]
+    return (found[0], found[1], found[2]), torch.where(gains, a.squeeze(1), 1), torch.where(gains, left, residual)
+
+
+def next_error(cost: BatchCost, free: Tensor, trials: Sequence[Trial], once: bool = False) -> Tensor:
+    """The error to try next, from how the last ones were answered (oldest first); `free`: the free output.
+
+    `once`: with one step of Newton's on the cost, which will do where answers are linear in errors.
+    """
     dtype = free.dtype
     if torch.finfo(dtype).bits < 32:  # small systems are solved in float32
         free, trials = free.float(), [(x.float(), s.float(), g.float()) for x, s, g in trials]
     with no_autocast(free.device):
-        found = solve_output(cost, free, trials)
+        found = solve_output(cost, free, trials, once)
     if found is None:
         *earlier, (x, _, gradient) = trials
         found = mix([(xi, gi) for xi, _, gi in earlier], x, gradient)

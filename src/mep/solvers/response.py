@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mep.energy import Energy, State
+from mep.energy import Energy, State, per_example
 from mep.graph import Point
 from mep.nodes import Node, displaced
 
@@ -35,8 +35,10 @@ class Response:
 
     def __init__(self, energy: Energy, free: Point):
         self.energy, self.free = energy, free
-        self.errors: State = {}
+        self._errors: State = {}
         self.arriving: State = {}
+        self.scale: Tensor | None = None
+        """What both are to be multiplied by, [batch]."""
         self.narrows = False
         """Whether examples can be left out, once there are errors: the rows of every state are the examples."""
 
@@ -45,17 +47,20 @@ class Response:
         energy = self.energy
         free, saved = energy.output(self.free), self.free.saved
         if rows is None:
-            self.errors = self.arriving = {}  # the old ones are gone before there are new ones
-            self.errors = self._pulled(saved, x)
-            moved, self.arriving = energy.graph.push(saved, self.errors, forget=True)
-            self.narrows = all(len(error) == energy.batch for error in self.errors.values())
+            self._errors = self.arriving = {}  # the old ones are gone before there are new ones
+            self._errors = self._pulled(saved, x)
+            moved, self.arriving = energy.graph.push(saved, self._errors, forget=True)
+            self.narrows = all(len(error) == energy.batch for error in self._errors.values())
+            self.scale = None
         else:
             free, saved = free.index_select(0, rows), energy.graph.rows(saved, rows)
             errors = self._pulled(saved, x)
             moved, arriving = energy.graph.push(saved, errors, forget=True)
-            for known, new in ((self.errors, errors), (self.arriving, arriving)):
+            for known, new in ((self._errors, errors), (self.arriving, arriving)):
                 for name, value in new.items():
                     known[name].index_copy_(0, rows, value)
+            if self.scale is not None:
+                self.scale = self.scale.index_fill(0, rows, 1)
         return displaced(free, moved[energy.graph.output], energy.beta)
 
     def _pulled(self, saved: Mapping[str, Any], x: Tensor) -> State:
@@ -76,9 +81,38 @@ class Response:
         return errors
 
     @property
+    def work(self) -> int:
+        """Multiplications of a walk of all examples."""
+        return sum(multiplications(node, self._errors[node.name]) for node in self.energy.graph.states)
+
+    def rescale(self, a: Tensor, rows: Tensor | None) -> None:
+        """As if the output errors of these rows (None: all), just answered, had been `a` times as large."""
+        if rows is not None:
+            known = a.new_ones(self.energy.batch) if self.scale is None else self.scale
+            a = known.index_copy(0, rows, a)
+        self.scale = a
+
+    def scaled(self, of: State, name: str) -> Tensor:
+        """The errors of one node, or what arrives there, as they are to be."""
+        value = of[name]
+        return value if self.scale is None else value * per_example(self.scale, value)
+
+    @property
+    def errors(self) -> Mapping[str, Tensor]:
+        """The errors of all states."""
+        return OnDemand(self._errors, lambda name: self.scaled(self._errors, name))
+
+    @property
     def point(self) -> Point:
         """Where the states are now."""
         return Moved(self)
+
+
+def multiplications(node: Node, error: Tensor | None) -> int:
+    """What it takes to push or pull something like `error` through a node."""
+    if error is None or node.clamped or not node.weighted:
+        return 0
+    return error.numel() * node.parameters[0][0].numel()
 
 
 class OnDemand(Mapping[str, Any]):
@@ -112,8 +146,9 @@ class Moved(Point):
 
     def __init__(self, response: Response):
         self.energy, self.free = response.energy, response.free
-        self.errors, self.arriving = response.errors, response.arriving
-        self.saved = saved_after(self.energy, self.free, self.arriving)
+        self.errors = response.errors
+        arriving = OnDemand(response.arriving, lambda name: response.scaled(response.arriving, name))
+        self.saved = saved_after(self.energy, self.free, arriving)
 
     @cached_property
     def _walked(self) -> Point:

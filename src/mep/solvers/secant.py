@@ -41,8 +41,11 @@ def first_output(cost: BatchCost, free: Tensor, gradient: Tensor, k: Strength) -
     return None if curvature is None else _scalar_step(curvature, gradient, k)
 
 
-def solve_output(cost: BatchCost, free: Tensor, trials: Sequence[Trial]) -> Tensor | None:
-    """The output error that the model predicts after some trials, oldest first; None if the Hessian is not known."""
+def solve_output(cost: BatchCost, free: Tensor, trials: Sequence[Trial], once: bool = False) -> Tensor | None:
+    """The output error that the model predicts after some trials, oldest first; None if the Hessian is not known.
+
+    While there are few trials it takes two steps of Newton's, or one.
+    """
     latest, output, gradient = trials[-1]
     curvature = cost.curvature(output, gradient)
     if curvature is None:
@@ -54,14 +57,20 @@ def solve_output(cost: BatchCost, free: Tensor, trials: Sequence[Trial]) -> Tens
         step = _secant_step(curvature, gradient - latest, k, shifts - k.unsqueeze(2) * tried, _dual(tried))
     else:
         step = _scalar_step(curvature, gradient - latest, k)
-        # Once more, as the model expects the output to be then: the cost is more curved than the network.
-        expected = torch.addcmul(output, k, step, value=-1)
-        known = cost.gradient(expected)
-        curvature = cost.curvature(expected, known)
-        assert curvature is not None
-        step = step + _scalar_step(curvature, known - latest - step, k)
+        if not once:  # again as the model expects the output to be then: the cost is more curved than the network
+            expected = torch.addcmul(output, k, step, value=-1)
+            known = cost.gradient(expected)
+            curvature = cost.curvature(expected, known)
+            assert curvature is not None
+            step = step + _scalar_step(curvature, known - latest - step, k)
     x = latest + step
     return torch.where(x.isfinite(), x, gradient)
+
+
+def hessian_product(curvature: Curvature, v: Tensor) -> Tensor:
+    """`H v` with `H = diag(d) - p p^T`."""
+    d, p = curvature
+    return d * v if p is None else torch.addcmul(d * v, p, torch.linalg.vecdot(p, v).unsqueeze(1), value=-1)
 
 
 def _scalar_step(curvature: Curvature, r: Tensor, k: Strength) -> Tensor:

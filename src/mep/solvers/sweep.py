@@ -13,7 +13,8 @@ The output error x is the only unknown: given x and the Jacobians, one backward 
 It solves `x = dC(s_free - beta M x)`, where the gain `M = sum_n A_n A_n^T` (`A_n = ds_out / ds_n`) is known only by how
 the network answers (`walks.py` for any graph, `response.py` for affine ones, `checkpointed.py` for these in little
 memory). Plain iteration contracts like `beta |M|`. So the first x follows from the mean gain that the last step met,
-and each later one from all answers so far (`output.py`).
+and each later one from all answers so far (`output.py`). Where answers are linear in x those to its multiples are known
+with it: an example that has not settled takes the best of them before it needs another sweep.
 """
 
 from __future__ import annotations
@@ -29,10 +30,23 @@ from mep.errors import ArgumentError
 from mep.graph import Point
 from mep.settle import Iterate, Known, Solver
 from mep.solvers.checkpointed import Checkpointed, Forgotten
-from mep.solvers.output import expands, first_error, gain, next_error, output_residual, require_prediction, wanted_error
+from mep.solvers.output import (
+    expands,
+    first_error,
+    gain,
+    next_error,
+    output_residual,
+    require_prediction,
+    rescaled,
+    wanted_error,
+)
 from mep.solvers.response import Response
 from mep.solvers.secant import Trial
 from mep.solvers.walks import Walks, worst_residual
+
+
+_CHEAP = 1 << 23
+"""So many multiplications take about as long as the few dozen small operations of one rescaling."""
 
 
 def few(batch: int) -> int:
@@ -94,6 +108,8 @@ class Sweep(Solver):
             memory: _Memory = moved.memory
             x, _, wanted = memory.trials[0]
             moved.out_of_reach = self.adaptive and expands(memory.question, x, wanted, moved.residual)
+        if float(moved.residual.max()) > self.tol:
+            moved = self._rescaled(moved)
         may_have_settled = not energy.is_affine and float(moved.residual.min()) <= self.tol
         return self.certify(energy, moved) if may_have_settled else moved
 
@@ -114,7 +130,7 @@ class Sweep(Solver):
             active = iterate.residual > self.tol if sweep and rests else None
             if active is not None and iterate.memory.rows is not None:
                 active = active.index_select(0, iterate.memory.rows)
-            iterate = self._swept(energy, iterate, active)
+            iterate = self._rescaled(self._swept(energy, iterate, active))
             course.append((iterate.residual > self.tol).sum())
         return self.certify(energy, iterate), course
 
@@ -131,12 +147,32 @@ class Sweep(Solver):
         tried = memory.tried((x, output, wanted), self.history)
         return replace(iterate, residual=residual, memory=tried, gain=found, exact=False)
 
+    def _rescaled(self, iterate: Iterate) -> Iterate:
+        """With the errors that are unsettled replaced by the best of their multiples, whose answers need no sweep.
+
+        Not after the first sweep if the next one is cheap anyway: most often some example still needs it.
+        """
+        memory: _Memory = iterate.memory
+        answers, is_first = memory.answers, len(memory.trials) == 1
+        if isinstance(answers, Walks) or not self.history or (is_first and answers.work < _CHEAP):
+            return iterate
+        rows, residual = memory.rows, iterate.residual
+        mine = residual if rows is None else residual.index_select(0, rows)
+        found = rescaled(memory.cost, memory.free, memory.trials[-1], mine, self.tol)
+        if found is None:
+            return iterate
+        trial, a, left = found
+        answers.rescale(a, rows)
+        residual = left if rows is None else residual.index_copy(0, rows, left)
+        return replace(iterate, residual=residual, memory=replace(memory, trials=(*memory.trials[:-1], trial)))
+
     def _error(self, memory: _Memory, active: Tensor | None) -> Tensor:
         """What the next backward walk starts from; the examples that are not active keep what they have."""
         if not memory.trials:
             return memory.first
         latest, _, gradient = memory.trials[-1]
-        wanted = next_error(memory.cost, memory.free, memory.trials) if self.history else gradient
+        once = not isinstance(memory.answers, Walks)
+        wanted = next_error(memory.cost, memory.free, memory.trials, once) if self.history else gradient
         return (
             wanted if active is None or not self.history else torch.where(per_example(active, wanted), wanted, latest)
         )
