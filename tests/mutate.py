@@ -35,7 +35,9 @@ SUITES = {
     "nodes.py": f"{CORE} traps check",
     "settle.py": "settling traps descent",
     "cost.py": "secant properties traps settling bad_input",
-    "solvers/descent.py": "descent settling hopfield",
+    "solvers/descent.py": "descent settling hopfield stiffness",
+    "solvers/links.py": "descent",
+    "solvers/stiffness.py": "stiffness",
     "solvers/flow.py": "descent settling hopfield",
     "solvers/affine_flow.py": "descent settling",
     "solvers/checkpointed.py": "memory",
@@ -48,6 +50,7 @@ SUITES = {
     "updates/dion.py": "dion",
     "updates/orthogonal.py": "orthogonal muon",
     "updates/quintic.py": "orthogonal muon",
+    "updates/halley.py": "orthogonal muon",
     "updates/": "natural muon",
 }
 ARITHMETIC = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult}

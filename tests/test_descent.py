@@ -327,3 +327,51 @@ def test_an_error_on_which_nothing_pulls_is_measured_against_the_rounding_of_its
     size = 10 * torch.finfo(torch.float64).eps * point.values["0"].norm(dim=1) / 1e-3
     torch.testing.assert_close(flow.residual(), 1e-13 * 6**0.5 / size, rtol=1e-6, atol=0)
     assert flow.residual().max() < 1
+
+
+# Links: what stands between a state and its only reader, of every kind.
+
+POOL = nn.MaxPool2d
+LINKS = {
+    "nothing": lambda: [nn.Linear(4, 6), nn.Linear(6, 5), nn.Linear(5, 3)],
+    "slopes": lambda: [nn.Linear(4, 6), nn.LeakyReLU(0.3), nn.Linear(6, 5), nn.Hardtanh(), nn.Linear(5, 3)],
+    "two slopes": lambda: [nn.Linear(4, 6), nn.LeakyReLU(0.3), nn.Hardtanh(), nn.Linear(6, 5), nn.Linear(5, 3)],
+    "positions": lambda: [
+        nn.Unflatten(1, (2, 2)), nn.Linear(2, 5), nn.ReLU(), nn.Linear(5, 4), nn.ReLU(), nn.Flatten(), nn.Linear(8, 3)
+    ],
+    "windows apart": lambda: images(POOL(2), 4),
+    "windows apart, two of them": lambda: images(nn.Sequential(POOL(2), nn.LeakyReLU(0.2), POOL((1, 2))), 2),
+    "windows that overlap": lambda: images(POOL(2, 1), 9),
+    "windows with gaps that overlap": lambda: images(POOL(2, 2, dilation=2), 1),
+    "means": lambda: images(nn.AvgPool2d(2), 4),
+}  # fmt: skip
+
+
+def images(pool, pooled):
+    """Images of four by four behind the first layer."""
+    behind = [nn.LeakyReLU(0.3), pool, nn.Conv2d(2, 3, 1), nn.ReLU(), nn.Flatten(), nn.Linear(3 * pooled, 3)]
+    return [nn.Unflatten(1, (1, 2, 2)), nn.Conv2d(1, 2, 3, padding=2), *behind]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("adaptive", [False, True])
+@pytest.mark.parametrize("name", LINKS)
+def test_links_of_every_kind_descend_as_any_graph(monkeypatch, name, adaptive):
+    torch.manual_seed(0)
+    model, x, y = nn.Sequential(*LINKS[name]()).double(), torch.randn(5, 4).double(), torch.randint(3, (5,))
+    monkeypatch.setitem(globals(), "affine", lambda name: (model, x, y))
+    solver = mep.Descent(12, adaptive=adaptive, tol=1e-6, momentum=0.7)
+    energy, found, expected = both_ways(monkeypatch, name, solver)
+    assert_same_settled(energy, found, expected, **SAME)
+    flow = AffineFlow(energy, energy.rest(), None)
+    assert bool(flow.through) == ("overlap" not in name and name != "means")
+
+
+@torch.no_grad()
+def test_a_state_seen_through_windows_takes_the_room_of_what_is_seen():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(*images(POOL(2), 4)).double(), torch.randn(5, 4).double()
+    energy, point = free_energy(model, x)
+    energy = nudge(energy, make_cost("cross_entropy")(energy.output(point), torch.arange(5) % 3), BETA)
+    assert AffineFlow(energy, point, None).places["1"].t.shape == (5, 2, 2, 2)
+    assert AffineFlow(energy, point, energy.errors(point)).places["1"].t.shape == (5, 2, 4, 4)

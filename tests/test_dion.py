@@ -517,7 +517,7 @@ def test_state_dict_continues_bit_for_bit(dtype):
         again = loaded.state_dict()["state"]
         for index, state in saved[1]["state"].items():
             assert again[index].keys() == state.keys()
-            assert all(torch.equal(again[index][name], state[name]) for name in state)
+            assert all(torch.equal(torch.as_tensor(again[index][name]), torch.as_tensor(state[name])) for name in state)
         return fresh, loaded
 
     continued(load, dtype)

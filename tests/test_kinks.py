@@ -385,3 +385,12 @@ def test_linear_networks_have_no_branches_to_differ_in():
 def test_betas_must_be_positive():
     with pytest.raises(mep.ArgumentError, match=r"compare_branches\(betas=\(0.1, -1\)\).*positive"):
         compare_branches(nn.Linear(4, 3), torch.randn(6, 4), torch.arange(6) % 3, betas=(0.1, -1))
+
+
+@pytest.mark.parametrize(
+    "kernel, stride, dilation", [(2, 2, 1), (3, 2, 1), (2, 2, 2), (3, 2, 3), (2, 3, 2), (4, 2, 2), (3, 1, 2)]
+)
+def test_a_unit_lies_in_so_many_windows(kernel, stride, dilation):
+    windows = Windows(MaxPool(1, options={"kernel_size": kernel, "stride": stride, "dilation": dilation}))
+    units = windows(torch.arange(40.0).view(1, 1, 40)).flatten()
+    assert int(torch.bincount(units.long()).max()) == windows.overlap()

@@ -116,7 +116,7 @@ def sdmep_update(p, g, lr, momentum, nesterov):
 
 
 def bounded(p, gamma):
-    return p if p.ndim < 2 else p * min(1, gamma / torch.linalg.svdvals(p)[0])
+    return p if p.ndim < 2 or p.norm() <= gamma else p * min(1, 0.9 * gamma / torch.linalg.svdvals(p)[0])
 
 
 DION_THRESHOLD = 9 * 6

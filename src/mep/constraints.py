@@ -1,6 +1,6 @@
 """Constraints: what stays true of the weights after an update. They are step post-hooks and know no energy.
 
-    spectral_bound(gamma):   W <- W min(1, gamma / sigma_max(W))
+    spectral_bound(gamma):   W <- W min(1, gamma (1 - slack) / sigma_max(W))     where sigma_max(W) may exceed gamma
 
 keeps the largest singular value of every weight at or below gamma, so that no layer stretches any input by more than
 gamma. It scales the whole matrix: it is neither the projection, which would clip each singular value, nor
@@ -8,6 +8,11 @@ gamma. It scales the whole matrix: it is neither the projection, which would cli
 
 An estimate of sigma_max by iteration comes from below: a direction that the iteration has not met yet may be longer. So
 it needs a proof, and a Cholesky factorisation is one: `t^2 I - W W^T` has a factor if and only if `sigma_max(W) < t`.
+
+Both cost as much as a step of a small network, so that they must not be due at every step. A weight R that was measured
+need not be measured again while `sigma_max(R) + |W - R|` is below gamma. The slack is the room that this leaves; the
+Frobenius norm of `W - R`, which is quick to compute, uses it up in a step or two. Muon's steps have a known spectral
+norm, ten times smaller: with it a measurement serves ten steps.
 
 References: Lanczos process and Cholesky factorisation as in Golub and Van Loan 2013, "Matrix Computations", sections
 10.1 and 4.2. The bound as a regulariser: Yoshida and Miyato 2017, https://arxiv.org/abs/1705.10941.
@@ -32,19 +37,25 @@ EXACT_ROWS = 128
 MOST_STEPS = 32
 
 
-def spectral_bound(gamma: float) -> Callable[..., None]:
-    """A step post-hook that scales every weight whose largest singular value exceeds `gamma` down to it.
+def spectral_bound(gamma: float, slack: float = 0.1) -> Callable[..., None]:
+    """A step post-hook that keeps the largest singular value of every weight at or below `gamma`.
 
     `sigma_max(W) <= gamma (1 + 1e-3)` holds after every step for each parameter with `ndim >= 2` (convolutions count
     as `[out, rest]`) that the step could move: one that requires and has a gradient, in a group with `lr != 0`. All
     others stay exactly as they are, and so do weights that hold a NaN or an infinity.
 
-    On the CPU a weight is measured again only once it has moved far enough to reach the bound: its value and norm then
-    are `optimizer.state[p]["spectral_reference"]` and `["spectral_norm"]`. With more than 128 rows and columns it also
-    keeps one vector, `["spectral_vector"]`, where the next estimate starts. Other devices never wait for the host.
+    On the CPU a weight is measured only when it could have reached the bound: at first, and once it has moved by the
+    distance that was left. If it then exceeds `gamma (1 - slack)`, it is scaled to that. What it was and its norm are
+    kept in `optimizer.state[p]["spectral_reference"]` and `["spectral_norm"]`; with more than 128 rows and columns,
+    one vector in `["spectral_vector"]`, where the next estimate starts. The distance is the Frobenius norm, or the
+    growth of `["spectral_path"]` where the optimizer adds up the spectral norms of its steps there, as `Muon` does;
+    then nobody else may change the weight by less than such steps could.
+
+    Other devices measure at every step, without waiting for the host: they need no slack.
 
     Args:
         gamma: the bound, in units of singular values.
+        slack: how far below the bound a weight is put that reached it, in [0, 1). The more, the fewer measurements.
 
     Returns:
         A function for `optimizer.register_step_post_hook`. After a step, calling it with the optimizer does the same.
@@ -56,7 +67,7 @@ def spectral_bound(gamma: float) -> Callable[..., None]:
         >>> import torch
         >>> weight = torch.nn.Parameter(torch.diag(torch.tensor([3.0, 1.0])))
         >>> optimizer = torch.optim.SGD([weight], lr=0.1)
-        >>> handle = optimizer.register_step_post_hook(spectral_bound(1.5))
+        >>> handle = optimizer.register_step_post_hook(spectral_bound(1.5, slack=0.0))
         >>> weight.grad = torch.zeros(2, 2)
         >>> optimizer.step()
         >>> torch.allclose(weight, torch.diag(torch.tensor([1.5, 0.5])))
@@ -64,7 +75,9 @@ def spectral_bound(gamma: float) -> Callable[..., None]:
     """
     if not 0 < gamma < math.inf:
         raise ArgumentError(f"spectral_bound(gamma={gamma!r}) must be positive and finite.")
-    return functools.partial(_bound_all_, gamma=gamma)
+    if not 0 <= slack < 1:
+        raise ArgumentError(f"spectral_bound(slack={slack!r}) must be at least 0 and below 1.")
+    return functools.partial(_bound_all_, gamma=gamma, slack=slack)
 
 
 def largest_eigenpair(square: Tensor, start: Tensor) -> tuple[float, Tensor]:
@@ -125,17 +138,19 @@ def largest_by_squaring(square: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _bound_all_(optimizer: torch.optim.Optimizer, args: Any = (), kwargs: Any = None, *, gamma: float) -> None:
+def _bound_all_(
+    optimizer: torch.optim.Optimizer, args: Any = (), kwargs: Any = None, *, gamma: float, slack: float
+) -> None:
     for group in optimizer.param_groups:
         if group.get("lr", 1.0) == 0:
             continue
         for p in group["params"]:
             if p.ndim >= 2 and p.requires_grad and p.grad is not None and p.numel() > 0:
                 with torch.autocast(p.device.type, enabled=False):
-                    _bound_(p, optimizer.state[p], gamma)
+                    _bound_(p, optimizer.state[p], gamma, slack)
 
 
-def _bound_(weight: Tensor, state: dict[str, Any], gamma: float) -> None:
+def _bound_(weight: Tensor, state: dict[str, Any], gamma: float, slack: float) -> None:
     if weight.is_complex() or weight.layout != torch.strided:
         raise ArgumentError(
             f"spectral_bound: a weight of shape {list(weight.shape)} is {weight.dtype}, {weight.layout}, but only real "
@@ -149,12 +164,14 @@ def _bound_(weight: Tensor, state: dict[str, Any], gamma: float) -> None:
     if weight.device.type == "cpu":
         if _stayed_below(weight, state, gamma):
             return
-        norm = _norm_on_cpu(wide, weight.dtype, state, gamma)
-        if norm > gamma:
-            weight.mul_(gamma / norm)
+        norm, most = _norm_on_cpu(wide, weight.dtype, state, gamma), gamma * (1 - slack)
+        if norm > most:
+            weight.mul_(most / norm)
+            norm = most
         if 0 < norm < gamma:
             state["spectral_norm"] = norm
             state["spectral_reference"] = weight.detach().clone()
+            state["spectral_start"] = state.get("spectral_path", 0.0)
     else:
         weight.mul_(_factor_without_waiting(wide, gamma))
 
@@ -162,13 +179,17 @@ def _bound_(weight: Tensor, state: dict[str, Any], gamma: float) -> None:
 def _stayed_below(weight: Tensor, state: dict[str, Any], gamma: float) -> bool:
     """Whether the weight has not moved far enough since it was measured to exceed `gamma`.
 
-    `sigma_max(W) <= sigma_max(R) + |W - R|_F`: no measurement until that could reach the bound.
+    `sigma_max(W) <= sigma_max(R) + |W - R|_2`, and that norm exceeds neither the Frobenius norm nor the path between.
     """
     reference = state.get("spectral_reference")
     if reference is None or reference.shape != weight.shape:
         return False
-    moved = torch.linalg.vector_norm(weight - reference, dtype=torch.promote_types(weight.dtype, torch.float32))
-    return state["spectral_norm"] + float(moved) <= gamma
+    moved = float(torch.linalg.vector_norm(weight - reference, dtype=torch.promote_types(weight.dtype, torch.float32)))
+    path = state.get("spectral_path", 0.0) - state.get("spectral_start", math.inf)
+    rank = min(len(weight), weight.numel() // len(weight))
+    if moved <= math.sqrt(rank) * path:  # else it was not these steps that moved it
+        moved = min(moved, path)
+    return state["spectral_norm"] + moved <= gamma
 
 
 def _factor_without_waiting(wide: Tensor, gamma: float) -> Tensor:

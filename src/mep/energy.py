@@ -28,6 +28,7 @@ from mep.activations import Kink
 from mep.cost import BatchCost
 from mep.errors import ArgumentError
 from mep.graph import Graph, Point
+from mep.layout import by_example
 from mep.nodes import Held, Node, Strength, displaced
 
 State = dict[str, Tensor]
@@ -231,7 +232,7 @@ def inside_box(node: Node, mu: Tensor) -> Tensor:
 
 def example_norm(tensor: Tensor, batch: int) -> Tensor:
     """The Euclidean norm over everything but the examples: [batch]. Rows of one example must be neighbours."""
-    return torch.linalg.vector_norm(tensor.reshape(batch, -1), dim=1)
+    return torch.linalg.vector_norm(by_example(tensor, batch), dim=1)
 
 
 def per_example(mask: Tensor, like: Tensor) -> Tensor:
@@ -252,7 +253,7 @@ def relative_residual(side: Tensor, other: Tensor, state: Tensor, batch: int, bo
         force = torch.where((state <= low) & (force > 0), 0, force)
     if high < math.inf:
         force = torch.where((state >= high) & (force < 0), 0, force)
-    rows = torch.stack([force, side, other, state]).reshape(4, batch, -1)
+    rows = torch.stack([by_example(t, batch) for t in (force, side, other, state)])
     violated, one, two, size = torch.linalg.vector_norm(rows, dim=2)
     limits = torch.finfo(state.dtype)
     floor = torch.where(two == 0, 10 * limits.eps * size, limits.tiny)

@@ -22,7 +22,7 @@ class InputError(MepError, ValueError):
 
 
 class DivergedError(MepError, ArithmeticError):
-    """Settling left the finite numbers; nothing was written."""
+    """Settling ran away, or numbers are not finite; nothing was written."""
 
 
 class DataError(MepError, ValueError):

@@ -26,6 +26,11 @@ def as_laid_out(t: Tensor, like: Tensor) -> Tensor:
     return t.contiguous(memory_format=layout(like)) if t.ndim == 4 else t
 
 
+def by_example(t: Tensor, batch: int) -> Tensor:
+    """Every example in a row, its numbers in the order of memory: [batch, numbers]."""
+    return (t.permute(0, 2, 3, 1) if layout(t) is torch.channels_last else t).reshape(batch, -1)
+
+
 def rows_of(t: Tensor, index: Tensor) -> Tensor:
     """Some rows of a tensor, in its layout."""
     return as_laid_out(t.index_select(0, index), t)

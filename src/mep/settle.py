@@ -144,6 +144,10 @@ class Solver(ABC):
     def advance(self, energy: Energy, iterate: Iterate, active: Tensor | None) -> Iterate:
         """The next iterate; where `active` ([batch], None for all) is False, an example stays where it is."""
 
+    def way_out(self, energy: Energy, point: Point) -> str:
+        """What to do where this has diverged from a point."""
+        return "a smaller beta, or mep.Sweep."
+
     def certify(self, energy: Energy, iterate: Iterate) -> Iterate:
         """The same iterate with its point, its errors and its exact residual, where `advance` was content with less."""
         return iterate

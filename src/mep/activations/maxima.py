@@ -146,7 +146,8 @@ class Windows:
         counts = []
         for i in range(self.pool.n):
             kernel = self._option("kernel_size", i)
-            counts.append(-(-kernel // (self._option("stride", i) or kernel)))
+            stride = self._option("stride", i) or kernel
+            counts.append(-(-kernel // (stride // math.gcd(stride, self._option("dilation", i, 1)))))
         return math.prod(counts)
 
 

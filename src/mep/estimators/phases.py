@@ -49,8 +49,8 @@ def settle_phases(
         beta *= _SHRINK**2 if Result.OUT_OF_REACH in failed else _SHRINK
     if any(s.result is Result.DIVERGED for _, _, s in found):
         raise DivergedError(
-            f"Settling left the finite numbers at beta={beta:g} with {solver}. Nothing was changed. Way out: a smaller "
-            "settle_lr or beta, or mep.Sweep."
+            f"Settling diverged at beta={beta:g} with {solver}. Nothing was changed. Way out: "
+            + solver.way_out(found[-1][1], free.point)
         )
     return beta, found
 

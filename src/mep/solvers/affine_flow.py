@@ -5,7 +5,7 @@
     force_n = delta_n - sum_c J_c^T delta_c        less dC/ds at the output
 
 In the unit `-beta` this is descent on the states, to rounding and without its cancellation: t is of order 1 for every
-beta. One product with each weight forward and one back is all that a step costs.
+beta. One product with each weight forward and one back is nearly all that a step costs (`links.py`).
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ from torch import Tensor
 
 from mep.energy import Energy, State, example_norm, per_example, relative_residual, rounding
 from mep.graph import Point
+from mep.layout import layout
 from mep.nodes import Node, displaced
 from mep.solvers.flow import Flow
-from mep.solvers.response import saved_after
+from mep.solvers.links import Branches, Place, linked, only_reader
+from mep.solvers.response import Moved
 
 
 def is_affine_at_rest(energy: Energy, point: Point) -> bool:
@@ -36,7 +38,7 @@ class AffineFlow(Flow):
     row. The velocity is kept as the running mean of the forces: `lr / (1 - momentum)` times it is the step.
 
     What is still zero has no entry in `shift` (the t of states and junctions), `delta`, `force`, `arriving` (see
-    `Graph.push`).
+    `Graph.push`). For a state in `through`, z stands in the place of t (`links.py`).
 
     Args:
         energy: nudged, of an affine graph.
@@ -46,21 +48,40 @@ class AffineFlow(Flow):
 
     def __init__(self, energy: Energy, free: Point, errors: State | None):
         self.energy, self.free = energy, free
-        states = {node.name: free.values[node.name] for node in reversed(energy.graph.states)}
-        sizes = [s.numel() for s in states.values()]
-        self.ends = dict(zip(states, accumulate(sizes), strict=True))
-        self.rows = energy.output(free).new_zeros(4, sum(sizes)).unbind()
-        split = [zip(states.items(), row.split(sizes), strict=True) for row in self.rows]
-        self.t, self.velocity, self._force, self._delta = ({n: v.view(s.shape) for (n, s), v in row} for row in split)
-        self.reached = 0
+        graph, states = energy.graph, energy.graph.states[::-1]
+        readers = {node.name: reader for node in states if (reader := only_reader(graph, node))}
+        branches = {n: Branches(reader, free.saved[reader.name], free.values[n]) for n, reader in readers.items()}
+        at_rest = [node.name for node in states if node.clamped and node.name in readers and errors is None]
+        self.through = {name: branches[name] for name in at_rest if branches[name].are_apart}
+        seen = {name: own.seen for name, own in self.through.items()}
+        self._make_room({node.name: seen.get(node.name, free.values[node.name]) for node in states})
+        self.saved, links = dict(free.saved), dict[str, Node]()
+        for name, reader in readers.items():
+            places = self.places[reader.name], self.places[name]
+            links[reader.name], self.saved[reader.name] = linked(branches[name], *places, name in self.through)
+        self.nodes = [links.get(node.name, node) for node in graph.nodes]
+        self.ahead = [node for node in self.nodes if not node.clamped]
+        self.reached, self.new = 0, list[str]()
         self.force: State = {}
         self.delta: State = {}
         self.arriving: State = {}
         self.shift: State = {}
         if errors is not None:
-            tangents, _ = energy.graph.push(free.saved, errors)
-            self.shift = {name: self.t[name].copy_(tangents[name]) for name in states}
+            tangents, _ = graph.push(free.saved, errors)
+            self.shift = {name: place.t.copy_(tangents[name]) for name, place in self.places.items()}
+            self.delta = {node.name: self.places[node.name].delta for node in states if node.clamped}
         self._look()
+
+    def _make_room(self, like: State) -> None:
+        """Four rows, and what belongs to each state."""
+        sizes = [s.numel() for s in like.values()]
+        self.ends = dict(zip(like, accumulate(sizes), strict=True))
+        self.rows = self.energy.output(self.free).new_zeros(4, sum(sizes)).unbind()
+        self.places = {}
+        for (name, s), *pieces in zip(like.items(), *(row.split(sizes) for row in self.rows), strict=True):
+            t, velocity, force, delta = (_shaped(piece, s) for piece in pieces)
+            is_clamped = self.energy.graph.by_name[name].clamped
+            self.places[name] = Place(t, velocity, force, t if is_clamped else delta)
 
     def step(self, lr: float, momentum: float, active: Tensor | None) -> None:
         t, v, force = self.live
@@ -69,48 +90,58 @@ class AffineFlow(Flow):
         if active is None:
             t.sub_(v, alpha=size)
         else:
-            for name in self.force:
-                v = self.velocity[name]
-                self.t[name].sub_(torch.where(per_example(active, v), v, 0), alpha=size)
-        self.shift = {name: self.t[name] for name in self.force}
+            for place in map(self.places.__getitem__, self.force):
+                v = place.velocity
+                place.t.sub_(torch.where(per_example(active, v), v, 0), alpha=size)
+        while self.new:
+            name = self.new.pop()
+            self.shift[name] = self.places[name].t
+            if self.energy.graph.by_name[name].clamped:
+                self.delta[name] = self.places[name].delta
         self._look()
+
+    def forces(self) -> State:
+        return {name: self._as_felt(name, force) for name, force in self.force.items()}
 
     def residual(self) -> Tensor:
         """In the unit of the forces."""
         batch, beta, found = self.energy.batch, self.energy.beta, []
-        for name, force in self.force.items():
-            delta = self.delta.get(name, self._delta[name])
-            found.append(relative_residual(delta, delta - force, self._value(name) / beta, batch))
+        for name, force in self.forces().items():
+            delta = self._as_felt(name, self.places[name].delta)
+            state = self.through[name].seen if name in self.through else self._value(name)
+            found.append(relative_residual(delta, delta - force, state / beta, batch))
         nudged, output = example_norm(self.gradient * beta, batch), self._value(self.energy.graph.output)
         return torch.stack(found).amax(0) * (nudged > 10 * rounding(output, batch))
 
     def ended(self) -> tuple[Point, State | None]:
-        energy, free = self.energy, self.free
-        values = free.values | {name: self._value(name) for name in self.shift}
-        errors = {name: self.delta.get(name, d) for name, d in self._delta.items()}
-        predictions = {name: displaced(values[name], error, -energy.beta) for name, error in errors.items()}
-        return Point(values, predictions, saved_after(energy, free, dict(self.arriving))), errors
+        errors = {
+            name: self.through[name].pull(place.delta) if name in self.through else place.delta
+            for name, place in self.places.items()
+        }
+        return Moved(self.energy, self.free, errors, self.arriving), errors
 
     def _look(self) -> None:
         """The deltas and forces where the states stand now."""
-        energy, free = self.energy, self.free
-        for node in energy.graph.nodes:
-            name, predicted = node.name, None
-            shifts = [self.shift.get(parent) for parent in node.parents]
-            if not node.clamped and any(t is not None for t in shifts):
-                predicted, arriving = node.push(free.saved[name], shifts)
+        for node in self.ahead:
+            name = node.name
+            shifts = [t for parent in node.parents if (t := self.shift.get(parent)) is not None]
+            if shifts:
+                predicted, arriving = node.push(self.saved[name], shifts)
+                assert predicted is not None
                 if arriving is not None:
                     self.arriving[name] = arriving
-            if not node.owns_state:
-                if predicted is not None:
+                if node.owns_state:
+                    place = self.places[name]
+                    is_delta = predicted is place.delta
+                    self.delta[name] = predicted if is_delta else torch.sub(place.t, predicted, out=place.delta)
+                else:
                     self.shift[name] = predicted
-            elif predicted is not None:
-                self.delta[name] = torch.sub(self.t[name], predicted, out=self._delta[name])
             elif name in self.shift:
-                self.delta[name] = self.t[name]
+                self.delta[name] = self.places[name].delta.copy_(self.shift[name])
+        energy = self.energy
         assert energy.nudge is not None
         self.gradient = energy.nudge.cost.gradient(self._value(energy.graph.output))
-        energy.graph.pull(free.saved, self.gradient, self._transmit)
+        energy.graph.pull_through(self.nodes, self.saved, {energy.graph.output: self.gradient}, self._transmit)
 
     def _transmit(self, node: Node, pull: Tensor | None) -> Tensor | None:
         """Note the force on a state, and hand its delta on."""
@@ -120,17 +151,31 @@ class AffineFlow(Flow):
         delta = self.delta.get(name)
         if pull is None and delta is None:
             return None
+        place = self.places[name]
         if name not in self.force:
-            self.force[name] = self._force[name]
+            self.force[name] = place.force
+            self.new.append(name)
             self.reached = max(self.reached, self.ends[name])
             self.live = [row[: self.reached] for row in self.rows[:3]]
         if pull is None:
-            self._force[name].copy_(delta)
-        else:
-            torch.sub(self._delta[name] if delta is None else delta, pull, out=self._force[name])
+            place.force.copy_(place.delta)
+        elif pull is not place.force:
+            torch.sub(place.delta, pull, out=place.force)
         return delta
 
+    def _as_felt(self, name: str, z: Tensor) -> Tensor:
+        """With the norm that `B^T z` has."""
+        return z * self.through[name].slopes if name in self.through else z
+
     def _value(self, name: str) -> Tensor:
-        """Of a node."""
+        """Of a node that is not in `through`."""
         free, shift = self.free.values[name], self.shift.get(name)
         return free if shift is None else displaced(free, shift, self.energy.beta)
+
+
+def _shaped(piece: Tensor, like: Tensor) -> Tensor:
+    """Memory as a tensor of that shape and layout."""
+    if layout(like) is torch.channels_last:
+        batch, channels, height, width = like.shape
+        return piece.view(batch, height, width, channels).permute(0, 3, 1, 2)
+    return piece.view(like.shape)

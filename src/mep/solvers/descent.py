@@ -20,9 +20,13 @@ from mep.graph import Point
 from mep.settle import Iterate, Known, Solver
 from mep.solvers.affine_flow import AffineFlow, is_affine_at_rest
 from mep.solvers.flow import AnyFlow, Flow
+from mep.solvers.stiffness import largest_step
 
 _RUNAWAY = 1e2
 """A force so many times the first one is not on its way to zero."""
+
+_MARGIN = 0.8
+"""A step so near the largest one that converges may be too large: that one is known from above."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,8 @@ class Descent(Solver):
 
     Args:
         settle_steps: the largest number of steps, or with `adaptive=False` the exact one.
-        settle_lr: step size; the curvature of the prediction energy is about `1 + |J|^2`.
+        settle_lr: step size; the curvature of the prediction energy is about `1 + |J|^2`. None: half of the largest
+            step that converges, measured in every batch for the price of about eight steps (`stiffness.py`).
         momentum: in [0, 1).
         adaptive: stop when every example's residual was at most `tol` in `patience` consecutive steps.
         tol: relative residual.
@@ -46,15 +51,16 @@ class Descent(Solver):
     tol: float = 1e-2
     patience: int = 1
     adaptive: bool = False
-    settle_lr: float = 0.15
+    settle_lr: float | None = 0.15
     momentum: float = 0.5
 
     recalls = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not (isinstance(self.settle_lr, (int, float)) and 0 < self.settle_lr < math.inf):
-            raise ArgumentError(f"Descent(settle_lr={self.settle_lr!r}): must be a positive number.")
+        is_number = isinstance(self.settle_lr, (int, float)) and 0 < self.settle_lr < math.inf
+        if not (is_number or self.settle_lr is None):
+            raise ArgumentError(f"Descent(settle_lr={self.settle_lr!r}): must be a positive number, or None.")
         if not (isinstance(self.momentum, (int, float)) and 0 <= self.momentum < 1):
             raise ArgumentError(f"Descent(momentum={self.momentum!r}): must lie in [0, 1).")
 
@@ -65,13 +71,14 @@ class Descent(Solver):
         else:
             flow = AnyFlow(energy, point if known.errors is None else energy.following(known.errors))
         scale = _size(flow, energy.batch)
-        there = Iterate(point, torch.ones_like(scale), memory=_Memory(flow, scale, known.look_from))
+        lr = largest_step(energy, point, self.momentum) / 2 if self.settle_lr is None else self.settle_lr
+        there = Iterate(point, torch.ones_like(scale), memory=_Memory(flow, scale, lr, known.look_from))
         return self._measured(there) if self.adaptive else there
 
     def advance(self, energy: Energy, iterate: Iterate, active: Tensor | None) -> Iterate:
         """One step of every state that a force has reached."""
         memory: _Memory = iterate.memory
-        memory.flow.step(self.settle_lr, self.momentum, active)
+        memory.flow.step(memory.lr, self.momentum, active)
         memory.steps += 1
         there = replace(iterate, exact=False) if iterate.exact else iterate
         return self._measured(there) if self.adaptive and memory.steps >= memory.look_from else there
@@ -80,6 +87,16 @@ class Descent(Solver):
         """With its point, and its residual if that was not measured on the way."""
         point, errors = iterate.memory.flow.ended()
         return replace(iterate if iterate.exact else self._measured(iterate), point=point, errors=errors)
+
+    def way_out(self, energy: Energy, point: Point) -> str:
+        """What to do where this has diverged from a point: a smaller step, if that would help."""
+        largest = largest_step(energy, point, self.momentum)
+        if self.settle_lr is None or self.settle_lr < _MARGIN * largest:
+            return "a smaller beta, or mep.Sweep."
+        return (
+            f"a smaller settle_lr, well below {largest:.2g}: for a larger one the energy is too stiff, the more so the "
+            "more the model learns. mep.Descent(settle_lr=None) measures it in every batch; mep.Sweep needs none."
+        )
 
     def _measured(self, iterate: Iterate) -> Iterate:
         """With its residual, and whether the forces have grown beyond hope since the first."""
@@ -90,17 +107,18 @@ class Descent(Solver):
 
 @dataclass
 class _Memory:
-    """What moves the states, how large it was at first ([batch]), and the steps made.
+    """What moves the states, how large it was at first ([batch]), the step size, and the steps made.
 
     `look_from` as in `Known`; unless `adaptive` nobody looks on the way.
     """
 
     flow: Flow
     scale: Tensor
+    lr: float
     look_from: int
     steps: int = 0
 
 
 def _size(flow: Flow, batch: int) -> Tensor:
     """The norm of the largest force on an example: [batch]."""
-    return torch.stack([example_norm(force, batch) for force in flow.force.values()]).amax(0)
+    return torch.stack([example_norm(force, batch) for force in flow.forces().values()]).amax(0)

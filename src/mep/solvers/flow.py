@@ -17,13 +17,15 @@ from mep.nodes import Node
 
 
 class Flow(ABC):
-    """Where the states stand, and `force`: dF/ds of every state that a force has reached, in a unit of its own."""
-
-    force: State
+    """Where the states stand, and what forces are on them there."""
 
     @abstractmethod
     def step(self, lr: float, momentum: float, active: Tensor | None) -> None:
         """`v <- momentum v + force`, `s <- s - lr v`; an example that is not `active` ([batch]) stays where it is."""
+
+    @abstractmethod
+    def forces(self) -> State:
+        """dF/ds of every state that a force has reached, in a unit of its own."""
 
     @abstractmethod
     def residual(self) -> Tensor:
@@ -55,6 +57,9 @@ class AnyFlow(Flow):
             state[name] = moved if active is None else torch.where(per_example(active, s), moved, s)
         place = lambda node, mu: state[node.name]  # noqa: E731
         self._stand_at(energy.graph.evaluate(energy.inputs, energy.held, place, self.point))
+
+    def forces(self) -> State:
+        return self.force
 
     def residual(self) -> Tensor:
         pulls = {

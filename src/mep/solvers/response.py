@@ -105,7 +105,8 @@ class Response:
     @property
     def point(self) -> Point:
         """Where the states are now."""
-        return Moved(self)
+        arriving = OnDemand(self.arriving, lambda name: self.scaled(self.arriving, name))
+        return Moved(self.energy, self.free, self.errors, arriving)
 
 
 def multiplications(node: Node, error: Tensor | None) -> int:
@@ -144,11 +145,9 @@ def saved_after(energy: Energy, free: Point, arriving: Mapping[str, Tensor]) -> 
 class Moved(Point):
     """An affine graph after its states have followed the errors; what nobody asks for is not computed."""
 
-    def __init__(self, response: Response):
-        self.energy, self.free = response.energy, response.free
-        self.errors = response.errors
-        arriving = OnDemand(response.arriving, lambda name: response.scaled(response.arriving, name))
-        self.saved = saved_after(self.energy, self.free, arriving)
+    def __init__(self, energy: Energy, free: Point, errors: Mapping[str, Tensor], arriving: Mapping[str, Tensor]):
+        self.energy, self.free, self.errors = energy, free, errors
+        self.saved = saved_after(energy, free, arriving)
 
     @cached_property
     def _walked(self) -> Point:

@@ -44,7 +44,6 @@ from mep.solvers.response import Response
 from mep.solvers.secant import Trial
 from mep.solvers.walks import Walks, worst_residual
 
-
 _CHEAP = 1 << 23
 """So many multiplications take about as long as the few dozen small operations of one rescaling."""
 

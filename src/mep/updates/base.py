@@ -91,6 +91,13 @@ class Update(torch.optim.Optimizer, ABC):
             state["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.preserve_format)
         return state["momentum_buffer"]
 
+    def _lengthen_path(self, matrices: list[Tensor], lengths: list[float]) -> None:
+        """Add to `spectral_path`, the length of the way that a weight has come in spectral norm, decay apart."""
+        for p, length in zip(matrices, lengths, strict=True):
+            if torch.finfo(p.dtype).bits >= 32:  # in half precision rounding may move a weight further
+                state = self.state[p]
+                state["spectral_path"] = state.get("spectral_path", 0.0) + length
+
 
 def _check_grads(params: list[Tensor], call: str) -> None:
     for p in params:

@@ -83,8 +83,8 @@ def dion_(weight: Tensor, buffer: Tensor, factor: Tensor, size: float, momentum:
 class Dion(Update):
     """Low-rank orthonormal updates from power iteration on the momentum, with error feedback.
 
-    The state is `momentum_buffer`, and `right_factor` for those parameters that take Dion's step. Every keyword may
-    differ between parameter groups.
+    The state is `momentum_buffer`, `right_factor` for those parameters that take Dion's step, and `spectral_path` for
+    matrices that take Muon's. Every keyword may differ between parameter groups.
 
     Args:
         params: parameters or parameter groups. Those with `ndim >= 2` are matrices `[out, rest]`.
@@ -159,7 +159,7 @@ class Dion(Update):
         if large:
             self._dion_step_(group, large)
         if small:
-            muon_step_(small, self._directions(group, small), group)
+            self._lengthen_path(small, muon_step_(small, self._directions(group, small), group))
         if vectors:
             vector_step_(vectors, self._directions(group, vectors), group)
 

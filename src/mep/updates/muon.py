@@ -26,7 +26,7 @@ from torch.optim.optimizer import ParamsT
 
 from mep.errors import ArgumentError
 from mep.updates.base import Update, scale_
-from mep.updates.orthogonal import check_method, orthogonalise
+from mep.updates.orthogonal import check_method, largest_singular_value, orthogonalise
 
 SCALES: dict[str, Callable[[int, int], float]] = {
     "spectral": lambda rows, columns: math.sqrt(max(1.0, rows / columns)),
@@ -52,14 +52,19 @@ def orthogonal_directions(matrices: Sequence[Tensor], method: str = "auto", step
     return result
 
 
-def muon_step_(matrices: list[Tensor], directions: list[Tensor], group: dict[str, Any]) -> None:
-    """Let the `matrices` decay and move them along the orthogonalised `directions`, as the keywords in `group` say."""
+def muon_step_(matrices: list[Tensor], directions: list[Tensor], group: dict[str, Any]) -> list[float]:
+    """Let the `matrices` decay and move them along the orthogonalised `directions`, as the keywords in `group` say.
+
+    Returns:
+        What the spectral norm of each move, the decay apart, does not exceed.
+    """
     lr = float(group["lr"])
     turned = orthogonal_directions(directions, group["method"], group["steps"])
     scale_(matrices, 1 - lr * group["weight_decay"])
-    for p, direction in zip(matrices, turned, strict=True):
-        rows = p.shape[0]
-        p.add_(direction, alpha=-lr * SCALES[group["scale"]](rows, p.numel() // rows))
+    sizes = [lr * SCALES[group["scale"]](p.shape[0], p.numel() // p.shape[0]) for p in matrices]
+    for p, direction, size in zip(matrices, turned, sizes, strict=True):
+        p.add_(direction, alpha=-size)
+    return [size * largest_singular_value(group["steps"]) for size in sizes]
 
 
 def vector_step_(vectors: list[Tensor], directions: list[Tensor], group: dict[str, Any]) -> None:
@@ -79,7 +84,8 @@ def check_muon_step(group: dict[str, Any], call: str) -> None:
 class Muon(Update):
     """Momentum with the nearest orthogonal matrix as the step; plain SGD with momentum for biases and gains.
 
-    The only state is `momentum_buffer`. Every keyword may differ between parameter groups.
+    The state is `momentum_buffer`, and for a matrix `spectral_path`, see `spectral_bound`. Every keyword may differ
+    between parameter groups.
 
     Args:
         params: parameters or parameter groups. Those with `ndim >= 2` are matrices `[out, rest]`.
@@ -136,6 +142,6 @@ class Muon(Update):
         matrices = [p for p in params if p.ndim >= 2]
         vectors = [p for p in params if p.ndim < 2]
         if matrices:
-            muon_step_(matrices, self._directions(group, matrices), group)
+            self._lengthen_path(matrices, muon_step_(matrices, self._directions(group, matrices), group))
         if vectors:
             vector_step_(vectors, self._directions(group, vectors), group)

@@ -6,14 +6,15 @@ partial isometry. The methods differ only in how they turn every sigma into one:
 
     newton_schulz   x <- a x + b x^3 + c x^5, the same a, b, c each step: stops near one rather than at it
     polar_express   the same step, with the best a, b, c for what the steps before have left
-    quick           the same in half as many steps, for singular values from a hundredth of the norm on
+    halley          (a + b (M M^T + c)^-1) M, near one at the price of one inverse
     gram            (M M^T)^(-1/2) through the eigenvectors of the small square matrix M M^T
     svd             U V^T as it stands: slow, the oracle of the tests
 
 An inverse root of an earlier M does not save this work: momentum turns its many small directions so far from one
 step to the next that M comes out with singular values between 0.03 and 50.
 
-Reference: Bernstein and Newhouse 2024, https://arxiv.org/abs/2409.20325; for the polynomials see `quintic`.
+Reference: Bernstein and Newhouse 2024, https://arxiv.org/abs/2409.20325; for the polynomials see `quintic`, for the
+inverse `halley`.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ import torch
 from torch import Tensor
 
 from mep.errors import ArgumentError
-from mep.updates.quintic import newton_schulz, polar_express, quick
+from mep.updates.halley import halley
+from mep.updates.quintic import newton_schulz, polar_express
 
 _SAFE = 1e8
 """The fourth powers of matrices with such a norm, or one over it, stay clear of the ends of float32's range."""
@@ -53,19 +55,21 @@ class Method(NamedTuple):
     """A way to orthogonalise wide matrices, and what is known about it.
 
     Singular values of at least `floor` times the Frobenius norm end within `error` of one, in float32 and float64.
-    `steps` is the default number of steps; None for methods that compute the result directly.
+    `steps` is the default number of steps; None for methods that compute the result directly. `half`: whether bfloat16
+    is enough for products with the matrix.
     """
 
     factor: Callable[..., Tensor]
     steps: int | None
     floor: float
     error: float
+    half: bool = False
 
 
 METHODS = {
-    "newton_schulz": Method(newton_schulz, steps=5, floor=1e-2, error=0.32),
-    "polar_express": Method(polar_express, steps=6, floor=1e-3, error=7e-3),
-    "quick": Method(quick, steps=3, floor=1e-2, error=0.3),
+    "newton_schulz": Method(newton_schulz, steps=5, floor=1e-2, error=0.32, half=True),
+    "polar_express": Method(polar_express, steps=6, floor=1e-3, error=7e-3, half=True),
+    "halley": Method(halley, steps=None, floor=1 / 75, error=0.3, half=True),
     "gram": Method(gram, steps=None, floor=1e-2, error=5e-3),
     "svd": Method(svd, steps=None, floor=1e-4, error=1e-4),
 }
@@ -80,11 +84,11 @@ def orthogonalise(matrix: Tensor, method: str = "auto", steps: int | None = None
     its rounding, a few hundredths.
 
     Args:
-        matrix: `[..., rows, columns]`, real floating point. Half precision is computed in float32, except that the
-            methods that iterate keep to bfloat16.
+        matrix: `[..., rows, columns]`, real floating point. Half precision is computed in float32, except that
+            methods made of products keep to bfloat16.
         method: a name in `METHODS`, or `"auto"`: the exact `"gram"` in double precision, and on the CPU for up to 32
-            rows or columns; else `"quick"` on the CPU, in bfloat16 from 128 on if the processor has such products,
-            and `"polar_express"` in bfloat16 on an accelerator.
+            rows or columns; else `"halley"` on the CPU, from 128 on with the last product in bfloat16 if the processor
+            has such products, and `"polar_express"` in bfloat16 on an accelerator.
         steps: how many steps a method that iterates makes; None takes the number in `METHODS`.
 
     Returns:
@@ -112,7 +116,7 @@ def orthogonalise(matrix: Tensor, method: str = "auto", steps: int | None = None
     if method == "auto":
         method, working = _automatic(matrix)
     chosen = METHODS[method]
-    if torch.finfo(working).bits < 32 and (chosen.steps is None or working == torch.float16):
+    if torch.finfo(working).bits < 32 and (not chosen.half or working == torch.float16):
         working = torch.float32
 
     tall = matrix.shape[-2] > matrix.shape[-1]
@@ -125,6 +129,11 @@ def orthogonalise(matrix: Tensor, method: str = "auto", steps: int | None = None
         else:  # LAPACK refuses what is not finite; the rest of the batch must not suffer, nor NaN turn into a number
             result = chosen.factor(torch.where(finite, wide, 0)).where(finite, math.nan)
     return (result.mT if tall else result).to(matrix.dtype)
+
+
+def largest_singular_value(steps: int | None) -> float:
+    """What no singular value of a result of `orthogonalise` exceeds, with this number of steps and any method."""
+    return 1.4 if steps is None else 2.1  # the first step of the Polar Express alone ends anywhere below two
 
 
 def check_method(method: str, steps: int | None, call: str) -> None:
@@ -150,7 +159,7 @@ def _automatic(matrix: Tensor) -> tuple[str, torch.dtype]:
         return "polar_express", torch.bfloat16
     if rows <= _EIGENVECTORS:
         return "gram", torch.float32
-    return "quick", torch.bfloat16 if rows >= _HALF and _has_bfloat16_products() else torch.float32
+    return "halley", torch.bfloat16 if rows >= _HALF and _has_bfloat16_products() else torch.float32
 
 
 @functools.cache

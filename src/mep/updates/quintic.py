@@ -47,17 +47,6 @@ POLAR_EXPRESS = _shrunk(
         (1.8750014808534479, -1.2500016453999487, 0.3750001645474248),
     )
 )
-# The same for singular values in [1e-2, 1]: each quintic is the best approximation of one on what the steps before
-# left, by Remez' exchange.
-QUICK = _shrunk(
-    (
-        (8.09336995169727, -23.620433851656607, 17.446153819131595),
-        (3.6365882740665487, -2.7219286980195196, 0.536546519103647),
-        (2.6613039540187455, -1.9771577755368024, 0.452616768714553),
-        (1.9561727112975043, -1.3375088703110594, 0.38385281661037274),
-        (1.8751655690383398, -1.2501839532949477, 0.37501839580598617),
-    )
-)
 
 
 def newton_schulz(wide: Tensor, steps: int) -> Tensor:
@@ -68,11 +57,6 @@ def newton_schulz(wide: Tensor, steps: int) -> Tensor:
 def polar_express(wide: Tensor, steps: int) -> Tensor:
     """Singular values at one: within 7e-3 after 6 steps, 2e-5 after 7, rounding after 8, where they were above 1e-3."""
     return compose(wide, itertools.islice(itertools.chain(POLAR_EXPRESS, itertools.repeat(_LAST)), steps))
-
-
-def quick(wide: Tensor, steps: int) -> Tensor:
-    """Singular values near one: within 0.3 after 3 steps, 0.02 after 4, 5e-5 after 5, where they were above 1e-2."""
-    return compose(wide, itertools.islice(itertools.chain(QUICK, itertools.repeat(_LAST)), steps))
 
 
 def compose(wide: Tensor, coefficients: Iterable[Coefficients]) -> Tensor:
