@@ -13,16 +13,17 @@ from torch.nn import functional as F
 from typer.testing import CliRunner
 
 import mep
-from mep.cli import app, models
+from mep.cli import app, models, speeding
 from mep.cli.backprop import sgd
 from mep.cli.bench_speed import MODELS
 from mep.cli.meters import PeakMemory, Work
 from mep.cli.profile_rows import Recipe
+from mep.cli.speed_display import Display
 from mep.cli.speed_figure import draw
 from mep.cli.speed_resources import attainable, resources, seasoned
-from mep.cli.speed_rows import MUON, SGD
+from mep.cli.speed_rows import MUON, RECIPES, SGD, ChannelsLast, choose, suited
 from mep.cli.speed_table import show
-from mep.cli.speed_time import SETTLED, Contender
+from mep.cli.speed_time import SETTLED, UNTIL_COMPILED, Contender
 from mep.cli.speeding import compare, within
 from mep.cli.turns import batches_of, in_turns, relative
 
@@ -55,7 +56,25 @@ def taken(recipe, model=None, data=None):
 
 def contending(recipe):
     model, data = network(*WIDTHS), batches()
-    return Contender(recipe, seasoned(recipe, model, data[0], "cross_entropy"), model, data, "cross_entropy")
+    contender = Contender(recipe, seasoned(recipe, model, data[0], "cross_entropy"), model, data, "cross_entropy")
+    contender.warm()
+    return contender
+
+
+def picture_network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.Tanh(), nn.Conv2d(4, 2, 3), nn.Flatten(), nn.Linear(8, 3)).double()
+
+
+def pictures():
+    torch.manual_seed(1)
+    return [(torch.randn(BATCH, 3, 6, 6).double(), torch.randint(3, (BATCH,)))]
+
+
+@pytest.fixture
+def uncompiled(monkeypatch):
+    """Minutes of compilation would show nothing more."""
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
 
 
 # What is counted
@@ -196,6 +215,8 @@ def test_a_contender_goes_on_from_its_state():
     state = seasoned(TIGHT, model, data[0], "cross_entropy")
     state["estimator"]["reach"] = 1e-3
     contender = Contender(TIGHT, state, model, data, "cross_entropy")
+    contender.warm()
+    contender.turn(0)
     assert 1e-3 < contender.optimizer.last.beta < 2e-3
 
 
@@ -222,9 +243,99 @@ def test_settling_is_told_of_the_steps_that_are_timed():
     assert found.keys() == set(SETTLED)
     assert 0 < found["residual"] <= found["residual_max"] <= 1e-3
     assert found["converged"] == 1 and found["beta"] == estimate.beta == 0.05 and 1 <= found["sweeps"] <= 5
+    assert contender.unsettled is None
     backprop = contending(SGD)
     backprop.turn(0)
-    assert backprop.settled() == dict.fromkeys(SETTLED)
+    assert backprop.settled() == dict.fromkeys(SETTLED) and backprop.unsettled is None
+
+
+def test_how_steps_end_that_do_not_settle_is_told():
+    options = {"tol": 1e-9, "settle_steps": 2, "settle_lr": 0.1, "adaptive": True}
+    limited = contending(Recipe("", "eqprop", options))
+    limited.turn(0)
+    assert (limited.settled()["converged"], limited.unsettled) == (0, "step limit")
+
+
+def test_steps_before_the_first_turn_do_not_make_the_machine_look_busy(monkeypatch):
+    """Compiling waits for another program, while this one is not running."""
+    contender = contending(SGD)
+    contender.took, contender.ran = 100.0, 0.0
+    contender.warm()
+    contender.turn(0)
+    assert contender.took < 100
+
+
+def test_a_turn_in_which_something_is_compiled_is_taken_again(uncompiled):
+    contender = contending(Recipe("", "eqprop", {"compile": True}))
+    programs = contender.optimizer.estimator.programs
+    step, seen = contender.step, []
+
+    def compile_once(x, target):
+        if not seen:
+            programs._programs["one more"] = None
+        seen.append(x)
+        return step(x, target)
+
+    contender.step = compile_once
+    uncounted, counted = contender.pace
+    assert len(contender.turn(0)) == counted
+    assert len(seen) == 2 * (uncounted + counted)
+
+
+def test_a_compiled_recipe_that_is_never_compiled_says_so(uncompiled, monkeypatch):
+    monkeypatch.setattr("mep.estimators.programs.MOST_SWEEPS", 0)
+    rows = compare(network(*WIDTHS), batches(), [SGD, Recipe("EP", "eqprop", {"compile": True})], rounds=2)
+    assert f"no program in {UNTIL_COMPILED} steps" in rows[1]["error"]
+
+
+def test_a_recipe_that_compiles_too_long_says_so(uncompiled):
+    recipes = [SGD, Recipe("EP", "eqprop", {"compile": True}), TIGHT]
+    rows = compare(network(*WIDTHS), batches(), recipes, rounds=2, patience=0.0)
+    assert [row["error"] is None for row in rows] == [True, False, True]
+    assert "first 1 steps, which compile, took 0 s" in rows[1]["error"]
+
+
+def test_all_is_prepared_once_for_all_numbers_of_threads(monkeypatch):
+    made, dynamic = [], []
+    init = Contender.__init__
+
+    def note(self, recipe, *args):
+        made.append(recipe.label)
+        dynamic.append(torch._inductor.config.cpp.dynamic_threads)
+        init(self, recipe, *args)
+
+    monkeypatch.setattr(Contender, "__init__", note)
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    compiled = Recipe("compiled", "sgd", {"compile": True})
+    for threads in ((1, 2), (1,)):
+        before = torch.get_num_threads()
+        rows = compare(network(*WIDTHS), batches(), [SGD, compiled], rounds=2, threads=threads)
+        assert [time["threads"] for time in rows[1]["times"]] == list(threads)
+        assert torch.get_num_threads() == before
+    assert made == 2 * ["Backprop + SGD", "compiled"]
+    assert dynamic == [True, True, False, False]
+    assert not torch._inductor.config.cpp.dynamic_threads
+
+
+def test_channels_last_is_the_same_step_with_another_layout():
+    layouts, found = [], []
+    for kind in (Recipe, ChannelsLast):
+        model, ((x, target),) = picture_network(), pictures()
+        optimizer = kind("", "sgd", {}).build(model, "cross_entropy")
+        model[0].register_forward_pre_hook(lambda _, inputs: layouts.append(inputs[0].stride(1)))
+        optimizer.step(x=x, target=target)
+        found.append(torch.cat([p.detach().reshape(-1) for p in model.parameters()]))
+        assert model[0].weight.stride(1) == (1 if kind is ChannelsLast else 9)
+    assert layouts == [36, 1]
+    assert torch.allclose(*found, atol=1e-12)
+
+
+def test_channels_last_is_compared_where_there_are_convolutions():
+    label = "Backprop + SGD, channels_last"
+    both = [SGD, next(recipe for recipe in RECIPES if recipe.label == label)]
+    assert suited(both, network(*WIDTHS)) == [SGD]
+    rows = compare(picture_network(), pictures(), both, rounds=2)
+    assert [(row["label"], row["error"]) for row in rows] == [(SGD.label, None), (label, None)]
 
 
 def test_times_are_relative_to_backprop_and_to_muon(monkeypatch):
@@ -254,12 +365,30 @@ def test_the_time_is_that_of_the_step_and_the_model_stays(monkeypatch):
     assert times[0]["seconds"]["low"] > PAUSE
 
 
+def test_recipes_are_chosen_by_preset_or_label():
+    def labels(**choice):
+        return [recipe.label for recipe in choose(**choice)]
+
+    every = [recipe.label for recipe in RECIPES]
+    assert labels() == every
+    assert labels(only=["smep"]) == ["Backprop + SGD", "SMEP"]
+    assert labels(without=["Descent 30", "smep"]) == [name for name in every if name not in ("Descent 30", "SMEP")]
+    assert labels(compile=False) == [name for name in every if "compiled" not in name]
+    assert labels(only=["sgd"], compile=False) == ["Backprop + SGD", "Backprop + SGD, channels_last"]
+    for choice in ({"only": ["smap"]}, {"without": ["smap"]}):
+        with pytest.raises(mep.ArgumentError, match=r"smap: there is no such recipe.*local_ep.*Descent 10"):
+            choose(**choice)
+    with pytest.raises(mep.ArgumentError, match="Leave it in"):
+        choose(without=["Backprop + SGD"])
+    assert labels(only=["sgd"], without=["sgd"]) == ["Backprop + SGD"]
+
+
 def test_a_recipe_that_fails_says_so_and_the_others_go_on(monkeypatch):
     wild = Recipe("Wild", "eqprop", {"settle_steps": 100, "settle_lr": 100.0})
     unknown = Recipe("Unknown", "eqprop", {"no_such_option": 1})
     rows = compare(network(*WIDTHS), batches(), [SGD, wild, unknown, TIGHT], rounds=2)
     assert [row["error"] is None for row in rows] == [True, False, False, True]
-    assert "finite" in rows[1]["error"] and "no_such_option" in rows[2]["error"].replace("-", "_")
+    assert "Descent(" in rows[1]["error"] and "no_such_option" in rows[2]["error"].replace("-", "_")
     assert rows[3]["times"][0]["to_muon"] is None  # there is no Muon to compare with
 
 
@@ -278,14 +407,14 @@ def test_a_recipe_that_fails_on_the_way_does_not_take_the_others_with_it(monkeyp
 
 
 def test_slow_models_get_fewer_rounds():
-    assert list(within(range(5), 0)) == [0, 1] and list(within(range(5), 60)) == [0, 1, 2, 3, 4]
-    rows = compare(network(*WIDTHS), batches(), [SGD], rounds=5, seconds=0)
-    assert rows[0]["times"][0]["rounds"] == 2
+    assert list(within(range(7), 0)) == [0, 1, 2, 3, 4] and list(within(range(7), 60)) == list(range(7))
+    rows = compare(network(*WIDTHS), batches(), [SGD], rounds=9, seconds=0)
+    assert rows[0]["times"][0]["rounds"] == 5
 
 
 def test_compare_refuses():
-    for bad in ({"rounds": 1}, {"batches": []}, {"recipes": []}):
-        with pytest.raises(mep.ArgumentError, match="2 rounds, 1 batch and 1 recipe"):
+    for bad in ({"rounds": 1}, {"batches": []}, {"recipes": []}, {"threads": ()}):
+        with pytest.raises(mep.ArgumentError, match="2 rounds, 1 batch, 1 recipe and 1 number of threads"):
             compare(network(*WIDTHS), **{"batches": batches(), "recipes": [SGD], "rounds": 2, **bad})
     with pytest.raises(mep.ArgumentError, match="yardstick"):
         compare(network(*WIDTHS), batches(), [Recipe("Wild", "eqprop", {"settle_lr": 1e9}), SGD], rounds=2)
@@ -341,7 +470,7 @@ def timed(tmp_path_factory):
     few = [word for label in FEW for word in ("--only", label)]
     small = ("--data", "digits", "--model", "mlp", "--rounds", 2, "--train-steps", 5, "--batches", 1, "--threads", 1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch, "compile", lambda function: function)  # minutes of compilation would show nothing more
+        patch.setattr(torch, "compile", lambda function, **_: function)
         return folder, command("bench", "speed", *small, *few, "--add", "smep beta=0.01", "--out", folder)
 
 
@@ -367,20 +496,86 @@ def test_tables_and_pictures_come_from_the_record_alone(timed, tmp_path):
     assert (folder / "speed.png").read_bytes() == (tmp_path / "again.png").read_bytes()
 
 
+def test_every_number_of_threads_has_its_overview(timed):
+    record = json.loads((timed[0] / "speed.json").read_text())
+    record["settings"]["threads"] = [1, 2]
+    for row in record["models"][0]["rows"]:
+        row["times"].append(copy.deepcopy(row["times"][0]) | {"threads": 2})
+        row["times"][1]["ratio"]["median"] = 7.25
+    text = shown(record)
+    assert "SGD, 1 thread:" in text and "SGD, 2 threads:" in text
+    assert text.count(" 7.25") == 2 * len(record["models"][0]["rows"]) - 1  # in the overview, whose first row is a time
+    assert text.count("<details>") == text.count("</details>") == 1
+
+
+def test_what_did_not_settle_or_suit_is_marked(timed):
+    record = json.loads((timed[0] / "speed.json").read_text())
+    (first,) = record["models"]
+    second = copy.deepcopy(first)
+    first["rows"][-1] |= {"converged": 0.5, "unsettled": "step limit"}
+    second["rows"].pop()
+    record["models"] = [first, second]
+    text = shown(record)
+    (line,) = (line for line in text.splitlines() if line.startswith("| SMEP beta=0.01") and "*" in line)
+    assert line.endswith("— |") and "50%, step limit" in text
+
+
+def test_ctrl_c_keeps_the_models_that_are_done(tmp_path, monkeypatch):
+    compare_, begun = speeding.compare, []
+
+    def interrupted(*args, title, **kwargs):
+        begun.append(title)
+        if title == stop:
+            raise KeyboardInterrupt
+        return compare_(*args, title=title, **kwargs)
+
+    monkeypatch.setattr(speeding, "compare", interrupted)
+    small = ("--data", "digits", "--rounds", 2, "--train-steps", 1, "--batches", 1, "--threads", 1, "--only", "sgd")
+    three = ("--model", "mlp", "--model", "mlp256", "--model", "cnn", "--no-compile", "--out", tmp_path)
+    stop = "mlp256"
+    output = command("bench", "speed", *small, *three, "--name", "part", code=130)
+    record = json.loads((tmp_path / "part.json").read_text())
+    assert begun == ["mlp", "mlp256"] and [model["model"] for model in record["models"]] == ["mlp"]
+    assert record["stopped"] == "mlp256" and "Stopped by Ctrl-C during mlp256" in output
+    stop = "mlp"
+    command("bench", "speed", *small, *three, "--name", "none", code=130)
+    assert not (tmp_path / "none.json").exists()
+
+
+def test_progress_names_what_is_done():
+    console = Console(force_terminal=True, width=150, record=True)
+    with Display(console, models=2) as display:
+        display.begin("cnn", stages=2)
+        display.stage("EqProp, compiled, compiling")
+        console.print(display._bar)
+        assert list(display.rounds(range(3), "timing")) == [0, 1, 2]
+        display.end("5 rounds")
+    text = console.export_text()
+    assert "cnn (1 of 2): EqProp, compiled, compiling" in text and "cnn (1 of 2): 5 rounds, 0 s" in text
+
+
 def test_what_failed_is_shown(timed, tmp_path):
     record = json.loads((timed[0] / "speed.json").read_text())
     first, second = record["models"][0], copy.deepcopy(record["models"][0])
     second["rows"][-1]["error"] = "no way."
     record["models"] = [first, second]
-    console = Console(width=250, force_terminal=False, record=True)
-    show(record, console)
-    text = console.export_text()
-    assert text.count("failed") == 2 and "SMEP beta=0.01 failed: no way." in text
+    text = shown(record)
+    assert text.count("failed |") == 1 and "SMEP beta=0.01 failed: no way." in text
     draw(record, tmp_path / "failed.svg")
     assert "failed" in (tmp_path / "failed.svg").read_text()
 
 
-def test_speed_refuses_and_mep_bench_keeps_its_options(tmp_path):
+def shown(record):
+    console = Console(width=250, force_terminal=False, record=True)
+    show(record, console)
+    return console.export_text()
+
+
+def test_speed_refuses_and_mep_bench_keeps_its_options(tmp_path, monkeypatch):
+    monkeypatch.setattr(speeding, "briefly_trained", None)  # all is refused before the first model is trained
+    small = ("--data", "digits", "--rounds", 2, "--out", tmp_path)
+    assert "Named models: mlp," in command("bench", "speed", *small, "--model", "mlp", "--model", "mpl", code=2)
+    assert "no such recipe" in command("bench", "speed", "--without", "smap", code=2)
     assert "no such recipe" in command("bench", "speed", "--only", "smap", code=2)
     assert "--data ... speed" in command("bench", "--data", "digits", "speed", "--rounds", 2, code=2)
     assert "--only" in command("bench", "--only", "smap", "--out", tmp_path, code=2)

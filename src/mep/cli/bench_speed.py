@@ -1,10 +1,11 @@
 """Time a step of every recipe beside one of backprop: what it costs, how well it settled, what memory it takes.
 
     mep bench speed
-    mep bench speed --model mlp256 --model cnn --only eqprop --threads 1
+    mep bench speed --model mlp256 --model cnn --only eqprop --threads 1 --no-compile
     mep bench speed --model package.module:factory --batch-size 64 --add "eqprop beta=0.01" --name mine
 
-Writes a record (JSON) and a picture (PNG); `mep plot` draws the picture again, `mep report` makes Markdown of it.
+Writes a record (JSON) and a picture (PNG); `mep plot` draws the picture again, `mep report` makes Markdown of it. All
+of it takes about ten minutes on two cores, half of that to compile; Ctrl-C keeps the models that are done.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Annotated, Any
 import typer
 
 KIND = "mep bench speed"
+STOPPED = 130  # the exit code of what Ctrl-C ended
 
 # The batch size of each model that is timed by default: those of the table we are compared with, then larger ones.
 MODELS = {
@@ -45,7 +47,8 @@ class Settings:
     train_steps: int = 150  # of Adam: gradients as they are in training, neither at its start nor at its end
     batches: int = 4  # enough examples for a stable mean of sweeps and residual
     rounds: int = 20  # turns of each recipe at most: enough for quartiles
-    seconds: float = 10.0  # of turns for each model and number of threads: the slow ones get fewer rounds
+    seconds: float = 8.0  # of turns for each model and number of threads: the slow ones get fewer rounds
+    compile_seconds: float = 60.0  # for each recipe: what takes longer is of little use, and fails with that reason
     device: str = "cpu"  # where the table we are compared with was made
 
 
@@ -57,9 +60,16 @@ def speed(
         list[str] | None, typer.Option(help=f"{', '.join(MODELS)}, or package.module:factory; may be repeated.")
     ] = None,
     only: Annotated[list[str] | None, typer.Option(help="Only this preset or label; may be repeated.")] = None,
+    without: Annotated[list[str] | None, typer.Option(help="Leave this one out; may be repeated.")] = None,
     add: Annotated[list[str] | None, typer.Option(help='Add a variant: "eqprop beta=0.01"; may be repeated.')] = None,
+    no_compile: Annotated[bool, typer.Option("--no-compile", help="Leave out what is compiled.")] = False,
     rounds: Annotated[int, typer.Option(min=2, help="Turns of each recipe, at most.")] = _D.rounds,
-    seconds: Annotated[float, typer.Option(min=0, help="Of turns for each model and number of threads.")] = _D.seconds,
+    seconds: Annotated[
+        float, typer.Option(min=0, help="Of turns for each model and number of threads; 5 rounds at least.")
+    ] = _D.seconds,
+    compile_seconds: Annotated[
+        float, typer.Option(min=0, help="That a recipe may take to compile; else it fails.")
+    ] = _D.compile_seconds,
     threads: Annotated[
         list[int] | None, typer.Option(min=1, help="CPU threads; may be repeated. Default: 1, and all.")
     ] = None,
@@ -75,7 +85,7 @@ def speed(
 ) -> None:
     """Time; see the head of this file."""
     numbers = tuple(dict.fromkeys(threads or (*_D.threads, os.cpu_count() or 1)))
-    chosen: dict[str, Any] = {**locals(), "models": tuple(model or _D.models), "threads": numbers}
+    chosen: dict[str, Any] = {**locals(), "models": tuple(dict.fromkeys(model or _D.models)), "threads": numbers}
     settings = Settings(**{key: chosen[key] for key in Settings.__dataclass_fields__})
 
     import torch
@@ -83,14 +93,18 @@ def speed(
 
     from mep.cli import kinds, records, speed_rows
     from mep.cli.files import make_parent
+    from mep.cli.speed_display import Display
     from mep.cli.speeding import measure
     from mep.cli.training import pick_device
 
     path = out / f"{name}.json"
     make_parent(path)
-    recipes = speed_rows.choose(only or (), add or ())
+    recipes = speed_rows.choose(only or (), without or (), add or (), compile=not no_compile)
     torch.set_num_threads(max(settings.threads))
     here = pick_device(settings.device)
     record = records.header(KIND, here) | {"settings": asdict(settings)}
-    record |= measure(settings, recipes, here, Console(stderr=True))
+    with Display(Console(stderr=True), len(settings.models)) as display:
+        record |= measure(settings, recipes, here, display)
     kinds.publish(record, path)
+    if record["stopped"]:
+        raise typer.Exit(STOPPED)

@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from mep.cli.figure import COLOURS, GREY, save
-from mep.cli.speed_table import threads
+from mep.cli.speed_columns import labels, threads
 
 Record = dict[str, Any]
 Row = dict[str, Any]
@@ -26,21 +26,24 @@ FAMILIES = {
     "local": PINK,
 }
 BESIDE = 4  # models in a line
-TICKS = (0.5, 1, 2, 5, 10, 20, 50, 100)
+TICKS = (0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)
 
 
 def draw(record: Record, path: Path) -> None:
     """Draw the record into `path`."""
     models = record["models"]
-    labels = list(dict.fromkeys(row["label"] for model in models for row in model["rows"]))
+    names = labels(models)
     across = min(BESIDE, len(models))
     down = math.ceil(len(models) / across)
-    figure = Figure(figsize=(2.4 + 3.2 * across, 1.4 + down * (0.8 + 0.24 * len(labels))), layout="constrained")
-    every = list(figure.subplots(down, across, squeeze=False, sharey=True).flat)
+    figure = Figure(figsize=(2.4 + 3.2 * across, 1.4 + down * (0.8 + 0.24 * len(names))), layout="constrained")
+    every = list(figure.subplots(down, across, squeeze=False, sharex=True, sharey=True).flat)
     for axes, model in zip(every, models, strict=False):
-        _draw(axes, model, labels)
+        _draw(axes, model, names)
     for axes in every[len(models) :]:
         axes.set_axis_off()
+    for axes in every[max(0, len(models) - across) : len(models)]:  # the lowest of each column
+        axes.set_xlabel("time of a step / that of backprop + SGD", fontsize=9)
+        axes.tick_params(axis="x", labelbottom=True)
     every[0].invert_yaxis()  # all share it
     figure.legend(handles=_legend(record["settings"]["threads"]), loc="outside lower center", ncols=4, frameon=False)
     title = "{data}, after {train_steps} steps of Adam".format(**record["settings"])
@@ -58,11 +61,11 @@ def family(row: Row) -> str:
     return "sweeps and SGD" if row["preset"] == "eqprop" else "sweeps and other updates"
 
 
-def _draw(axes: Axes, model: Record, labels: list[str]) -> None:
+def _draw(axes: Axes, model: Record, names: list[str]) -> None:
     """A point for each recipe and number of threads, filled for the first, with a bar from quartile to quartile."""
     axes.axvline(1, color=GREY, linewidth=0.8)
     for row in model["rows"]:
-        height, colour = labels.index(row["label"]), FAMILIES[family(row)]
+        height, colour = names.index(row["label"]), FAMILIES[family(row)]
         if row["error"] is not None:
             axes.annotate("failed", (1, height), (6, 0), textcoords="offset points", va="center", color=GREY)
             continue
@@ -77,10 +80,9 @@ def _draw(axes: Axes, model: Record, labels: list[str]) -> None:
     axes.xaxis.set_major_locator(FixedLocator(TICKS))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_yticks(range(len(labels)), labels)
+    axes.set_yticks(range(len(names)), names)
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="x", alpha=0.25)
-    axes.set_xlabel("time of a step / that of backprop + SGD", fontsize=9)
     axes.set_title("{model}, batch {batch_size}".format(**model), loc="left", fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
 

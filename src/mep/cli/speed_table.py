@@ -2,64 +2,60 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
 
 from mep.cli.layout import print_table, print_text, warn_if_busy
+from mep.cli.speed_columns import CAPTIONS, COST, NONE, Row, labels, milliseconds, threads, times
 
 Record = dict[str, Any]
-Row = dict[str, Any]
-Cell = Callable[[Row], str]
-NONE = "—"
 FAILED = "failed"
+UNSETTLED = "*"
+SETTLED_SHARE = 0.99  # of the steps: a rare one that falls short changes no median
 
 
 def show(record: Record, console: Console) -> None:
-    """Print the tables: ruled on a terminal, as Markdown anywhere else."""
+    """Print the tables: ruled on a terminal, as Markdown anywhere else, where those of a model can be unfolded."""
     settings, models = record["settings"], record["models"]
-    print_text(
-        console,
-        f"{settings['data']}, after {settings['train_steps']} steps of Adam and backprop. "
-        f"Time of a step over that of backprop + SGD, {threads(settings['threads'][0])}:",
-    )
-    show_overview(models, console)
-    for model in models:
-        console.print()
-        print_text(
-            console, "{model}, batch {batch_size}, {parameters:,} parameters".format(**model) + _rounds(model["rows"])
-        )
-        show_rows(model["rows"], console)
-    print_text(console, f"{TIMES_CAPTION} {COST_CAPTION}")
+    print_text(console, "{data}, after {train_steps} steps of Adam and backprop.".format(**settings))
+    if record["stopped"]:
+        print_text(console, f"Stopped by Ctrl-C during {record['stopped']}: what it and later models take is missing.")
+    for place, number in enumerate(settings["threads"]):
+        print_text(console, f"Time of a step over that of backprop + SGD, {threads(number)}:")
+        show_overview(models, place, console)
+    print_text(console, OVERVIEW_CAPTION)
     print_text(console, describe(record["attainable"]))
     if not record["machine"]["gpu"]:
         warn_if_busy(console, (time["running"] for model in models for row in model["rows"] for time in row["times"]))
+    for model in models:
+        with _folded(_title(model), console):
+            show_rows(model["rows"], console)
+    for caption in CAPTIONS:
+        print_text(console, f"- {caption}")
 
 
-def show_overview(models: Sequence[Record], console: Console) -> None:
-    """Print the ratios of all rows on all models."""
+def show_overview(models: Sequence[Record], place: int, console: Console) -> None:
+    """Print the ratios of all rows on all models with the number of threads at this place, and the yardstick's time."""
     console.print()
-    labels = dict.fromkeys(row["label"] for model in models for row in model["rows"])
     found = [{row["label"]: row for row in model["rows"]} for model in models]
-    titles = ["Recipe", *(model["model"] for model in models)]
-    print_table(console, titles, ([label, *(_overview(rows[label]) for rows in found)] for label in labels))
+    yardstick, *others = labels(models)
+    first = [yardstick, *(milliseconds(rows[yardstick]["times"][place]["seconds"]["median"]) for rows in found)]
+    ratios = ([label, *(_overview(rows.get(label), place) for rows in found)] for label in others)
+    print_table(console, ["Recipe", *(model["model"] for model in models)], [first, *ratios])
 
 
 def show_rows(rows: Sequence[Row], console: Console) -> None:
     """Print the tables of one model, and why some of its rows are not in them."""
     able = [row for row in rows if row["error"] is None]
-    for columns in ({"Recipe": _label, **_times(able)}, COST):
+    for columns in (times(able), COST):
         console.print()
         print_table(console, list(columns), ([cell(row) for cell in columns.values()] for row in able))
     for row in rows:
         if row["error"] is not None:
             print_text(console, f"{row['label']} failed: {row['error']}")
-
-
-def threads(number: int) -> str:
-    """In words."""
-    return f"{number} thread{'s' if number > 1 else ''}"
 
 
 def describe(attainable: Sequence[dict[str, float]]) -> str:
@@ -72,87 +68,40 @@ def describe(attainable: Sequence[dict[str, float]]) -> str:
     return f"The most that the machine does, {'; '.join(parts)}."
 
 
-TIMES_CAPTION = (
-    "Step: median. Mean: of the same steps; higher where one of them works for many, as on the factors of NaturalEP. "
-    "/ backprop: median over the rounds of the ratio to backprop + SGD in the same round, and its quartiles. / Muon: "
-    "median of the ratio to backprop + Muon, torch's own."
-)
-COST_CAPTION = (
-    "Sweeps: mean number of them, or of steps of descent. Residual: relative distance from equilibrium, mean and at "
-    "most. Settled: share of the steps that came within their tolerance. Beta: the nudge that was used, median. "
-    "Memory: the most that is alive in a step beyond parameters and the optimizer's state: activations, states, "
-    "gradients; what compiled code allocates cannot be seen. Work: floating-point operations of matrix products, "
-    "convolutions and attention, of a compiled step those of the same step not compiled; pointwise ones are not "
-    "counted. Moved: every operation's inputs and outputs, as if nothing stayed in a cache: weights, activations, "
-    "errors, gradients and the optimizer's state. /s: these over the median of the first number of threads; more bytes "
-    "than a copy moves come out of the caches."
+OVERVIEW_CAPTION = (
+    f"Medians over the rounds; in the first row the time itself. {UNSETTLED}: not all steps came within their "
+    f"tolerance. {FAILED}: the reason stands below. {NONE}: only for models with convolutions."
 )
 
 
-def _rounds(rows: Sequence[Row]) -> str:
-    numbers = sorted({time["rounds"] for row in rows for time in row["times"]})
-    return f", {' or '.join(map(str, numbers))} rounds:"
+@contextmanager
+def _folded(title: str, console: Console) -> Iterator[None]:
+    """What is printed within follows its title; in Markdown it is shown on a click."""
+    if console.is_terminal:
+        console.print()
+        print_text(console, title)
+        yield
+        return
+    _print(console, f"\n<details><summary>{title}</summary>")
+    yield
+    _print(console, "\n</details>")
 
 
-def _overview(row: Row) -> str:
-    return FAILED if row["error"] is not None else f"{row['times'][0]['ratio']['median']:.2f}"
+def _print(console: Console, text: str) -> None:
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
-def _label(row: Row) -> str:
-    return str(row["label"])
+def _title(model: Record) -> str:
+    numbers = sorted({time["rounds"] for row in model["rows"] for time in row["times"]})
+    return "{model}, batch {batch_size}, {parameters:,} parameters, ".format(**model) + (
+        f"{' or '.join(map(str, numbers))} rounds"
+    )
 
 
-def _cell(key: str, form: str, unit: float = 1.0) -> Cell:
-    return lambda row: NONE if row[key] is None else form.format(row[key] / unit)
-
-
-def _rate(key: str) -> Cell:
-    return lambda row: NONE if row[key] is None else f"{row[key] / row['times'][0]['seconds']['median'] / 1e9:.1f}"
-
-
-def _times(rows: Sequence[Row]) -> dict[str, Cell]:
-    """Four columns for every number of threads."""
-    columns: dict[str, Cell] = {}
-    for place, time in enumerate(rows[0]["times"]):
-        number = time["threads"]
-        for title, cell in TIMES.items():
-            columns[f"{threads(number) if title == 'step' else number}: {title}"] = _timed(place, cell)
-    return columns
-
-
-def _timed(place: int, cell: Cell) -> Cell:
-    return lambda row: cell(row["times"][place])
-
-
-def _ms(seconds: float) -> str:
-    return f"{1000 * seconds:.2f} ms"
-
-
-def _number(value: float | None) -> str:
-    return NONE if value is None else f"{value:.2f}"
-
-
-def _ratio(ratio: dict[str, float]) -> str:
-    return "{median:.2f} ({low:.2f} to {high:.2f})".format(**ratio)
-
-
-TIMES: dict[str, Cell] = {
-    "step": lambda time: _ms(time["seconds"]["median"]),
-    "mean": lambda time: _ms(time["mean"]),
-    "/ backprop": lambda time: _ratio(time["ratio"]),
-    "/ Muon": lambda time: _number(time["to_muon"]),
-}
-MIB = 2**20
-COST: dict[str, Cell] = {
-    "Recipe": _label,
-    "Sweeps": _cell("sweeps", "{:.1f}"),
-    "Residual": _cell("residual", "{:.1e}"),
-    "at most": _cell("residual_max", "{:.1e}"),
-    "Settled": _cell("converged", "{:.0%}"),
-    "Beta": _cell("beta", "{:.2g}"),
-    "Memory": _cell("memory", "{:.2f} MiB", MIB),
-    "Work": _cell("flops", "{:,.1f} MFLOP", 1e6),
-    "GFLOP/s": _rate("flops"),
-    "Moved": _cell("bytes", "{:,.1f} MB", 1e6),
-    "GB/s": _rate("bytes"),
-}
+def _overview(row: Row | None, place: int) -> str:
+    if row is None:
+        return NONE
+    if row["error"] is not None:
+        return FAILED
+    settled = row["converged"] is None or row["converged"] >= SETTLED_SHARE
+    return f"{row['times'][place]['ratio']['median']:.2f}" + ("" if settled else UNSETTLED)

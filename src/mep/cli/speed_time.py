@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import math
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -12,8 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mep.cli.profile_rows import Recipe
-from mep.cli.speed_rows import MUON
+from mep.cli.profile_rows import Recipe, estimator_of
+from mep.cli.speed_rows import MUON, compiles
 from mep.cli.training import Tally
 from mep.cli.turns import Batch, Stepper, batches_of, in_turns, relative
 from mep.errors import ArgumentError, MepError
@@ -28,37 +30,87 @@ SLOW = 0.1  # seconds of a step that filling the caches does not lengthen notice
 
 
 class Contender(Stepper):
-    """A recipe whose steps also tell how they settled, and that goes on from a state of its optimizer."""
+    """A recipe whose steps also tell how they settled, and that goes on from a state of its optimizer.
 
-    def __init__(self, recipe: Recipe, state: dict[str, Any], model: nn.Module, batches: Sequence[Batch], cost: str):
+    It is compiled when it is made, if at all, and refused if that takes more than `patience` seconds or is not done:
+    `warm` it for every number of threads, then take turns.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        state: dict[str, Any],
+        model: nn.Module,
+        batches: Sequence[Batch],
+        cost: str,
+        patience: float = math.inf,
+    ):
         super().__init__(recipe, model, cost)
         self.optimizer.load_state_dict(copy.deepcopy(state))
         self.batches = batches
-        self._watch()
-        for number in range(UNTIL_COMPILED if recipe.options.get("compile") else 1):  # the first step traces
+        self.start_within_bounds(*batches[0])
+        for number in range(UNTIL_COMPILED if compiles(recipe) else 1):  # the first step traces
             self.step(*batches[number % len(batches)])
-        self.pace = pace(statistics.median([self.step(*batch) for batch in batches]))
-        self._watch()
+            if compiles(recipe) and self.took > patience:
+                raise ArgumentError(
+                    f"its first {number + 1} steps, which compile, took {self.took:.0f} s. Allow it more."
+                )
+        if self._is_eager_in_spite(recipe):
+            raise ArgumentError(
+                f"no program in {UNTIL_COMPILED} steps: these need more sweeps than are ever compiled, and are made as "
+                "without compile."
+            )
+        self._tally, self._betas, self._unsettled = Tally(), list[float](), Counter[str]()
 
-    def step(self, x: Tensor, target: Tensor) -> float:
-        seconds = super().step(x, target)
-        self._tally.add(self.optimizer.last, len(target))
-        self._betas.append(self.optimizer.last.beta)
-        return seconds
+    def warm(self) -> None:
+        """Uncounted steps: threads start, what is compiled for their number is found, and the length of a turn."""
+        self.step(*self.batches[0])
+        self.took = self.ran = 0.0  # whoever waits for a compiler is not running, and the machine not busy for that
+        seconds = self.step(*self.batches[0])
+        if seconds < SLOW:
+            seconds = statistics.median([self.step(*batch) for batch in self.batches])
+        self.pace = pace(seconds)
 
     def turn(self, number: int) -> list[float]:
-        """The seconds of the counted steps of a turn."""
+        """The seconds of the counted steps of a turn, which is taken again if a program was compiled in it."""
         uncounted, counted = self.pace
-        return [self.step(*batch) for batch in batches_of(self.batches, number, uncounted + counted)][uncounted:]
+        while True:
+            before, took, ran = self._programs, self.took, self.ran
+            batches = batches_of(self.batches, number, uncounted + counted)
+            seconds = [self._noted(*batch) for batch in batches][uncounted:]
+            if self._programs == before:
+                return seconds
+            self.took, self.ran = took, ran
 
     def settled(self) -> dict[str, float | None]:
-        """The fields `SETTLED` of all steps so far: means, the largest residual, the median beta; None for backprop."""
+        """The fields `SETTLED` of all turns so far: means, the largest residual, the median beta; None for backprop."""
         means = self._tally.means()
         beta = None if means["residual"] is None else statistics.median(self._betas)
         return {**{field: means[field] for field in SETTLED if field != "beta"}, "beta": beta}
 
-    def _watch(self) -> None:
-        self._tally, self._betas = Tally(), list[float]()
+    @property
+    def unsettled(self) -> str | None:
+        """How most of the steps ended that did not settle; None if all did."""
+        return self._unsettled.most_common(1)[0][0] if self._unsettled else None
+
+    def _noted(self, x: Tensor, target: Tensor) -> float:
+        """A step, and what is to be told of it."""
+        seconds = self.step(x, target)
+        last = self.optimizer.last
+        self._tally.add(last, len(target))
+        self._betas.append(last.beta)
+        if not last.converged:
+            self._unsettled[last.result.name.lower().replace("_", " ")] += 1
+        return seconds
+
+    @property
+    def _programs(self) -> int:
+        """How many programs of whole steps have been compiled."""
+        estimator = estimator_of(self.optimizer)
+        return 0 if estimator is None or estimator.programs is None else len(estimator.programs)
+
+    def _is_eager_in_spite(self, recipe: Recipe) -> bool:
+        return compiles(recipe) and estimator_of(self.optimizer) is not None and not self._programs
 
 
 def pace(seconds: float) -> tuple[int, int]:
@@ -73,36 +125,32 @@ def pace(seconds: float) -> tuple[int, int]:
 
 
 class Entry(NamedTuple):
-    """A row, the recipe that it is of, and the state of its optimizer to begin from."""
+    """A row, and the contender that it is of; None if there could be none."""
 
     row: Row
-    recipe: Recipe
-    state: dict[str, Any]
+    contender: Contender | None
 
 
-def time_entries(
-    entries: Sequence[Entry], model: nn.Module, batches: Sequence[Batch], cost: str, rounds: Iterable[int]
-) -> None:
+def time_entries(entries: Sequence[Entry], rounds: Iterable[int]) -> None:
     """Add to the rows how they settled, and to their `times` one more number of threads, the present one.
 
-    Rows that have failed stay as they are.
+    Rows that have failed stay as they are; the first row must not fail.
 
     seconds: quartiles over the counted steps; mean: of these, which is more where some steps do more than others;
     ratio: quartiles over the rounds of the ratio to the first recipe; to_muon: the median of that to backprop with
     torch's Muon, None if that is not compared; running: see `Stepper`; rounds: how many there were.
     """
-    able: list[tuple[Row, Contender]] = []
-    for row, recipe, state in entries:
-        if row["error"] is None:
-            with told(row):
-                able.append((row, Contender(recipe, state, model, batches, cost)))
-    _check_yardstick(entries[0].row)
+    able = [(row, one) for row, one in entries if row["error"] is None and one is not None]
+    for row, contender in able:
+        with told(row):
+            contender.warm()
+    check_yardstick(entries[0].row)
     seconds = in_turns([partial(_turn, row, contender) for row, contender in able], rounds)
-    _check_yardstick(entries[0].row)
+    check_yardstick(entries[0].row)
     timed = [(row, one, own) for (row, one), own in zip(able, seconds, strict=True) if row["error"] is None]
     muon = next((own for row, _, own in timed if row["label"] == MUON.label), None)
     for row, contender, own in timed:
-        row.update(contender.settled())
+        row.update(contender.settled(), unsettled=contender.unsettled)
         row["times"].append(
             {
                 "threads": torch.get_num_threads(),
@@ -117,11 +165,18 @@ def time_entries(
 
 @contextmanager
 def told(row: Row) -> Iterator[None]:
-    """A recipe that cannot go on leaves its reason in its row; what torch's compiler says runs over many lines."""
+    """A recipe that cannot go on, for whatever reason, leaves that in its row and does not stop the others."""
     try:
         yield
-    except (MepError, RuntimeError) as error:
-        row["error"] = str(error).strip().partition("\n")[0]
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0]  # what torch's compiler says runs over many lines
+        row["error"] = reason if isinstance(error, MepError) and reason else f"{type(error).__name__}: {reason}"
+
+
+def check_yardstick(row: Row) -> None:
+    """Refuse to go on without it."""
+    if row["error"] is not None:
+        raise ArgumentError(f"{row['label']}, the yardstick of the others, failed: {row['error']}")
 
 
 def _turn(row: Row, contender: Contender, number: int) -> list[float]:
@@ -129,8 +184,3 @@ def _turn(row: Row, contender: Contender, number: int) -> list[float]:
     with told(row):
         return [] if row["error"] else contender.turn(number)
     return []
-
-
-def _check_yardstick(row: Row) -> None:
-    if row["error"] is not None:
-        raise ArgumentError(f"{row['label']}, the yardstick of the others, failed: {row['error']}")

@@ -43,8 +43,13 @@ class Stepper:
         return seconds
 
     def put_back(self) -> None:
-        """Give the model the parameters and buffers that it came with."""
+        """Give the model the parameters and buffers that every step starts from."""
         self.model.load_state_dict(self._point)
+
+    def start_within_bounds(self, x: Tensor, target: Tensor) -> None:
+        """Start from where a first step leads, so that a bound that the model broke is not met anew in every step."""
+        self.optimizer.step(x=x, target=target)
+        self._point = {name: value.clone() for name, value in self.model.state_dict().items()}
 
     @property
     def running(self) -> float:
