@@ -34,6 +34,13 @@ def _options() -> dict[str, Any]:
     """The caller asks for a function only where it applies, so that nothing is left to guard against.
 
     What is made of more than three numbers is kept rather than made again by each reader: the winners of 2 x 2 pooling.
+    What calls the loops is compiled apart from them, quickly: with all in one, deep models take minutes.
     """
-    skip = getattr(torch.compiler, "skip_all_guards_unsafe", None)
-    return {"cpp_wrapper": True, "realize_reads_threshold": 3} | ({"guard_filter_fn": skip} if skip else {})
+    from torch._inductor import config  # it takes a second to import
+
+    options: dict[str, Any] = {"cpp_wrapper": True, "realize_reads_threshold": 3}
+    if hasattr(config, "cpp_wrapper_build_separate"):
+        options["cpp_wrapper_build_separate"] = True
+    if skip := getattr(torch.compiler, "skip_all_guards_unsafe", None):
+        options["guard_filter_fn"] = skip
+    return options

@@ -24,6 +24,8 @@ _RECENT = 16
 _SWEEPS = (1, 2, 3, 4, 6)
 """The numbers of sweeps that programs are made for: few, since each takes seconds to compile, and minutes for many."""
 MOST_SWEEPS = _SWEEPS[-1]
+_MOST_VISITS = 100
+"""Nodes times sweeps: with more a program takes minutes to compile."""
 _WHOLE = 2
 """After so many sweeps most examples have settled, as far as a step without a program tells."""
 
@@ -58,7 +60,7 @@ class Programs:
         if output is None or self._seen[key] < _EAGER or gain is None or not gain > 0:
             return None
         sweeps, late = self._sweeps(graph)
-        if sweeps + late > MOST_SWEEPS:
+        if sweeps + late > MOST_SWEEPS or (sweeps + late) * len(graph.nodes) > _MOST_VISITS:
             return None
         cost = self.make_cost(output, target)
         program = self._programs.get((key, sweeps, late)) or self._made(key, graph, x, cost, output, sweeps, late)
