@@ -32,7 +32,7 @@ def weights(lowest: float) -> tuple[float, float, float]:
     There the largest value is one; here the errors above and below one are equal.
     """
     square = lowest**2
-    d = math.cbrt(4 * (1 - square) / square**2)
+    d = (4 * (1 - square) / square**2) ** (1 / 3)
     a = math.sqrt(1 + d) + math.sqrt(8 - 4 * d + 8 * (2 - square) / (square * math.sqrt(1 + d))) / 2
     b = (a - 1) ** 2 / 4
     c = a + b - 1
