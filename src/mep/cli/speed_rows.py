@@ -25,11 +25,8 @@ class ChannelsLast(Recipe):
 
 
 def _pictures_last(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    pictures = (isinstance(x, Tensor) and x.ndim == 4 for x in inputs)
-    return tuple(
-        x.to(memory_format=torch.channels_last) if is_picture else x
-        for x, is_picture in zip(inputs, pictures, strict=True)
-    )
+    last = torch.channels_last
+    return tuple(x.to(memory_format=last) if isinstance(x, Tensor) and x.ndim == 4 else x for x in inputs)
 
 
 SGD = Recipe("Backprop + SGD", "sgd", {})  # the yardstick of all

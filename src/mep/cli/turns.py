@@ -1,7 +1,7 @@
 """Recipes that step in turns, so that the ratio of two times is that of neighbours.
 
-All recipes step in one process, on the same batches; after every step the model is put back, so that all steps of all
-recipes start from one point. A busy moment of the machine then falls on all alike. A turn is several steps, and the
+All recipes step in one process, on the same batches; after every step the model is put back, so that all steps of a
+recipe start from one point. A busy moment of the machine then falls on all alike. A turn is several steps, and the
 first of them are not counted: another recipe has emptied the caches, which would hide much of what separates a fast
 step from a slow one.
 """
@@ -31,25 +31,32 @@ class Stepper:
         self.optimizer = recipe.build(self.model, cost)
         self.now = clock(next(model.parameters()).device)
         self.took = self.ran = 0.0
-        self._point = {name: value.clone() for name, value in self.model.state_dict().items()}
+        self._keep_point()
 
     def step(self, x: Tensor, target: Tensor) -> float:
         """The seconds of one step; `took` sums them, and `ran` those in which this thread was given the processor."""
+        seconds = self._stepped(x, target)
+        self.put_back()
+        return seconds
+
+    def start_within_bounds(self, x: Tensor, target: Tensor) -> None:
+        """Start from where a first step leads, so that a bound that the model broke is not met anew in every step."""
+        self._stepped(x, target)
+        self._keep_point()
+
+    def _stepped(self, x: Tensor, target: Tensor) -> float:
         ran, start = time.thread_time(), self.now()
         self.optimizer.step(x=x, target=target)
         seconds = self.now() - start
         self.took, self.ran = self.took + seconds, self.ran + time.thread_time() - ran
-        self.put_back()
         return seconds
+
+    def _keep_point(self) -> None:
+        self._point = {name: value.clone() for name, value in self.model.state_dict().items()}
 
     def put_back(self) -> None:
         """Give the model the parameters and buffers that every step starts from."""
         self.model.load_state_dict(self._point)
-
-    def start_within_bounds(self, x: Tensor, target: Tensor) -> None:
-        """Start from where a first step leads, so that a bound that the model broke is not met anew in every step."""
-        self.optimizer.step(x=x, target=target)
-        self._point = {name: value.clone() for name, value in self.model.state_dict().items()}
 
     @property
     def running(self) -> float:

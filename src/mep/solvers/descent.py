@@ -92,7 +92,7 @@ class Descent(Solver):
         """What to do where this has diverged from a point: a smaller step, if that would help."""
         largest = largest_step(energy, point, self.momentum)
         if self.settle_lr is None or self.settle_lr < _MARGIN * largest:
-            return "a smaller beta, or mep.Sweep."
+            return super().way_out(energy, point)
         return (
             f"a smaller settle_lr, well below {largest:.2g}: for a larger one the energy is too stiff, the more so the "
             "more the model learns. mep.Descent(settle_lr=None) measures it in every batch; mep.Sweep needs none."

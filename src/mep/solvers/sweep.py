@@ -107,7 +107,7 @@ class Sweep(Solver):
             memory: _Memory = moved.memory
             x, _, wanted = memory.trials[0]
             moved.out_of_reach = self.adaptive and expands(memory.question, x, wanted, moved.residual)
-        if float(moved.residual.max()) > self.tol:
+        if energy.is_affine and float(moved.residual.max()) > self.tol:
             moved = self._rescaled(moved)
         may_have_settled = not energy.is_affine and float(moved.residual.min()) <= self.tol
         return self.certify(energy, moved) if may_have_settled else moved
