@@ -297,10 +297,11 @@ def free_energy(model: nn.Module, x, reading: str = "held", leaves=()):
 
 @torch.no_grad()
 def settled(model: nn.Module, x, target, cost, beta: float, solver: Solver, reading: str = "held", leaves=()):
-    """The nudged energy and where the solver settles on it; a Hopfield network settles freely first."""
+    """Where the solver settles, and on which energy: nudged so, or less; a Hopfield network settles freely first."""
     energy, point = free_energy(model, x, reading, leaves)
     if reading == "hopfield":
         point = settle(energy, point, solver).point
     cost = make_cost(cost)
     nudged = nudge(energy, cost(energy.output(point), target), beta)
-    return nudged, settle(nudged, point, solver)
+    found = settle(nudged, point, solver)
+    return found.energy, found

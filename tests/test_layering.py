@@ -35,7 +35,7 @@ ARROWS = {
     "settle": "energy errors graph nodes",
     "solvers": "activations chain cost energy errors graph layout nodes settle steps weighted_steps",
     "compiled": "",
-    "estimators": "check compiled cost energy errors graph nodes settle snapshot solvers tracing",
+    "estimators": "check compiled cost energy errors graph layout nodes settle snapshot solvers tracing",
     "verification": "activations cost energy errors estimators graph nodes settle snapshot solvers tracing",
     "optimizer": "errors estimators interrupts",
     "presets": "constraints cost errors estimators optimizer settle solvers tracing updates",

@@ -466,8 +466,8 @@ def test_state_dict_continues_bit_for_bit(preset, carry):
 
 
 def out_of_reach(preset, lr):
-    """A model whose equilibrium cannot be reached at the beta that is asked for."""
-    model = net().eval()
+    """A model whose equilibrium cannot be reached at the beta that is asked for, and whose examples see each other."""
+    model = net()
     with torch.no_grad():
         model.last.weight.mul_(10)
     return model, preset(model.parameters(), model=model, beta=20.0, tol=1e-3, lr=lr)
@@ -480,9 +480,8 @@ def test_reduced_beta_is_kept_and_raised_slowly(preset):
     for batch in [*batches(1)] * 4:
         train(opt, [batch])
         betas.append(opt.last.beta)
-    assert betas[0] < 20.0
-    for before, after in itertools.pairwise(betas):
-        assert before < after < 1.1 * before
+    ratios = [after / before for before, after in itertools.pairwise(betas)]
+    assert betas[0] < 20.0 and max(ratios) == pytest.approx(1.02)
 
 
 @pytest.mark.parametrize("preset", SWEEPING)

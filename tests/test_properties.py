@@ -117,7 +117,7 @@ def settled_with_oracle(plan, cost, beta, solver):
 @holds(400, plan=plans(), cost=some_cost, beta=some_beta, solver=st.sampled_from(SOLVERS))
 def test_reported_residual_is_that_of_the_energy_by_autograd(plan, cost, beta, solver):
     energy, found, states, predict, y = settled_with_oracle(plan, cost, beta, solver)
-    total = nudged_energy(predict, energy.graph.output, COSTS[cost].value, y, beta)
+    total = nudged_energy(predict, energy.graph.output, COSTS[cost].value, y, energy.beta)
     true = residual(predict, total, states)
     assert found.result is not mep.Result.CONVERGED or bool((true <= solver.tol * (1 + 1e-6) + 1e-8).all())
     if bool(found.residual.isfinite().all()):
@@ -130,7 +130,7 @@ def test_parameter_gradient_is_that_of_the_energy_by_autograd(plan, cost, beta, 
     energy, found, states, predict, _ = settled_with_oracle(plan, cost, beta, solver)
     with torch.no_grad():
         gradients = energy.parameter_gradient(found.point, found.errors, 1)
-    exact = torch.autograd.grad(written_energy(predict, states).sum() / beta, list(gradients))
+    exact = torch.autograd.grad((written_energy(predict, states) / energy.beta).sum(), list(gradients))
     scale = max(float(g.abs().max()) for g in exact)
     for (p, g), e in zip(gradients.items(), exact, strict=True):
         torch.testing.assert_close(g, e, rtol=1e-6, atol=1e-8 * (scale + 1), msg=lambda m, p=p: f"{p.shape}: {m}")

@@ -8,7 +8,7 @@ from torch import nn
 import mep
 from mep.cost import make_cost
 from mep.energy import nudge
-from mep.solvers import sweep
+from mep.solvers import memory
 from mep.solvers.output import output_residual, rescaled
 from mep.solvers.response import Response
 
@@ -135,7 +135,7 @@ def test_rows_have_multiples_of_their_own(make, scaled_before):
 @pytest.mark.parametrize("cheap", [0, 1 << 40])
 def test_the_equilibrium_is_the_same(monkeypatch, cheap):
     """Whether multiples are tried after the first sweep decides how one gets there, not where."""
-    monkeypatch.setattr(sweep, "_CHEAP", cheap)
+    monkeypatch.setattr(memory, "_CHEAP", cheap)
     torch.manual_seed(0)
     net, x, y = convolutional().double(), torch.randn(20, 6).double(), torch.randint(0, 3, (20,))
     found = []

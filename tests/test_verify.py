@@ -276,7 +276,7 @@ def test_a_solver_that_flatters_itself_is_found(monkeypatch):
     """It calls everything settled; the states say otherwise."""
     flattering = lambda energy, point, errors: torch.zeros(energy.batch, dtype=torch.float64)  # noqa: E731
     monkeypatch.setattr("mep.solvers.sweep.worst_residual", flattering)
-    monkeypatch.setattr("mep.solvers.sweep.output_residual", lambda x, wanted, output: x.new_zeros(len(x)))
+    monkeypatch.setattr("mep.solvers.memory.output_residual", lambda x, wanted, output: x.new_zeros(len(x)))
     report = verified("mlp tanh")
     assert any("the solver reported 0.0e+00" in text and "Node `" in text for text in report.failures), report
 

@@ -29,6 +29,11 @@ class BatchCost(ABC):
     narrows = True
     """Whether `of` is there: row i of the target belongs to example i."""
 
+    @property
+    def smoothness(self) -> float | None:
+        """No eigenvalue of an example's Hessian is larger, at any output; None if that is not known."""
+        return None
+
     @abstractmethod
     def value(self, output: Tensor) -> Tensor:
         """The cost of every example: [batch]."""
@@ -68,6 +73,10 @@ class SquaredError(BatchCost):
             )
         self.target = target.to(output.dtype)
         self.features = output.numel() // len(output)
+
+    @property
+    def smoothness(self) -> float:
+        return 2 / self.features
 
     def value(self, output: Tensor) -> Tensor:
         return (output - self.target).square().reshape(len(output), -1).mean(1)
@@ -115,6 +124,12 @@ class CrossEntropy(BatchCost):
         assert self.labels is not None
         zeros = self.labels.new_zeros(self._shape, dtype=self._dtype)
         return zeros.scatter_(1, self.labels, 1.0)
+
+    @property
+    def smoothness(self) -> float:
+        """Half of the largest total: the variance of a distribution's choice along a unit vector is 1/2 at most."""
+        total = 1.0 if self.total is None else float(self.total.max())
+        return 0.5 * total / self.positions
 
     def value(self, output: Tensor) -> Tensor:
         if self.labels is not None:

@@ -29,7 +29,7 @@ from mep.cost import BatchCost
 from mep.errors import ArgumentError
 from mep.graph import Graph, Point
 from mep.layout import by_example
-from mep.nodes import Held, Node, Strength, displaced
+from mep.nodes import Held, Node, Strength, displaced, magnitude, spread
 
 State = dict[str, Tensor]
 Box = tuple[float, float]
@@ -136,7 +136,7 @@ class Energy:
 
     def errors(self, point: Point) -> State:
         """The scaled errors `(mu - s) / beta` of every state."""
-        return {name: (mu - point.values[name]) / self.beta for name, mu in point.predictions.items()}
+        return {name: (mu - point.values[name]) / spread(self.beta, mu) for name, mu in point.predictions.items()}
 
     def state(self, point: Point) -> State:
         """The states of a point."""
@@ -179,7 +179,7 @@ class Energy:
             return self.coupling.tension(s, mu)
 
         gradient = self.cost_gradient(point)
-        self.graph.pull(point.saved, None if gradient is None else -self.beta * gradient, transmit)
+        self.graph.pull(point.saved, None if gradient is None else -gradient * spread(self.beta, gradient), transmit)
         return arriving
 
     def forces(self, point: Point, pulls: Mapping[str, Tensor] | None = None) -> State:
@@ -200,7 +200,9 @@ class Energy:
             found[node.name] = relative_residual(*sides, s, self.batch, node.box)
         gradient = self.cost_gradient(point)
         if gradient is not None:
-            felt = example_norm(self.beta * gradient, self.batch) > 10 * rounding(self.output(point), self.batch)
+            felt = example_norm(gradient, self.batch) * magnitude(self.beta) > 10 * rounding(
+                self.output(point), self.batch
+            )
             found = {name: residual * felt for name, residual in found.items()}
         return found
 
@@ -214,7 +216,7 @@ class Energy:
         if errors is not None:
             return self.graph.contract(point, errors, weight, nodes)
         tension, scale = self.coupling.tension, self.beta if self.nudge else 1.0
-        assert not isinstance(scale, Tensor), "a compiled step knows its errors"
+        assert not isinstance(scale, Tensor), "who reckons with tensors knows the errors"
         names = [node.name for node in (self.graph.states if nodes is None else nodes)]
         tensions = {n: tension(point.values[n], point.predictions[n]) for n in names}
         return self.graph.contract(point, tensions, -weight / scale, nodes)
@@ -233,12 +235,6 @@ def inside_box(node: Node, mu: Tensor) -> Tensor:
 def example_norm(tensor: Tensor, batch: int) -> Tensor:
     """The Euclidean norm over everything but the examples: [batch]. Rows of one example must be neighbours."""
     return torch.linalg.vector_norm(by_example(tensor, batch), dim=1)
-
-
-def per_example(mask: Tensor, like: Tensor) -> Tensor:
-    """A mask over the examples ([batch]) spread over the rows of a state, ready to broadcast."""
-    rows = mask if len(like) == len(mask) else mask.repeat_interleave(len(like) // len(mask))
-    return rows.view(-1, *[1] * (like.ndim - 1))
 
 
 def relative_residual(side: Tensor, other: Tensor, state: Tensor, batch: int, box: Box = FREE) -> Tensor:

@@ -49,6 +49,8 @@ class Graph:
         """Node -> the nodes whose values nobody reads after it; only of those that forces from the output reach."""
         self.is_affine_when_held = all(n.clamped or n.is_affine_when_held for n in self.nodes)
         """Whether no Jacobian changes while the branches are held: pointwise pieces and linear layers only."""
+        self.is_separable: bool | None = None
+        """Whether examples do not see each other; None until somebody has looked."""
         self.snapshot = Snapshot(self.model)
 
     def _last_read(self) -> dict[str, list[str]]:

@@ -31,6 +31,12 @@ def by_example(t: Tensor, batch: int) -> Tensor:
     return (t.permute(0, 2, 3, 1) if layout(t) is torch.channels_last else t).reshape(batch, -1)
 
 
+def per_example(values: Tensor, like: Tensor) -> Tensor:
+    """One value an example ([batch]) spread over the rows of a state, ready to broadcast."""
+    rows = values if len(like) == len(values) else values.repeat_interleave(len(like) // len(values))
+    return rows.view(-1, *[1] * (like.ndim - 1))
+
+
 def rows_of(t: Tensor, index: Tensor) -> Tensor:
     """Some rows of a tensor, in its layout."""
     return as_laid_out(t.index_select(0, index), t)

@@ -22,12 +22,12 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from mep.activations import Activation, MaxPool, kink_of_call
-from mep.layout import as_laid_out
+from mep.layout import as_laid_out, per_example
 from mep.ops import Op, has_hooks
 from mep.snapshot import Buffers, Noise, generators, set_generators
 
 Strength = float | Tensor
-"""A nudging strength: a number, or a tensor without dimensions where a step is compiled for any."""
+"""A nudging strength: a number, a tensor without dimensions where a step is compiled for any, or one each: [batch]."""
 
 WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 """Modules whose parameter gradient is a sum of outer products of their input and the error of their output."""
@@ -244,9 +244,25 @@ def _grad(output: Tensor, inputs: Sequence[Tensor], force: Tensor) -> Sequence[T
 
 def displaced(mu: Tensor, error: Tensor, beta: Strength) -> Tensor:
     """`mu - beta error`."""
-    if isinstance(beta, Tensor):
-        return torch.addcmul(mu, error, beta, value=-1)
-    return torch.add(mu, error, alpha=-beta)
+    strength = spread(beta, error)
+    if isinstance(strength, Tensor):
+        return torch.addcmul(mu, error, strength, value=-1)
+    return torch.add(mu, error, alpha=-strength)
+
+
+def spread(beta: Strength, like: Tensor) -> Strength:
+    """A strength ready to be multiplied with a state."""
+    return per_example(beta, like).to(like.dtype) if isinstance(beta, Tensor) and beta.ndim else beta
+
+
+def magnitude(beta: Strength) -> Strength:
+    """The strength, whether toward the target or away from it."""
+    return beta.abs() if isinstance(beta, Tensor) else abs(beta)
+
+
+def of_rows(beta: Strength, rows: Tensor) -> Strength:
+    """The strength of some of the examples."""
+    return beta.index_select(0, rows) if isinstance(beta, Tensor) and beta.ndim else beta
 
 
 class _same_noise:

@@ -50,29 +50,33 @@ class Known:
 
     `gain`: how far the output moves when an error is injected there, `<x, M x> / <x, x>`, the mean over the examples.
     `errors`: the scaled errors of the same examples at an earlier equilibrium, 0 where there is none. `look_from`: the
-    iteration before which no residual need be measured, safely below where settling has ended of late.
+    iteration before which no residual need be measured, safely below where settling has ended of late. `most`: the
+    strength of nudges at which examples settle without delay, see `mep.solvers.strength`.
     """
 
     gain: Strength | None = None
     errors: State | None = None
     look_from: int = 0
+    most: float | None = None
 
-    def after(self, iterations: int, gain: Tensor | None) -> Known:
+    def after(self, iterations: int, gain: Tensor | None, most: float | None = None) -> Known:
         """What is known after a settling that ended then: the first look follows down at once, and up slowly."""
         safe = 3 * iterations // 4
         look_from = safe if safe < self.look_from else self.look_from + (safe - self.look_from + 7) // 8
-        return Known(None if gain is None else float(gain), None, look_from)
+        return Known(None if gain is None else float(gain), None, look_from, most)
 
 
 @dataclass(frozen=True)
 class Settled:
     """Where settling ended.
 
-    `residual` is `[batch]`, the largest relative residual over the nodes (see `mep.energy.relative_residual`);
-    `errors` are the scaled errors `(mu - s) / beta` of every node, where the solver works with them. `known` is what
-    the next step may begin with; `turns`: how often each node was computed, where the solver counts.
+    `energy` is that whose equilibrium it is: the one asked for, or with a weaker nudge for some examples. `residual` is
+    `[batch]`, the largest relative residual over the nodes (see `mep.energy.relative_residual`); `errors` are the
+    scaled errors `(mu - s) / beta` of every node, where the solver works with them. `known` is what the next step may
+    begin with; `turns`: how often each node was computed, where the solver counts.
     """
 
+    energy: Energy
     point: Point
     residual: Tensor
     iterations: int
@@ -87,8 +91,8 @@ class Iterate:
     """A point on the way. `memory` is the solver's own; `point` and `errors` may lag behind it until `certify`.
 
     `residual` may be a lower bound as long as it exceeds the tolerance, or until it is `exact`. `out_of_reach`: the
-    iteration expands, and a smaller beta would help; `diverging`: it runs away for good. `gain` as in `Known`, `turns`
-    as in `Settled`.
+    iteration expands, and a smaller beta would help; `diverging`: it runs away for good. `gain` and `most` as in
+    `Known`, `turns` as in `Settled`, and `energy` where it is not the one asked for.
     """
 
     point: Point
@@ -98,7 +102,9 @@ class Iterate:
     diverging: bool = False
     exact: bool = False
     gain: Tensor | None = None
+    most: float | None = None
     turns: Mapping[str, int] | None = None
+    energy: Energy | None = None
     memory: Any = None
 
 
@@ -175,7 +181,7 @@ def settle(energy: Energy, point: Point, solver: Solver, known: Known = Known())
         if iterations == solver.settle_steps or hopeless:
             break
         iterate = solver.advance(energy, iterate, active)
-    return _judged(solver, solver.certify(energy, iterate), iterations, known)
+    return _judged(energy, solver, solver.certify(energy, iterate), iterations, known)
 
 
 def _is_too_slow(solver: Solver, course: list[float], has_kinks: bool) -> bool:
@@ -190,7 +196,7 @@ def _is_too_slow(solver: Solver, course: list[float], has_kinks: bool) -> bool:
     return best > solver.tol and math.log(solver.tol / best) < left / _LATE * math.log(best / before)
 
 
-def _judged(solver: Solver, iterate: Iterate, iterations: int, known: Known) -> Settled:
+def _judged(energy: Energy, solver: Solver, iterate: Iterate, iterations: int, known: Known) -> Settled:
     worst = float(iterate.residual.max())
     if iterate.diverging or not math.isfinite(worst):
         result = Result.DIVERGED
@@ -200,5 +206,13 @@ def _judged(solver: Solver, iterate: Iterate, iterations: int, known: Known) -> 
         result = Result.FIXED_STEPS
     else:
         result = Result.OUT_OF_REACH if iterate.out_of_reach else Result.STEP_LIMIT
-    learnt = known.after(iterations, iterate.gain)
-    return Settled(iterate.point, iterate.residual, iterations, result, iterate.errors, learnt, iterate.turns)
+    return Settled(
+        iterate.energy or energy,
+        iterate.point,
+        iterate.residual,
+        iterations,
+        result,
+        iterate.errors,
+        known.after(iterations, iterate.gain, iterate.most),
+        iterate.turns,
+    )

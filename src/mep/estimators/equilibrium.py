@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mep.cost import BatchCost, PerExample, make_cost
-from mep.energy import Energy, make_coupling, per_example
+from mep.energy import Energy, make_coupling
 from mep.errors import ArgumentError, DivergedError, InputError
 from mep.estimators.contrast import Phase, contrast, pieces
 from mep.estimators.estimate import Estimate, Gradients, accumulate, finished
@@ -32,6 +32,7 @@ from mep.estimators.program import Setting
 from mep.estimators.programs import Programs
 from mep.estimators.recall import Recall, check_indices
 from mep.estimators.settings import check_settings
+from mep.layout import per_example
 from mep.nodes import Held
 from mep.settle import Known, Result, Settled, Solver, settle
 from mep.snapshot import Buffers
@@ -164,12 +165,12 @@ class EquilibriumPropagation:
 
     def state_dict(self) -> dict[str, Any]:
         """What the estimator remembers: the beta within reach, the gain of the network, equilibria by index."""
-        known = {"gain": self._known.gain, "look_from": self._known.look_from}
+        known = {"gain": self._known.gain, "look_from": self._known.look_from, "most": self._known.most}
         return {"reach": self._reach, **known, "recall": self._recall.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict`."""
-        self._reach, self._known = float(state["reach"]), Known(state["gain"], None, state["look_from"])
+        self._reach, self._known = float(state["reach"]), Known(state["gain"], None, state["look_from"], state["most"])
         self._recall.load_state_dict(state["recall"])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> EquilibriumPropagation:
@@ -240,7 +241,8 @@ class EquilibriumPropagation:
                 "cannot. Leave compile out, or put the module in eval mode."
             )
         if is_forward:
-            return energy, Settled(point, torch.zeros(batch, device=energy.output(point).device), 0, Result.CONVERGED)
+            rests = torch.zeros(batch, device=energy.output(point).device)
+            return energy, Settled(energy, point, rests, 0, Result.CONVERGED)
         if indices is not None:
             states, seen = self._recall.of(indices, energy.state(point))
             point = energy.at({n: torch.where(per_example(seen, s), s, point.values[n]) for n, s in states.items()})
@@ -282,14 +284,14 @@ class EquilibriumPropagation:
         """The step by a compiled program, or None if it has to be made without one."""
         assert self.programs is not None
         beta, graph = next_beta(self.beta, self._reach), self._graphs.of(x)
-        found = self.programs.step(graph, x, target, beta, self._known.gain)
+        found = self.programs.step(graph, x, target, beta, self._known)
         if found is None:
             return None
         settled = found.worst <= self.solver.tol
         result = Result.CONVERGED if settled else Result.FIXED_STEPS
         if self.observe is not None:
             self.observe(found.layers)
-        self._reach, self._known = beta, Known(found.gain)
+        self._reach, self._known = beta, replace(self._known, gain=found.gain)
         return found.gradients, Estimate(found.loss, found.residual, found.sweeps, beta, result)
 
 

@@ -23,10 +23,11 @@ class Estimate:
         loss: mean cost of the batch at the free equilibrium, 0-dim.
         residual: relative residual of every example, [batch], the worst over nodes and phases; None for backprop.
         iterations: sweeps or descent steps, the most of any phase; 0 for backprop.
-        beta: the nudging strength that was used, at most the one asked for.
+        beta: the nudging strength that was used, at most the one asked for; the smallest of any example.
         result: converged, or why not.
         left_branch: fraction of piecewise-linear units off the branch on which they were held; None if not asked.
         turns: how often each node was computed, by name; None unless the solver is `mep.Local`.
+        betas: that of every example, [batch], where they are not all the same; else None.
     """
 
     loss: Tensor
@@ -36,6 +37,7 @@ class Estimate:
     result: Result
     left_branch: float | None = None
     turns: Mapping[str, int] | None = None
+    betas: Tensor | None = None
 
     def __str__(self) -> str:
         """One line.

@@ -12,6 +12,7 @@ from mep.energy import Energy, nudge
 from mep.errors import DivergedError
 from mep.estimators.contrast import CONTRASTS
 from mep.estimators.estimate import Estimate
+from mep.nodes import Strength, magnitude
 from mep.settle import Known, Result, Settled, Solver, settle
 
 _SHRINK = 0.5
@@ -35,19 +36,18 @@ def settle_phases(
     Raises:
         DivergedError: even the smallest beta leads out of the finite numbers.
     """
+    multiples = [multiple for multiple, _ in CONTRASTS[phases] if multiple]
     for attempt in range(_TRIES):
-        found: list[SettledPhase] = []
-        for multiple, weight in CONTRASTS[phases]:
-            if multiple == 0:
-                found.append((weight / beta, energy, free))
-                continue
-            nudged = nudge(energy, cost, multiple * beta)
-            found.append((weight * multiple, nudged, settle(nudged, free.point, solver, known)))
-        failed = [s.result for _, _, s in found if s.result is not Result.CONVERGED]
+        nudged = _alike(energy, free, cost, solver, multiples, beta, known)
+        failed = [s.result for s in nudged.values() if s.result is not Result.CONVERGED]
         if not failed or not (solver.beta_limited and solver.adaptive) or attempt == _TRIES - 1:
             break
         beta *= _SHRINK**2 if Result.OUT_OF_REACH in failed else _SHRINK
-    if any(s.result is Result.DIVERGED for _, _, s in found):
+    found = [
+        (weight * multiple, nudged[multiple].energy, nudged[multiple]) if multiple else (weight / beta, energy, free)
+        for multiple, weight in CONTRASTS[phases]
+    ]
+    if Result.DIVERGED in failed:
         raise DivergedError(
             f"Settling diverged at beta={beta:g} with {solver}. Nothing was changed. Way out: "
             + solver.way_out(found[-1][1], free.point)
@@ -55,8 +55,37 @@ def settle_phases(
     return beta, found
 
 
+def _alike(
+    energy: Energy,
+    free: Settled,
+    cost: BatchCost,
+    solver: Solver,
+    multiples: Sequence[float],
+    beta: float,
+    known: Known,
+) -> dict[float, Settled]:
+    """Settle at these multiples of beta; an example that is nudged less in one of them is so in all."""
+    strength: Strength = beta
+    found: dict[float, Settled] = {}
+    while any(m not in found or not _is_same(found[m].energy.beta, m * strength) for m in multiples):
+        for multiple in multiples:
+            found[multiple] = settle(nudge(energy, cost, multiple * strength), free.point, solver, known)
+            strength = magnitude(found[multiple].energy.beta)
+        if any(settled.result is not Result.CONVERGED for settled in found.values()):
+            break
+    return found
+
+
+def _is_same(one: Strength, other: Strength) -> bool:
+    if isinstance(one, Tensor) or isinstance(other, Tensor):
+        return isinstance(one, Tensor) and isinstance(other, Tensor) and torch.equal(one, other)
+    return one == other
+
+
 def estimate_of(loss: Tensor, beta: float, phases: Sequence[SettledPhase], diagnostics: bool) -> Estimate:
     """What is to be told of these phases."""
+    each = magnitude(phases[-1][1].beta)
+    betas = each if isinstance(each, Tensor) else None
     settled = [s for _, _, s in phases]
     unsettled = [s.result for s in settled if s.result is not Result.CONVERGED]
     left = max(e.left_branch(s.point) for _, e, s in phases) if diagnostics else None
@@ -64,8 +93,9 @@ def estimate_of(loss: Tensor, beta: float, phases: Sequence[SettledPhase], diagn
         loss=loss,
         residual=torch.stack([s.residual for s in settled]).amax(0),
         iterations=max(s.iterations for s in settled),
-        beta=beta,
+        beta=beta if betas is None else float(betas.min()),
         result=unsettled[0] if unsettled else Result.CONVERGED,
         left_branch=left,
         turns=settled[-1].turns,
+        betas=betas,
     )

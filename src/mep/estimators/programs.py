@@ -15,8 +15,8 @@ from mep.errors import ArgumentError
 from mep.estimators.inputs import input_tensors
 from mep.estimators.program import Found, Program, Setting
 from mep.graph import Graph
-from mep.nodes import Strength
-from mep.settle import Settled
+from mep.settle import Known, Settled
+from mep.solvers.strength import is_learnt
 
 _EAGER = 4
 """So many steps of one shape are made without a program: they check the model, and tell how often it sweeps."""
@@ -53,18 +53,20 @@ class Programs:
         for which in [which for which in self._programs if which[0][0] not in graphs]:
             del self._programs[which]
 
-    def step(self, graph: Graph, x: Any, target: Tensor, beta: float, gain: Strength | None) -> Found | None:
+    def step(self, graph: Graph, x: Any, target: Tensor, beta: float, known: Known) -> Found | None:
         """What a program finds, or None if the step has to be made without one."""
         key = _key(graph, x, target)
         output = self._outputs.get(key)
-        if output is None or self._seen[key] < _EAGER or gain is None or not gain > 0:
+        if output is None or self._seen[key] < _EAGER or known.gain is None or not known.gain > 0:
+            return None
+        if is_learnt(known.most):  # then some examples are to be nudged less
             return None
         sweeps, late = self._sweeps(graph)
         if sweeps + late > MOST_SWEEPS or (sweeps + late) * len(graph.nodes) > _MOST_VISITS:
             return None
         cost = self.make_cost(output, target)
         program = self._programs.get((key, sweeps, late)) or self._made(key, graph, x, cost, output, sweeps, late)
-        found = program(x, cost, beta, float(gain))
+        found = program(x, cost, beta, float(known.gain))
         solver = self.setting.solver
         if found is None or (solver.adaptive and found.worst > solver.tol):
             return None

@@ -15,9 +15,9 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from mep.energy import Energy, State, example_norm, per_example, relative_residual, rounding
+from mep.energy import Energy, State, example_norm, relative_residual, rounding
 from mep.graph import Point
-from mep.layout import layout
+from mep.layout import layout, per_example
 from mep.nodes import Node, displaced
 from mep.solvers.flow import Flow
 from mep.solvers.links import Branches, Place, linked, only_reader

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mep.energy import Energy, State, per_example, relative_residual
+from mep.energy import Energy, State, relative_residual
 from mep.graph import Point
+from mep.layout import per_example
 from mep.nodes import Node, displaced
 from mep.solvers.output import expands, gain, next_error, output_residual
 

@@ -16,15 +16,18 @@ On such recursions: Griewank and Walther 2000, doi:10.1145/347837.347846.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from mep.energy import Energy, State, per_example
+from mep.energy import Energy, State
 from mep.errors import ArgumentError
 from mep.graph import Point
-from mep.nodes import Node, displaced
-from mep.solvers.response import OnDemand, multiplications
+from mep.layout import per_example
+from mep.nodes import Held, Node, displaced, of_rows
+from mep.solvers.response import Gram, OnDemand, multiplications, several
 
 Forces = dict[str, Tensor | None]
 Visit = tuple[Node, Any, Tensor | None]
@@ -50,23 +53,58 @@ class Forgotten(Point):
 class Checkpointed:
     """The output error of the last sweep, and walks that tell the rest. `free` is what `Forgotten` left."""
 
-    narrows = False
-
     def __init__(self, energy: Energy, free: Point):
         self.energy, self.free = energy, free
         self.parts = max(2, round(len(energy.graph.nodes) ** (1 / 3)))
+        self.narrows = self.weakens = len([value for value in energy.inputs.values() if isinstance(value, Tensor)]) == 1
 
     def answer(self, x: Tensor, rows: Tensor | None, active: Tensor | None) -> Tensor:
-        """The output that follows the output error x."""
+        """The output of these rows (None: all) that follows their output error x."""
+        free = self.energy.output(self.free)
+        if rows is None:
+            self._set(x)
+            moved, self.work = self._moved()
+            return displaced(free, moved, self.energy.beta)
+        self._set(self.x.index_copy(0, rows, x))
+        moved, _ = self._of(rows, x)._moved()
+        return displaced(free.index_select(0, rows), moved, of_rows(self.energy.beta, rows))
+
+    def gains(self, rows: Tensor) -> Tensor:
+        """As `Response.gains`."""
+        units = self.energy.output(self.free).shape[1]
+        return torch.cat([self._gains(some, units) for some in several(rows, units, self.energy.batch)])
+
+    def _gains(self, rows: Tensor, units: int) -> Tensor:
+        total = Gram(self.energy.output(self.free), len(rows))
+        for node, _, error in self._of(rows.repeat_interleave(units), total.every).walk({}):
+            if node.owns_state and error is not None:
+                total.add(error)
+        return total.sum
+
+    def _of(self, rows: Tensor, x: Tensor) -> Checkpointed:
+        """The walks of some of the examples, with these output errors."""
+        inputs = {
+            name: value.index_select(0, rows) if isinstance(value, Tensor) else value
+            for name, value in self.energy.inputs.items()
+        }
+        some = Checkpointed(replace(self.energy, inputs=inputs, batch=len(rows), held=Held()), self.free)
+        some._set(x)
+        return some
+
+    def _set(self, x: Tensor) -> None:
         self.x, self._cursor = x, _Cursor(self)
+
+    def _moved(self) -> tuple[Tensor, int]:
+        """How far the output moves, over `-beta`; and the multiplications that took."""
         tangents: State = {}
-        self.work = sum(multiplications(node, error) for node, _, error in self.walk(tangents))
-        return displaced(self.energy.output(self.free), tangents[self.energy.graph.output], self.energy.beta)
+        work = sum(multiplications(node, error) for node, _, error in self.walk(tangents))
+        return tangents[self.energy.graph.output], work
 
     def rescale(self, a: Tensor, rows: Tensor | None) -> None:
-        """As if the output errors, just answered, had been `a` times as large."""
-        assert rows is None, "no example is left out"
-        self.x, self._cursor = self.x * per_example(a, self.x), _Cursor(self)
+        """As if the output errors of these rows (None: all), just answered, had been `a` times as large."""
+        if rows is not None:
+            a = a.new_ones(len(self.x)).index_copy(0, rows, a)
+        self._set(self.x * per_example(a, self.x))
 
     @property
     def point(self) -> Point:

@@ -11,8 +11,9 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from mep.energy import Energy, State, inside_box, per_example
+from mep.energy import Energy, State, inside_box
 from mep.graph import Point
+from mep.layout import per_example
 from mep.nodes import Node
 
 

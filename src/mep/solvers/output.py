@@ -16,9 +16,10 @@ from mep.cost import BatchCost
 from mep.energy import Energy, example_norm
 from mep.errors import ArgumentError
 from mep.graph import Point
-from mep.nodes import Strength
+from mep.nodes import Strength, spread
 from mep.settle import Known, Solver
 from mep.solvers.anderson import mix
+from mep.solvers.newton import solved
 from mep.solvers.secant import Trial, first_output, hessian_product, solve_output
 
 _EXPANDS = 4.0
@@ -60,8 +61,16 @@ def expands(question: Tensor, error: Tensor, wanted: Tensor, residual: Tensor) -
     return bool((missed > _EXPANDS * torch.maximum(asked, asked.mean())).any())
 
 
+def strengths(x: Tensor, shift: Tensor) -> Tensor:
+    """`beta <x, M x> / <x, x>` of every example; `shift` is `beta M x`."""
+    x, shift = x.flatten(1), shift.flatten(1)
+    return torch.linalg.vecdot(x, shift) / torch.linalg.vecdot(x, x)
+
+
 def gain(x: Tensor, shift: Tensor, beta: Strength) -> Tensor:
     """The mean of `<x, M x> / <x, x>` over the examples, with weights `<x, x>`; `shift` is `beta M x`."""
+    if isinstance(beta, Tensor) and beta.ndim:
+        shift, beta = shift / spread(beta, shift), 1.0
     x, shift = x.reshape(-1), shift.reshape(-1)
     return torch.dot(x, shift) / (beta * torch.dot(x, x))
 
@@ -75,7 +84,7 @@ def first_error(energy: Energy, free: Tensor, wanted: Tensor, known: Known) -> T
     assert nudge is not None
     if known.gain is None:
         return wanted
-    strength = nudge.beta * known.gain
+    strength = spread(nudge.beta, free) * known.gain
     is_usable = isinstance(strength, Tensor) or 0 < strength < math.inf
     found = first_output(nudge.cost, free, wanted, strength) if is_usable else None
     return wanted if found is None else found
@@ -115,6 +124,16 @@ def rescaled(
     kept = gains.unsqueeze(1)
     found = [torch.where(kept, new, old) for new, old in zip((scaled, moved, wanted), trial, strict=True)]
     return (found[0], found[1], found[2]), torch.where(gains, a.squeeze(1), 1), torch.where(gains, left, residual)
+
+
+def solved_error(cost: BatchCost, free: Tensor, k: Tensor, latest: Tensor, tol: float) -> Tensor:
+    """The error that solves the equation where the whole gain `k = beta M` is known; `latest`: the last that was tried.
+
+    It is solved ten times as well as `tol` asks, so that the rounding of the network's answer may have the rest.
+    """
+    with no_autocast(free.device):
+        found = solved(cost, free.to(k.dtype), k, latest.to(k.dtype), tol / 10)
+    return found.to(free.dtype)
 
 
 def next_error(cost: BatchCost, free: Tensor, trials: Sequence[Trial], once: bool = False) -> Tensor:

@@ -15,11 +15,15 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from mep.energy import Energy, State, per_example
+from mep.energy import Energy, State
 from mep.graph import Point
-from mep.nodes import Node, displaced
+from mep.layout import by_example, per_example
+from mep.nodes import Node, displaced, of_rows
+from mep.solvers.output import no_autocast
+from mep.solvers.strength import are_separate
 
 
 class Response:
@@ -42,6 +46,11 @@ class Response:
         self.narrows = False
         """Whether examples can be left out, once there are errors: the rows of every state are the examples."""
 
+    @property
+    def weakens(self) -> bool:
+        """Whether examples can be nudged less than others."""
+        return self.narrows
+
     def answer(self, x: Tensor, rows: Tensor | None, active: Tensor | None) -> Tensor:
         """The output of these rows (None: all) that follows their output error x."""
         energy = self.energy
@@ -50,7 +59,9 @@ class Response:
             self._errors = self.arriving = {}  # the old ones are gone before there are new ones
             self._errors = self._pulled(saved, x)
             moved, self.arriving = energy.graph.push(saved, self._errors, forget=True)
-            self.narrows = all(len(error) == energy.batch for error in self._errors.values())
+            self.narrows = all(len(error) == energy.batch for error in self._errors.values()) and are_separate(
+                energy, self.free
+            )
             self.scale = None
         else:
             free, saved = free.index_select(0, rows), energy.graph.rows(saved, rows)
@@ -61,7 +72,31 @@ class Response:
                     known[name].index_copy_(0, rows, value)
             if self.scale is not None:
                 self.scale = self.scale.index_fill(0, rows, 1)
-        return displaced(free, moved[energy.graph.output], energy.beta)
+        return displaced(free, moved[energy.graph.output], energy.beta if rows is None else of_rows(energy.beta, rows))
+
+    def gains(self, rows: Tensor) -> Tensor:
+        """`M = sum_n A_n A_n^T` of these examples: one backward walk, from every unit of the output.
+
+        Returns:
+            `[examples, units, units]`: `output = free - beta M x` without asking the network.
+        """
+        units = self.energy.output(self.free).shape[1]
+        return torch.cat([self._gains(some, units) for some in several(rows, units, self.energy.batch)])
+
+    def _gains(self, rows: Tensor, units: int) -> Tensor:
+        energy, saved = self.energy, self.free.saved
+        total, each = Gram(energy.output(self.free), len(rows)), rows.repeat_interleave(units)
+
+        def transmit(node: Node, force: Tensor | None) -> Tensor | None:
+            force = total.every if node.name == energy.graph.output else force
+            if node.owns_state and force is not None:
+                total.add(force)
+            return force
+
+        energy.graph.pull(
+            OnDemand(saved, lambda name: energy.graph.by_name[name].rows(saved[name], each)), None, transmit
+        )
+        return total.sum
 
     def _pulled(self, saved: Mapping[str, Any], x: Tensor) -> State:
         """The errors of all nodes that balance the output error x."""
@@ -107,6 +142,28 @@ class Response:
         """Where the states are now."""
         arriving = OnDemand(self.arriving, lambda name: self.scaled(self.arriving, name))
         return Moved(self.energy, self.free, self.errors, arriving)
+
+
+class Gram:
+    """`sum_n A_n A_n^T` of some examples, of the errors `A_n^T` that follow `every` unit of the output."""
+
+    def __init__(self, output: Tensor, examples: int):
+        units = output.shape[1]
+        self.every = torch.eye(units, dtype=output.dtype, device=output.device).repeat(examples, 1)
+        """An output error for every example and unit, [examples * units, units]."""
+        exact = torch.promote_types(output.dtype, torch.float32)
+        self.sum = output.new_zeros(examples, units, units, dtype=exact)
+
+    def add(self, error: Tensor) -> None:
+        """Those of one node, [examples * units, ...]."""
+        a = by_example(error, len(self.every)).view(*self.sum.shape[:2], -1).to(self.sum.dtype)
+        with no_autocast(a.device):
+            self.sum.baddbmm_(a, a.mT)
+
+
+def several(rows: Tensor, units: int, batch: int) -> tuple[Tensor, ...]:
+    """Rows, so few at a time that a walk from each unit of the output has no more rows than the batch."""
+    return rows.split(max(1, batch // units))
 
 
 def multiplications(node: Node, error: Tensor | None) -> int:

@@ -11,8 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mep.energy import Energy, State, example_norm, per_example
+from mep.energy import Energy, State, example_norm
 from mep.graph import Point
+from mep.layout import per_example
 
 _ITERATIONS = 8
 """They come within a fifth or so, from below."""

@@ -24,28 +24,29 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from mep.cost import BatchCost
-from mep.energy import Energy, per_example
+from mep.energy import Energy
 from mep.errors import ArgumentError
 from mep.graph import Point
+from mep.layout import per_example
 from mep.settle import Iterate, Known, Solver
 from mep.solvers.checkpointed import Checkpointed, Forgotten
+from mep.solvers.memory import Answers, Memory
 from mep.solvers.output import (
     expands,
     first_error,
     gain,
     next_error,
-    output_residual,
     require_prediction,
     rescaled,
+    solved_error,
     wanted_error,
 )
 from mep.solvers.response import Response
-from mep.solvers.secant import Trial
+from mep.solvers.strength import SOON, are_separate, higher, is_late, lower, stalled
 from mep.solvers.walks import Walks, worst_residual
 
-_CHEAP = 1 << 23
-"""So many multiplications take about as long as the few dozen small operations of one rescaling."""
+_FEW_TELL, _ALL_TELL = 2, 4
+"""After so many sweeps examples tell their whole gain: if they are few, and however many they are."""
 
 
 def few(batch: int) -> int:
@@ -88,39 +89,48 @@ class Sweep(Solver):
 
     def start(self, energy: Energy, point: Point, known: Known) -> Iterate:
         """The free equilibrium: every error is zero and the nudge unanswered."""
+        return self._start(energy, point, known, self.adaptive)
+
+    def _start(self, energy: Energy, point: Point, known: Known, may_weaken: bool) -> Iterate:
         require_prediction(self, energy)
         question, free, nudge = wanted_error(energy, point), energy.output(point), energy.nudge
         assert nudge is not None
         first = first_error(energy, free, question, known if self.history else Known())
-        kind = Checkpointed if isinstance(point, Forgotten) else Response if energy.is_affine else Walks
-        answers = kind(energy, point)
-        memory = _Memory(answers, nudge.cost, free, question, first)
-        return Iterate(point, free.new_ones(energy.batch), memory=memory)
+        most = higher(known.most)
+        answers: Answers
+        if energy.is_affine:
+            answers = (Checkpointed if isinstance(point, Forgotten) else Response)(energy, point)
+        else:
+            weakens = may_weaken and not energy.kinks and are_separate(energy, point)
+            answers = Walks(energy, point, most if weakens else None)
+        memory = Memory(answers, nudge.cost, free, question, first)
+        return Iterate(point, free.new_ones(energy.batch), most=most, memory=memory)
 
     def advance(self, energy: Energy, iterate: Iterate, active: Tensor | None) -> Iterate:
         """One sweep."""
-        is_first = not iterate.memory.trials
-        if active is not None and iterate.memory.narrows:
-            iterate, active = replace(iterate, memory=iterate.memory.of(active)), None
-        moved = self._swept(energy, iterate, active)
-        if is_first:
-            memory: _Memory = moved.memory
-            x, _, wanted = memory.trials[0]
-            moved.out_of_reach = self.adaptive and expands(memory.question, x, wanted, moved.residual)
+        memory: Memory = iterate.memory
+        if active is not None and memory.narrows:
+            memory, active = memory.of(active), None
+        if self._needs_gains(memory):
+            memory = memory.knowing_gains()
+        moved = self._swept(replace(iterate, memory=memory), self._error(memory, active), active)
         if energy.is_affine and float(moved.residual.max()) > self.tol:
             moved = self._rescaled(moved)
-        may_have_settled = not energy.is_affine and float(moved.residual.min()) <= self.tol
-        return self.certify(energy, moved) if may_have_settled else moved
+        if not energy.is_affine and (moved.memory.sweeps > 1 or float(moved.residual.min()) <= self.tol):
+            moved = self.certify(energy, moved)
+            if moved.memory.sweeps == SOON and is_late(moved.residual, self.tol):
+                moved.most = lower(iterate.most)
+        return self._weakened(moved, iterate.residual) if self.adaptive else moved
 
     def unrolled(
         self, energy: Energy, point: Point, known: Known, sweeps: int, late: int
     ) -> tuple[Iterate, list[Tensor]]:
         """Where so many sweeps of all and `late` ones of the worst examples lead; after each, how many are unsettled.
 
-        Nothing is decided on the way, so that it can be compiled. In graphs that are not affine examples neither rest
-        nor are left out, and what is counted on the way are the residuals of the output alone.
+        Nothing is decided on the way, so that it can be compiled: no example is nudged less. In graphs that are not
+        affine examples neither rest nor are left out, and what is counted on the way are the residuals of the output.
         """
-        iterate, course = self.start(energy, point, known), list[Tensor]()
+        iterate, course = self._start(energy, point, known, False), list[Tensor]()
         rests = self.adaptive and energy.is_affine
         for sweep in range(sweeps + late):
             if sweep == sweeps and rests and iterate.memory.narrows:
@@ -129,49 +139,77 @@ class Sweep(Solver):
             active = iterate.residual > self.tol if sweep and rests else None
             if active is not None and iterate.memory.rows is not None:
                 active = active.index_select(0, iterate.memory.rows)
-            iterate = self._rescaled(self._swept(energy, iterate, active))
+            iterate = self._rescaled(self._swept(iterate, self._error(iterate.memory, active), active))
             course.append((iterate.residual > self.tol).sum())
         return self.certify(energy, iterate), course
 
-    def _swept(self, energy: Energy, iterate: Iterate, active: Tensor | None) -> Iterate:
-        """One sweep of the examples in play."""
-        memory: _Memory = iterate.memory
-        x = self._error(memory, active)
+    def _swept(self, iterate: Iterate, x: Tensor, active: Tensor | None) -> Iterate:
+        """One sweep of the examples in play, from these output errors."""
+        memory: Memory = iterate.memory
         output = memory.answers.answer(x, memory.rows, active)
-        wanted = memory.cost.gradient(output)
-        residual = output_residual(x, wanted, output)
-        if memory.rows is not None:
-            residual = iterate.residual.index_copy(0, memory.rows, residual)
-        found = gain(x, memory.free - output, energy.beta) if not memory.trials else iterate.gain
-        tried = memory.tried((x, output, wanted), self.history)
-        return replace(iterate, residual=residual, memory=tried, gain=found, exact=False)
+        found = iterate.gain if memory.trials else gain(x, memory.free - output, memory.beta)
+        memory = memory.tried((x, output, memory.cost.gradient(output)), self.history)
+        residual = memory.put(iterate.residual, memory.residual)
+        return replace(iterate, residual=residual, memory=memory, gain=found, exact=False)
+
+    def _needs_gains(self, memory: Memory) -> bool:
+        """Whether the examples in play shall tell their whole gain: they are few, or have been asked often enough."""
+        if memory.gains is not None or not (self.history and memory.may_know_gains(self.settle_steps)):
+            return False
+        are_few = len(memory.free) * memory.free.shape[1] <= memory.answers.energy.batch
+        return memory.sweeps >= (_FEW_TELL if are_few and memory.is_dear else _ALL_TELL)
+
+    def _weakened(self, iterate: Iterate, before: Tensor) -> Iterate:
+        """With less of a nudge for the examples whose equilibrium is out of reach, or hard to find.
+
+        Not while the whole gain may still be asked for: with it an equilibrium is found at any strength.
+        """
+        memory: Memory = iterate.memory
+        answers = memory.answers
+        if not (answers.weakens and self.history):
+            if memory.sweeps == 1:
+                x, _, wanted = memory.trials[0]
+                iterate.out_of_reach = expands(memory.question, x, wanted, iterate.residual)
+            return iterate
+        if memory.gains is None and memory.may_know_gains(self.settle_steps):
+            return iterate
+        if memory.sweeps <= 2:
+            before = torch.ones_like(before)  # what the first sweep leaves is measured only if some example may rest
+        if memory.sweeps == 1:
+            factor = memory.within_reach
+        else:
+            factor = stalled(memory.mine(iterate.residual), memory.mine(before), self.tol)
+        if factor is None:
+            return iterate
+        memory = memory.weakened(factor)
+        unknown = torch.where(factor < 1, iterate.residual.clamp_min(1), iterate.residual)
+        left = unknown if memory.walks else memory.residual
+        return replace(iterate, residual=memory.put(iterate.residual, left), memory=memory, exact=False)
 
     def _rescaled(self, iterate: Iterate) -> Iterate:
         """With the errors that are unsettled replaced by the best of their multiples, whose answers need no sweep.
 
         Not after the first sweep if the next one is cheap anyway: most often some example still needs it.
         """
-        memory: _Memory = iterate.memory
-        answers, is_first = memory.answers, len(memory.trials) == 1
-        if isinstance(answers, Walks) or not self.history or (is_first and answers.work < _CHEAP):
+        memory: Memory = iterate.memory
+        if isinstance(memory.answers, Walks) or not self.history or not (memory.is_dear or memory.sweeps > 1):
             return iterate
-        rows, residual = memory.rows, iterate.residual
-        mine = residual if rows is None else residual.index_select(0, rows)
-        found = rescaled(memory.cost, memory.free, memory.trials[-1], mine, self.tol)
+        found = rescaled(memory.cost, memory.free, memory.trials[-1], memory.mine(iterate.residual), self.tol)
         if found is None:
             return iterate
         trial, a, left = found
-        answers.rescale(a, rows)
-        residual = left if rows is None else residual.index_copy(0, rows, left)
-        return replace(iterate, residual=residual, memory=replace(memory, trials=(*memory.trials[:-1], trial)))
+        memory.answers.rescale(a, memory.rows)
+        memory = replace(memory, trials=(*memory.trials[:-1], trial))
+        return replace(iterate, residual=memory.put(iterate.residual, left), memory=memory)
 
-    def _error(self, memory: _Memory, active: Tensor | None) -> Tensor:
+    def _error(self, memory: Memory, active: Tensor | None) -> Tensor:
         """What the next backward walk starts from; the examples that are not active keep what they have."""
         if not memory.trials:
             return memory.first
         latest, _, gradient = memory.trials[-1]
-        once = not isinstance(memory.answers, Walks)
-        wanted = next_error(memory.cost, memory.free, memory.trials, once) if self.history else gradient
+        if memory.k is not None:
+            return solved_error(memory.cost, memory.free, memory.k, latest, self.tol)
+        wanted = next_error(memory.cost, memory.free, memory.trials, not memory.walks) if self.history else gradient
         return (
             wanted if active is None or not self.history else torch.where(per_example(active, wanted), wanted, latest)
         )
@@ -181,48 +219,18 @@ class Sweep(Solver):
 
         Where the Jacobians are constant every node but the output is balanced, and there is nothing more to measure.
         """
-        memory: _Memory = iterate.memory
+        memory: Memory = iterate.memory
         if not memory.trials:
             return iterate
         answers = memory.answers
         residual = iterate.residual
         if isinstance(answers, Walks) and not iterate.exact:
-            residual = worst_residual(energy, answers.point, answers.errors)
-        return replace(iterate, point=answers.point, errors=answers.errors, residual=residual, exact=True)
-
-
-@dataclass(frozen=True)
-class _Memory:
-    """The examples that are still settling (`rows`, None for all) and all that is known about their outputs.
-
-    `question`: dC/ds at the free output; `first`: the error to begin with; `trials`: those of the last sweeps, oldest
-    first.
-    """
-
-    answers: Response | Checkpointed | Walks
-    cost: BatchCost
-    free: Tensor
-    question: Tensor
-    first: Tensor
-    trials: tuple[Trial, ...] = ()
-    rows: Tensor | None = None
-
-    @property
-    def narrows(self) -> bool:
-        """Whether examples that have settled can be left out."""
-        return self.answers.narrows and self.cost.narrows and bool(self.trials)
-
-    def of(self, active: Tensor) -> _Memory:
-        """The memory of those examples that are active, of those in play."""
-        rows = active.nonzero().squeeze(1)
-        picked = rows if self.rows is None else active[self.rows].nonzero().squeeze(1)
-        return self if len(picked) == len(self.free) else self.narrowed(rows, picked)
-
-    def narrowed(self, rows: Tensor, picked: Tensor) -> _Memory:
-        """The memory of these rows, `picked` from those in play."""
-        trials = tuple((x[picked], s[picked], g[picked]) for x, s, g in self.trials)
-        return replace(self, cost=self.cost.of(picked), free=self.free[picked], trials=trials, rows=rows)
-
-    def tried(self, trial: Trial, history: int) -> _Memory:
-        """With one more trial, and without those that are too old."""
-        return replace(self, trials=(*self.trials, trial)[-max(history, 1) :])
+            residual = worst_residual(answers.energy, answers.point, answers.errors)
+        return replace(
+            iterate,
+            point=answers.point,
+            errors=answers.errors,
+            residual=residual,
+            exact=True,
+            energy=answers.energy,
+        )

@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 
 from mep.activations import Kink
-from mep.energy import Energy, State, per_example, relative_residual
+from mep.energy import Energy, State, example_norm, relative_residual
 from mep.graph import Point
+from mep.layout import per_example
 from mep.nodes import Node, displaced
 from mep.solvers import kinks
 from mep.solvers.output import output_residual, wanted_error
+from mep.solvers.strength import weaker, within_reach
 
 Behind = dict[str, tuple[Tensor, Kink]]
 """State -> what pulls on it through a kink, or where it rests, and the operation that has the kink."""
@@ -27,14 +29,20 @@ class Walks:
 
     `sent` are the errors that the last backward walk handed down, `errors` those that the states then really have.
     `resting` holds, for every state before a kink, where a unit rests at it (NaN: it does not), and the kink; `gains`,
-    how far errors come back through the layers below.
+    how far errors come back through the layers below. Where examples answer more strongly than `most`, if there is such
+    a limit, they are nudged less.
     """
 
     narrows = False
     """Examples may be coupled, so that all are evaluated in every sweep."""
 
-    def __init__(self, energy: Energy, free: Point):
-        self.energy, self.free, self.point = energy, free, free
+    @property
+    def weakens(self) -> bool:
+        """Whether examples can be nudged less than others."""
+        return self.most is not None
+
+    def __init__(self, energy: Energy, free: Point, most: float | None):
+        self.energy, self.free, self.point, self.most = energy, free, free, most
         self.sent: State = {}
         self.errors: State = {}
         self.resting: Behind = {}
@@ -42,9 +50,20 @@ class Walks:
 
     def answer(self, x: Tensor, rows: Tensor | None, active: Tensor | None) -> Tensor:
         """The output that follows the output error x. Examples that are not active keep their other errors."""
+        is_first = not self.sent
         self.sent, self.resting = self._back(x, active)
+        if is_first and self.most is not None:
+            self.energy = self._within_reach(x, self.most)
         self.point, self.errors = self._forward()
         return self.energy.output(self.point)
+
+    def _within_reach(self, x: Tensor, most: float) -> Energy:
+        """By the gain `<x, M x> / |x|^2 = sum_n |A_n^T x|^2 / |x|^2` of every example, before any state has moved."""
+        batch, nudge = self.energy.batch, self.energy.nudge
+        assert nudge is not None
+        answers = torch.stack([example_norm(error, batch) for error in self.sent.values()]).square().sum(0)
+        factor = within_reach(nudge.cost, nudge.beta * answers / example_norm(x, batch).square(), most)
+        return self.energy if factor is None else weaker(self.energy, factor)
 
     def _back(self, x: Tensor, active: Tensor | None) -> tuple[State, Behind]:
         """New errors for every node, from the output's; and where units come to rest at a kink."""

@@ -43,7 +43,8 @@ class Equilibria:
     def settle(self, beta: float, solver: Sweep) -> tuple[Energy, Settled]:
         """The equilibrium at one beta."""
         nudged = self.subject.nudged(self.energy, self.free, beta)
-        return nudged, settle(nudged, self.free, solver)
+        settled = settle(nudged, self.free, solver)
+        return settled.energy, settled
 
     @torch.no_grad()
     def residual(self, phases: str, beta: float) -> Residual:
@@ -76,11 +77,15 @@ class Equilibria:
 
     @torch.no_grad()
     def reach(self, phases: Sequence[str], beta: float) -> tuple[float | None, float | None]:
-        """The largest beta found to settle with the default solver, and the smallest found not to: a factor 2 apart."""
+        """The largest beta found to settle with the default solver, of all examples, and the smallest found not to.
+
+        They are a factor 2 apart.
+        """
         signs = _signs(phases)
 
         def settles(beta: float) -> bool:
-            return all(self.settle(sign * beta, Sweep())[1].result is Result.CONVERGED for sign in signs)
+            found = [self.settle(sign * beta, Sweep()) for sign in signs]
+            return all(s.result is Result.CONVERGED and not isinstance(e.beta, Tensor) for e, s in found)
 
         if settles(beta):
             for _ in range(_DOUBLINGS):

@@ -125,10 +125,18 @@ def _runs(subject: Subject, phases: Sequence[str], betas: Sequence[float]) -> di
     for name in phases:
         runs[name] = []
         for beta in betas:
-            run = Run(beta, *subject.estimate(name, beta * shrunk))
+            run = _run(subject, name, beta, beta * shrunk)
             shrunk = min(shrunk, run.estimate.beta / beta)
             runs[name].append(run)
     return runs
+
+
+def _run(subject: Subject, phases: str, asked: float, beta: float) -> Run:
+    """One gradient, at the beta that all examples can have: the order is that of one beta."""
+    gradients, estimate = subject.estimate(phases, beta)
+    while estimate.betas is not None:
+        gradients, estimate = subject.estimate(phases, estimate.beta)
+    return Run(asked, gradients, estimate)
 
 
 def _follow(subject: Subject, exact: Exact, phases: str, runs: list[Run]) -> None:
@@ -138,7 +146,7 @@ def _follow(subject: Subject, exact: Exact, phases: str, runs: list[Run]) -> Non
         if not any(verdict.complaint(parameter, phases, subject.how.branches) for parameter in seen):
             break
         beta = runs[-1].estimate.beta / _STEP
-        runs.append(Run(beta, *subject.estimate(phases, beta)))
+        runs.append(_run(subject, phases, beta, beta))
 
 
 def _parameter(

@@ -1,0 +1,95 @@
+"""How strongly each example is nudged: less than asked where its equilibrium is out of reach.
+
+Where examples do not see each other the nudged energy is a sum over them, each with a beta of its own, and their scaled
+errors, on which the contrast is built, are those of their own equilibria. So one hard example need not weaken the rest.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mep.cost import BatchCost
+from mep.energy import Energy, nudge
+from mep.graph import Point
+from mep.layout import per_example
+from mep.nodes import Node
+
+_MOST, _LEAST = 2.0, 1 / 128
+"""So strong may a nudge be, `beta k L` with k the gain and L the smoothness of the cost, unless steps teach less."""
+_MOST_AWAY = 0.5
+"""The same for a nudge away from the target, where there is an equilibrium only below 1."""
+_STALLED, _FALL, _LESS = 1e-2, 0.5, 0.125
+"""An example stalls that is above this residual, and of which a sweep has left more than this fraction."""
+SOON = 3
+"""After so many sweeps all examples should be below `_STALLED`."""
+_GROWTH, _SHRINK = 1.02, 0.8
+
+
+def higher(most: float | None) -> float:
+    """The strength to begin a step with, after one with which all settled soon (None: before the first)."""
+    return _MOST if most is None else min(_MOST, most * _GROWTH)
+
+
+def lower(most: float | None) -> float:
+    """The same where some examples were late."""
+    return max(_LEAST, _SHRINK * higher(most))
+
+
+def is_learnt(most: float | None) -> bool:
+    """Whether steps have taught that nudges should be weaker."""
+    return higher(most) < _MOST
+
+
+def is_late(residual: Tensor, tol: float) -> bool:
+    """Whether some example has not settled soon."""
+    return bool((residual > max(_STALLED, tol)).any())
+
+
+def weaker(energy: Energy, factor: Tensor) -> Energy:
+    """The energy with `factor` ([batch]) times as strong a nudge."""
+    assert energy.nudge is not None
+    return nudge(energy, energy.nudge.cost, energy.nudge.beta * factor)
+
+
+def within_reach(cost: BatchCost, strength: Tensor, most: float = _MOST) -> Tensor | None:
+    """By which factors to weaken nudges with these `beta k`, [batch], to that strength; None if none is too strong.
+
+    A gain that is met with one error is not the largest there is: it tells what is certainly too strong.
+    """
+    if cost.smoothness is None:
+        return None
+    found = torch.where(strength < 0, min(most, _MOST_AWAY), most) / (cost.smoothness * strength.abs())
+    found = torch.where(found < 1, found, 1)  # no gain at all, or none that is a number, is not too strong
+    return found if bool((found < 1).any()) else None
+
+
+def stalled(residual: Tensor, before: Tensor, tol: float) -> Tensor | None:
+    """By which factors to weaken nudges after a sweep that has brought these residuals ([batch]) down too little."""
+    stalls = (residual > max(_STALLED, tol)) & (residual > _FALL * before)
+    return torch.where(stalls, _LESS, 1.0).to(residual.dtype) if bool(stalls.any()) else None
+
+
+def are_separate(energy: Energy, point: Point) -> bool:
+    """Whether examples do not see each other; one backward walk for the first batch of a graph, of two at least."""
+    graph = energy.graph
+    if energy.batch > 1 and graph.is_separable is None:
+        graph.is_separable = not _cross(energy, point)
+    return energy.batch == 1 or bool(graph.is_separable)
+
+
+def _cross(energy: Energy, point: Point) -> bool:
+    """Whether forces on every second example reach those between."""
+    graph, batch, output = energy.graph, energy.batch, energy.output(point)
+    between = torch.arange(batch, device=output.device) % 2 == 1
+    uneven = torch.arange(output.numel(), device=output.device).cos().view_as(output).to(output.dtype)
+    found: list[Tensor] = []
+
+    def transmit(node: Node, force: Tensor | None) -> Tensor | None:
+        if force is not None:
+            crossing = force if force.ndim == 0 or len(force) % batch else force * per_example(between, force)
+            found.append(crossing.count_nonzero())
+        return force
+
+    graph.pull(point.saved, uneven * per_example(~between, uneven), transmit)
+    return bool(torch.stack(found).any())
