@@ -158,6 +158,17 @@ def test_gains_are_what_moving_every_unit_tells(name, in_little_memory):
     torch.testing.assert_close(answers.answer(x, None, None), output - shift)
 
 
+@pytest.mark.parametrize("total", [0.3, 1.0, 20.0])
+def test_the_hessian_of_targets_that_sum_to_anything(total):
+    torch.manual_seed(0)
+    output, target = torch.randn(5, 3).double(), total * torch.rand(5, 3).double().softmax(1)
+    cost = make_cost("cross_entropy")(output, target)
+    d, p = cost.curvature(output, cost.gradient(output))
+    for i in range(5):
+        hessian = torch.autograd.functional.hessian(lambda s, i=i: -(target[i] * s.log_softmax(0)).sum(), output[i])
+        torch.testing.assert_close(d[i].diag() - p[i].outer(p[i]), hessian)
+
+
 # Settling.
 
 
@@ -195,6 +206,43 @@ def test_without_gains_it_does_not(monkeypatch):
     model, x, y = steep()
     energy, _ = settled(model, x, y, "cross_entropy", 30.0, mep.Sweep(tol=1e-6))
     assert isinstance(energy.beta, torch.Tensor) and float(energy.beta.min()) < 30.0
+
+
+@pytest.mark.parametrize("cost", ["cross_entropy", "mse"])
+@pytest.mark.parametrize("beta", [1.0, 30.0])
+def test_away_from_the_target_no_saddle_is_taken_for_an_equilibrium(beta, cost):
+    """The Hessian of the nudged energy, `I + H k` at the output, is positive definite for every example."""
+    model, x, y = steep()
+    target = y if cost == "cross_entropy" else nn.functional.one_hot(y, 3).double()
+    energy, found = settled(model, x, target, cost, -beta, mep.Sweep(tol=1e-6))
+    assert found.result is mep.Result.CONVERGED and (energy.beta < 0).all() and (energy.beta > -beta).any()
+    with torch.no_grad():
+        free, point = free_energy(model, x)
+        m, output = gain_by_hand(nudge(free, energy.nudge.cost, beta), point), found.point.values[energy.graph.output]
+        d, p = energy.nudge.cost.curvature(output, energy.nudge.cost.gradient(output))
+    hessian = d.diag_embed() - (0 if p is None else p.unsqueeze(2) * p.unsqueeze(1))
+    product = torch.eye(3) + energy.beta.view(-1, 1, 1) * hessian @ m
+    assert torch.linalg.eigvals(product).real.min() > 0
+
+
+@pytest.mark.parametrize("cost", ["mse", lambda s, t: (s - t).cosh().log()], ids=["mse", "custom"])
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.Tanh])
+def test_an_output_of_one_number_without_a_dimension(activation, cost):
+    torch.manual_seed(0)
+    model, x, y = (
+        nn.Sequential(mlp(activation, 4, 8, 1), nn.Flatten(0)).double(),
+        torch.randn(6, 4).double(),
+        torch.randn(6),
+    )
+    exact = torch.autograd.grad(
+        (model(x) - y).square().mean() if cost == "mse" else cost(model(x), y).mean(), model.parameters()
+    )
+    gradients, estimate = mep.EquilibriumPropagation(model, cost, beta=1e-5, solver=mep.Sweep(tol=1e-8)).gradients(
+        x, y.double()
+    )
+    assert estimate.converged
+    for g, e in zip(gradients.values(), exact, strict=True):
+        torch.testing.assert_close(g, e, rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("depth", [10, 100])

@@ -143,7 +143,7 @@ def test_steps_learn_how_strong_a_nudge_may_be():
 
 
 def test_what_is_learnt_rises_again_and_stays_within_limits():
-    most = None
+    most = higher(None)
     for _ in range(100):
         most = lower(most)
     assert 0 < most < 0.01 and higher(most) > most and higher(None) == higher(100.0) == 2.0
@@ -193,6 +193,44 @@ class Shared(nn.Module):
     def forward(self, x):
         h = torch.tanh(self.first(x))
         return torch.softmax(self.last(h + h.mean(0)), 1)
+
+
+class Neighbours(nn.Module):
+    """Every example sees one other; of two views, the other one."""
+
+    def __init__(self, step):
+        super().__init__()
+        self.step, self.first, self.last = step, nn.Linear(4, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        h = torch.tanh(self.first(x))
+        return self.last(h + h.roll(self.step, 0))
+
+
+@pytest.mark.parametrize("step", [1, 2, 3, 4])
+@pytest.mark.parametrize("batch", [2, 6, 8])
+def test_any_two_may_see_each_other(step, batch):
+    torch.manual_seed(0)
+    assert separate(Neighbours(step), torch.randn(batch, 4)) == (step % batch == 0)
+
+
+class Seeing(nn.Module):
+    """One example sees another."""
+
+    def __init__(self, seeing, seen):
+        super().__init__()
+        self.seen, self.first, self.last = seen, nn.Linear(4, 6), nn.Linear(6, 3)
+        self.register_buffer("place", nn.functional.one_hot(torch.tensor(seeing), 6)[:, None].float())
+
+    def forward(self, x):
+        h = torch.tanh(self.first(x))
+        return self.last(h + self.place * h[self.seen])
+
+
+@pytest.mark.parametrize(("seeing", "seen"), [(0, 5), (5, 0), (1, 3), (3, 1)])
+def test_one_may_see_another_that_does_not_see_it(seeing, seen):
+    torch.manual_seed(0)
+    assert not separate(Seeing(seeing, seen), torch.randn(6, 4))
 
 
 def test_and_of_others_are_not():

@@ -128,7 +128,7 @@ class CrossEntropy(BatchCost):
     @property
     def smoothness(self) -> float:
         """Half of the largest total: the variance of a distribution's choice along a unit vector is 1/2 at most."""
-        total = 1.0 if self.total is None else float(self.total.max())
+        total = 1.0 if self.total is None else float(self.total.abs().max())
         return 0.5 * total / self.positions
 
     def value(self, output: Tensor) -> Tensor:
@@ -147,11 +147,11 @@ class CrossEntropy(BatchCost):
         return p.div_(self.positions) if self.positions > 1 else p
 
     def curvature(self, output: Tensor, gradient: Tensor) -> Curvature | None:
-        """`diag(p) - p p^T` with p = softmax(s), for a target that sums to one."""
+        """`t (diag(p) - p p^T)` with p = softmax(s), for a target that sums to t."""
         if output.ndim != 2:
             return None
         p = gradient + self.target
-        return p, p
+        return p, p if self.total is None else p / self.total.sqrt().clamp_min(torch.finfo(p.dtype).tiny)
 
     def of(self, rows: Tensor) -> BatchCost:
         labels = None if self.labels is None else self.labels.index_select(0, rows)

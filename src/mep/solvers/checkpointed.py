@@ -87,7 +87,10 @@ class Checkpointed:
             name: value.index_select(0, rows) if isinstance(value, Tensor) else value
             for name, value in self.energy.inputs.items()
         }
-        some = Checkpointed(replace(self.energy, inputs=inputs, batch=len(rows), held=Held()), self.free)
+        assert self.energy.nudge is not None
+        nudge = replace(self.energy.nudge, beta=of_rows(self.energy.beta, rows))
+        energy = replace(self.energy, inputs=inputs, batch=len(rows), held=Held(), nudge=nudge)
+        some = Checkpointed(energy, self.free)
         some._set(x)
         return some
 

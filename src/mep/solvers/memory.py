@@ -10,7 +10,7 @@ from torch import Tensor
 from mep.cost import BatchCost
 from mep.nodes import Strength, of_rows, spread
 from mep.solvers.checkpointed import Checkpointed
-from mep.solvers.output import output_residual, strengths
+from mep.solvers.output import is_toward, output_residual, strengths
 from mep.solvers.response import Response
 from mep.solvers.secant import Trial
 from mep.solvers.strength import weaker, within_reach
@@ -83,6 +83,16 @@ class Memory:
         x, output, _ = self.trials[-1]
         return within_reach(self.cost, strengths(x, self.free - output))
 
+    @property
+    def certainly_within_reach(self) -> Tensor | None:
+        """By which factors to weaken nudges away from the target so that there are equilibria; None if there are.
+
+        Beyond, errors may balance too, but at a saddle.
+        """
+        if self.k is None or is_toward(self.beta):
+            return None
+        return within_reach(self.cost, torch.linalg.eigvalsh(self.k)[:, 0])
+
     def mine(self, values: Tensor) -> Tensor:
         """Of `[batch]` values those of the examples in play."""
         return values if self.rows is None else values.index_select(0, self.rows)
@@ -109,7 +119,7 @@ class Memory:
 
     def may_know_gains(self, sweeps: int) -> bool:
         """Whether M could be asked for, of all examples within so many sweeps; and what for: the Hessian is known."""
-        if isinstance(self.answers, Walks) or not self.narrows or not 1 < self.free.shape[1] <= sweeps:
+        if self.walks or not self.narrows or self.free.ndim != 2 or not 1 < self.free.shape[1] <= sweeps:
             return False
         _, output, gradient = self.trials[-1]
         return self.cost.curvature(output, gradient) is not None

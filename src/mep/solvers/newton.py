@@ -22,6 +22,7 @@ from torch import Tensor
 from mep.cost import BatchCost, Curvature
 
 _STEPS = 100
+_SHORTEST = 1e-6
 _ARMIJO = 0.1
 """A step shall achieve this fraction of what it promises."""
 
@@ -35,7 +36,7 @@ def solved(cost: BatchCost, free: Tensor, k: Tensor, x: Tensor, tol: float) -> T
     at, rest, a = _Look.of(cost, free, k, x), _Look.of(cost, free, k, torch.zeros_like(x)), torch.ones_like(x[:, 0])
     at = at.where_not(toward & (rest.f < at.f), rest)
     for _ in range(_STEPS):
-        if bool((at.size <= tol * torch.linalg.vector_norm(at.x, dim=1)).all()):
+        if bool(((at.size <= tol * torch.linalg.vector_norm(at.x, dim=1)) | (a < _SHORTEST)).all()):
             break
         tried = _Look.of(cost, free, k, torch.addcmul(at.x, a.unsqueeze(1), at.step))
         good = torch.where(toward, at.falls_to(tried, a), tried.size <= (1 - _ARMIJO * a) * at.size)
@@ -73,6 +74,8 @@ class _Look:
 
     def where_not(self, good: Tensor, tried: _Look) -> _Look:
         """This one, with what was tried where that is good."""
+        if bool(good.all()):
+            return tried
         column = good.unsqueeze(1)
         pairs = ((getattr(tried, name), getattr(self, name)) for name in self.__dataclass_fields__)
         return _Look(*(torch.where(good if new.ndim == 1 else column, new, old) for new, old in pairs))

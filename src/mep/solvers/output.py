@@ -45,7 +45,9 @@ def wanted_error(energy: Energy, point: Point) -> Tensor:
 def output_residual(error: Tensor, wanted: Tensor, output: Tensor) -> Tensor:
     """As `relative_residual`, per row; a cost gradient that cannot be told from rounding counts as zero."""
     rows = torch.stack([error - wanted, error, wanted, output])
-    violated, one, two, size = torch.linalg.vector_norm(rows.flatten(2) if rows.ndim > 3 else rows, dim=2)
+    violated, one, two, size = torch.linalg.vector_norm(
+        rows if rows.ndim == 3 else rows.reshape(*rows.shape[:2], -1), dim=2
+    )
     limits = torch.finfo(output.dtype)
     return violated / torch.maximum(torch.maximum(one, two), size.mul_(10 * limits.eps)).add_(limits.tiny)
 
@@ -63,7 +65,7 @@ def expands(question: Tensor, error: Tensor, wanted: Tensor, residual: Tensor) -
 
 def strengths(x: Tensor, shift: Tensor) -> Tensor:
     """`beta <x, M x> / <x, x>` of every example; `shift` is `beta M x`."""
-    x, shift = x.flatten(1), shift.flatten(1)
+    x, shift = x.reshape(len(x), -1), shift.reshape(len(x), -1)
     return torch.linalg.vecdot(x, shift) / torch.linalg.vecdot(x, x)
 
 
@@ -76,18 +78,23 @@ def gain(x: Tensor, shift: Tensor, beta: Strength) -> Tensor:
 
 
 def first_error(energy: Energy, free: Tensor, wanted: Tensor, known: Known) -> Tensor:
-    """The error to try first: what follows if `-beta gain` times it is the answer.
-
-    A gain that is a tensor has been looked at before.
-    """
+    """The error to try first: what follows if `-beta gain` times it is the answer, for a nudge toward the target."""
     nudge = energy.nudge
     assert nudge is not None
-    if known.gain is None:
+    if known.gain is None or not (_is_compiled(known.gain) or (0 < known.gain < math.inf and is_toward(nudge.beta))):
         return wanted
-    strength = spread(nudge.beta, free) * known.gain
-    is_usable = isinstance(strength, Tensor) or 0 < strength < math.inf
-    found = first_output(nudge.cost, free, wanted, strength) if is_usable else None
+    found = first_output(nudge.cost, free, wanted, spread(nudge.beta, free) * known.gain)
     return wanted if found is None else found
+
+
+def _is_compiled(gain: Strength) -> bool:
+    """Whether this is a program for any gain: who calls it has looked at the gain."""
+    return isinstance(gain, Tensor)
+
+
+def is_toward(beta: Strength) -> bool:
+    """Whether a nudge is toward the target."""
+    return bool((beta > 0).all()) if isinstance(beta, Tensor) else beta > 0
 
 
 def no_autocast(device: torch.device) -> AbstractContextManager[object]:

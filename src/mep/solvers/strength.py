@@ -27,18 +27,18 @@ _GROWTH, _SHRINK = 1.02, 0.8
 
 
 def higher(most: float | None) -> float:
-    """The strength to begin a step with, after one with which all settled soon (None: before the first)."""
+    """The strength to begin a step with, after one that began with `most` (None: before the first) and settled soon."""
     return _MOST if most is None else min(_MOST, most * _GROWTH)
 
 
-def lower(most: float | None) -> float:
-    """The same where some examples were late."""
-    return max(_LEAST, _SHRINK * higher(most))
+def lower(most: float) -> float:
+    """What is learnt of a step that began with `most`, where some examples were late."""
+    return max(_LEAST, _SHRINK * most)
 
 
 def is_learnt(most: float | None) -> bool:
     """Whether steps have taught that nudges should be weaker."""
-    return higher(most) < _MOST
+    return most is not None and most < _MOST
 
 
 def is_late(residual: Tensor, tol: float) -> bool:
@@ -71,25 +71,29 @@ def stalled(residual: Tensor, before: Tensor, tol: float) -> Tensor | None:
 
 
 def are_separate(energy: Energy, point: Point) -> bool:
-    """Whether examples do not see each other; one backward walk for the first batch of a graph, of two at least."""
+    """Whether examples do not see each other, as the Jacobians at a point tell for any two of them.
+
+    Some backward walks for the first batch of a graph, of two examples at least.
+    """
     graph = energy.graph
     if energy.batch > 1 and graph.is_separable is None:
-        graph.is_separable = not _cross(energy, point)
+        place = torch.arange(energy.batch, device=energy.output(point).device)
+        digits = [(place >> digit) % 2 == 1 for digit in range((energy.batch - 1).bit_length())]  # no two have the same
+        graph.is_separable = not any(_cross(energy, point, some) for half in digits for some in (half, ~half))
     return energy.batch == 1 or bool(graph.is_separable)
 
 
-def _cross(energy: Energy, point: Point) -> bool:
-    """Whether forces on every second example reach those between."""
+def _cross(energy: Energy, point: Point, some: Tensor) -> bool:
+    """Whether forces on other examples reach these."""
     graph, batch, output = energy.graph, energy.batch, energy.output(point)
-    between = torch.arange(batch, device=output.device) % 2 == 1
     uneven = torch.arange(output.numel(), device=output.device).cos().view_as(output).to(output.dtype)
     found: list[Tensor] = []
 
     def transmit(node: Node, force: Tensor | None) -> Tensor | None:
         if force is not None:
-            crossing = force if force.ndim == 0 or len(force) % batch else force * per_example(between, force)
+            crossing = force if force.ndim == 0 or len(force) % batch else force * per_example(some, force)
             found.append(crossing.count_nonzero())
         return force
 
-    graph.pull(point.saved, uneven * per_example(~between, uneven), transmit)
+    graph.pull(point.saved, uneven * per_example(~some, uneven), transmit)
     return bool(torch.stack(found).any())

@@ -35,6 +35,7 @@ from mep.solvers.output import (
     expands,
     first_error,
     gain,
+    is_toward,
     next_error,
     require_prediction,
     rescaled,
@@ -45,8 +46,8 @@ from mep.solvers.response import Response
 from mep.solvers.strength import SOON, are_separate, higher, is_late, lower, stalled
 from mep.solvers.walks import Walks, worst_residual
 
-_FEW_TELL, _ALL_TELL = 2, 4
-"""After so many sweeps examples tell their whole gain: if they are few, and however many they are."""
+_FEW_TELL, _ALL_TELL, _FEW = 2, 4, 4
+"""After so many sweeps examples tell their whole gain: if their outputs are as few as the batch, and else."""
 
 
 def few(batch: int) -> int:
@@ -113,13 +114,15 @@ class Sweep(Solver):
             memory, active = memory.of(active), None
         if self._needs_gains(memory):
             memory = memory.knowing_gains()
+            if (factor := memory.certainly_within_reach) is not None:
+                memory = memory.weakened(factor)
         moved = self._swept(replace(iterate, memory=memory), self._error(memory, active), active)
         if energy.is_affine and float(moved.residual.max()) > self.tol:
             moved = self._rescaled(moved)
         if not energy.is_affine and (moved.memory.sweeps > 1 or float(moved.residual.min()) <= self.tol):
             moved = self.certify(energy, moved)
-            if moved.memory.sweeps == SOON and is_late(moved.residual, self.tol):
-                moved.most = lower(iterate.most)
+            if moved.most and moved.memory.sweeps == SOON and is_late(moved.residual, self.tol):
+                moved.most = lower(moved.most)
         return self._weakened(moved, iterate.residual) if self.adaptive else moved
 
     def unrolled(
@@ -154,10 +157,11 @@ class Sweep(Solver):
 
     def _needs_gains(self, memory: Memory) -> bool:
         """Whether the examples in play shall tell their whole gain: they are few, or have been asked often enough."""
-        if memory.gains is not None or not (self.history and memory.may_know_gains(self.settle_steps)):
+        if memory.gains is not None or not self.history or memory.sweeps < _FEW_TELL:
             return False
-        are_few = len(memory.free) * memory.free.shape[1] <= memory.answers.energy.batch
-        return memory.sweeps >= (_FEW_TELL if are_few and memory.is_dear else _ALL_TELL)
+        are_few = len(memory.free) * memory.free.shape[1] <= _FEW * memory.answers.energy.batch
+        soon = are_few and memory.is_dear
+        return (soon or memory.sweeps >= _ALL_TELL) and memory.may_know_gains(self.settle_steps)
 
     def _weakened(self, iterate: Iterate, before: Tensor) -> Iterate:
         """With less of a nudge for the examples whose equilibrium is out of reach, or hard to find.
@@ -171,7 +175,7 @@ class Sweep(Solver):
                 x, _, wanted = memory.trials[0]
                 iterate.out_of_reach = expands(memory.question, x, wanted, iterate.residual)
             return iterate
-        if memory.gains is None and memory.may_know_gains(self.settle_steps):
+        if memory.gains is None and is_toward(answers.energy.beta) and memory.may_know_gains(self.settle_steps):
             return iterate
         if memory.sweeps <= 2:
             before = torch.ones_like(before)  # what the first sweep leaves is measured only if some example may rest
@@ -182,8 +186,8 @@ class Sweep(Solver):
         if factor is None:
             return iterate
         memory = memory.weakened(factor)
-        unknown = torch.where(factor < 1, iterate.residual.clamp_min(1), iterate.residual)
-        left = unknown if memory.walks else memory.residual
+        residual = memory.mine(iterate.residual)
+        left = torch.where(factor < 1, residual.clamp_min(1), residual) if memory.walks else memory.residual
         return replace(iterate, residual=memory.put(iterate.residual, left), memory=memory, exact=False)
 
     def _rescaled(self, iterate: Iterate) -> Iterate:

@@ -13,7 +13,7 @@ from mep.activations import Kink
 from mep.energy import Energy, State, example_norm, rounding
 from mep.estimators.contrast import CONTRASTS
 from mep.graph import Point
-from mep.nodes import Node
+from mep.nodes import Node, spread
 from mep.settle import Result, Settled, settle
 from mep.solvers import Sweep, kinks
 from mep.verification.report import Stall
@@ -126,7 +126,7 @@ def _pulls(energy: Energy, point: Point) -> State:
         return s - mu
 
     gradient = energy.cost_gradient(point)
-    energy.graph.pull(point.saved, None if gradient is None else -energy.beta * gradient, transmit)
+    energy.graph.pull(point.saved, None if gradient is None else -gradient * spread(energy.beta, gradient), transmit)
     return arriving
 
 
