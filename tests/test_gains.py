@@ -254,6 +254,13 @@ def test_sweeps_do_not_grow_with_depth(depth):
         assert estimate.converged and estimate.beta == beta and estimate.iterations <= 5
 
 
+def test_a_fixed_number_of_sweeps_is_of_products_only(monkeypatch):
+    monkeypatch.setattr(Response, "gains", lambda self, rows: pytest.fail("asked for more"))
+    model, x, y = steep()
+    estimate = mep.EquilibriumPropagation(model, beta=1.0, solver=mep.Sweep(8, adaptive=False)).gradients(x, y)[1]
+    assert estimate.iterations == 8 and estimate.beta == 1.0
+
+
 @pytest.mark.parametrize("phases", ["one-sided", "centered"])
 def test_little_memory_makes_no_difference(phases):
     model, x, y = steep(scale=1.0)

@@ -52,8 +52,9 @@ class EquilibriumPropagation:
     Args:
         model: any module that `mep.trace` can read. It is not changed.
         cost: "cross_entropy", "mse", or a function of `(output, target)` that returns one number per example.
-        beta: the largest nudging strength. Where the equilibrium is out of reach a smaller one is used, kept over the
-            steps and raised again slowly; the estimate says which.
+        beta: the largest nudging strength. Where the equilibrium of an example is out of reach it is nudged less, and
+            where examples see each other (batch normalisation in training) all are, kept over the steps and raised
+            again slowly; the estimate says which.
         solver: `mep.Sweep(...)` (the default for "prediction") or `mep.Descent(...)` (for "hopfield").
         energy: "prediction" or "hopfield".
         phases: "one-sided" or "centered".

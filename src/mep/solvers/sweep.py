@@ -14,7 +14,8 @@ It solves `x = dC(s_free - beta M x)`, where the gain `M = sum_n A_n A_n^T` (`A_
 the network answers (`walks.py` for any graph, `response.py` for affine ones, `checkpointed.py` for these in little
 memory). Plain iteration contracts like `beta |M|`. So the first x follows from the mean gain that the last step met,
 and each later one from all answers so far (`output.py`). Where answers are linear in x those to its multiples are known
-with it: an example that has not settled takes the best of them before it needs another sweep.
+with it: an example that has not settled takes the best of them before it needs another sweep, and one that still has
+not is asked for M itself (`newton.py`). Elsewhere it is nudged less (`strength.py`).
 """
 
 from __future__ import annotations
@@ -46,8 +47,10 @@ from mep.solvers.response import Response
 from mep.solvers.strength import SOON, are_separate, higher, is_late, lower, stalled
 from mep.solvers.walks import Walks, worst_residual
 
-_FEW_TELL, _ALL_TELL, _FEW = 2, 4, 4
-"""After so many sweeps examples tell their whole gain: if their outputs are as few as the batch, and else."""
+_FEW_TELL, _ALL_TELL = 2, 4
+"""After so many sweeps examples tell their whole gain: when few are left, and otherwise."""
+_FEW = 4
+"""Few have not more than this times as many outputs as there are examples: their walks cost about two sweeps of all."""
 
 
 def few(batch: int) -> int:
@@ -66,7 +69,10 @@ class Sweep(Solver):
         adaptive: stop when every example has settled.
         history: how many sweeps the next output error is inferred from; 0 is plain iteration.
 
-    Only for `energy="prediction"`. When the equilibrium is out of reach the estimator tries a smaller beta.
+    Only for `energy="prediction"`. Where branches are held and all nodes are affine, the examples that are hard to
+    settle tell their whole gain in one of the sweeps; if they have no more outputs than `settle_steps`, every nudge
+    toward the target is then within reach. Elsewhere an adaptive sweep nudges an example less where that is what it
+    takes to settle.
 
     Example:
         >>> Sweep(tol=1e-3).settle_steps
@@ -157,7 +163,7 @@ class Sweep(Solver):
 
     def _needs_gains(self, memory: Memory) -> bool:
         """Whether the examples in play shall tell their whole gain: they are few, or have been asked often enough."""
-        if memory.gains is not None or not self.history or memory.sweeps < _FEW_TELL:
+        if memory.gains is not None or not (self.adaptive and self.history) or memory.sweeps < _FEW_TELL:
             return False
         are_few = len(memory.free) * memory.free.shape[1] <= _FEW * memory.answers.energy.batch
         soon = are_few and memory.is_dear
