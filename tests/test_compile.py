@@ -124,9 +124,10 @@ def test_what_does_not_settle_is_done_without(uncompiled):
                 opt.model[4].weight.mul_(scale)
             opt.step(x=x, target=y)
             assert opt.last.converged
-        assert (plain.last.beta, plain.last.iterations) == (quick.last.beta, quick.last.iterations)
+        assert plain.last.iterations == quick.last.iterations
+        assert plain.last.beta == pytest.approx(quick.last.beta)
         assert_equal_states(plain, quick, rtol=1e-6, atol=1e-7)
-    assert quick.last.iterations > 4 and quick.last.beta == 0.1
+    assert quick.last.beta < 0.1
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -188,7 +188,7 @@ def steep(depth=20, scale=1.1):
 def test_an_affine_network_settles_at_every_strength(beta, cost):
     model, x, y = steep()
     target = y if cost == "cross_entropy" else nn.functional.one_hot(y, 3).double()
-    energy, found = settled(model, x, target, cost, beta, mep.Sweep(tol=1e-6))
+    energy, found = settled(model, x, target, cost, beta, mep.Sweep(tol=1e-6, strength=math.inf))
     assert found.result is mep.Result.CONVERGED and found.iterations <= MANY and energy.beta == beta
     with torch.no_grad():
         free, states = energy.state(energy.graph.evaluate(energy.inputs, energy.held)), energy.state(found.point)
@@ -204,7 +204,7 @@ def test_an_affine_network_settles_at_every_strength(beta, cost):
 def test_without_gains_it_does_not(monkeypatch):
     monkeypatch.setattr(memory.Memory, "may_know_gains", lambda self, sweeps: False)
     model, x, y = steep()
-    energy, _ = settled(model, x, y, "cross_entropy", 30.0, mep.Sweep(tol=1e-6))
+    energy, _ = settled(model, x, y, "cross_entropy", 30.0, mep.Sweep(tol=1e-6, strength=math.inf))
     assert isinstance(energy.beta, torch.Tensor) and float(energy.beta.min()) < 30.0
 
 
@@ -250,8 +250,10 @@ def test_sweeps_do_not_grow_with_depth(depth):
     torch.manual_seed(0)
     model, x, y = Residual(depth).double(), torch.randn(32, 4).double(), torch.randint(3, (32,))
     for beta in (0.01, 0.1):
-        estimate = mep.EquilibriumPropagation(model, beta=beta).gradients(x, y)[1]
-        assert estimate.converged and estimate.beta == beta and estimate.iterations <= 5
+        asked = mep.EquilibriumPropagation(model, beta=beta, solver=mep.Sweep(strength=math.inf)).gradients(x, y)[1]
+        assert asked.converged and asked.beta == beta and asked.iterations <= 5
+        least = mep.EquilibriumPropagation(model, beta=beta).gradients(x, y)[1]
+        assert least.converged and least.beta <= beta and least.iterations <= 4
 
 
 def test_a_fixed_number_of_sweeps_is_of_products_only(monkeypatch):
@@ -261,12 +263,13 @@ def test_a_fixed_number_of_sweeps_is_of_products_only(monkeypatch):
     assert estimate.iterations == 8 and estimate.beta == 1.0
 
 
+@pytest.mark.parametrize("strength", [0.5, math.inf])
 @pytest.mark.parametrize("phases", ["one-sided", "centered"])
-def test_little_memory_makes_no_difference(phases):
-    model, x, y = steep(scale=1.0)
+def test_little_memory_makes_no_difference(phases, strength):
+    (model, x, y), solver = steep(scale=1.0), mep.Sweep(strength=strength)
     found = []
     for checkpoint in (False, True):
-        ep = mep.EquilibriumPropagation(model, beta=0.2, phases=phases, checkpoint=checkpoint)
+        ep = mep.EquilibriumPropagation(model, beta=0.2, phases=phases, solver=solver, checkpoint=checkpoint)
         gradients, estimate = ep.gradients(x, y)
         assert estimate.converged
         found.append((gradients, estimate))
@@ -279,7 +282,7 @@ def test_little_memory_makes_no_difference(phases):
 def test_the_equilibrium_does_not_depend_on_who_else_is_asked():
     """The few that are left tell their gain in walks of their own."""
     model, x, y = steep()
-    solver = mep.Sweep(tol=1e-10)
+    solver = mep.Sweep(tol=1e-10, strength=math.inf)
     together = mep.EquilibriumPropagation(model, beta=1.0, solver=solver).gradients(x, y)[0]
     alone = [
         mep.EquilibriumPropagation(model, beta=1.0, solver=solver).gradients(x[i : i + 1], y[i : i + 1])[0]

@@ -1,5 +1,7 @@
 """A beta for every example: less where its equilibrium is out of reach, and nobody else notices."""
 
+import math
+
 import pytest
 import torch
 from cases import MODELS, free_energy, mlp, settled
@@ -14,7 +16,7 @@ from mep.settle import Known, Settled
 from mep.solvers.strength import are_separate, higher, lower, stalled, within_reach
 
 HARD, BETA = 2, 0.5
-SOLVER = mep.Sweep(tol=1e-4, settle_steps=60)
+SOLVER = mep.Sweep(tol=1e-4, settle_steps=60, strength=2.0)
 
 
 class Steep(nn.Module):
@@ -143,10 +145,11 @@ def test_steps_learn_how_strong_a_nudge_may_be():
 
 
 def test_what_is_learnt_rises_again_and_stays_within_limits():
-    most = higher(None)
+    most = higher(None, 0.5)
     for _ in range(100):
-        most = lower(most)
-    assert 0 < most < 0.01 and higher(most) > most and higher(None) == higher(100.0) == 2.0
+        most = lower(most, 0.5)
+    assert 0 < most < 0.01 and 0.5 > higher(most, 0.5) > most and higher(None, 0.5) == higher(100.0, 0.5) == 0.5
+    assert lower(math.inf, math.inf) == higher(math.inf, math.inf) == math.inf
 
 
 def test_nudges_are_weakened_to_the_largest_strength():
@@ -155,10 +158,10 @@ def test_nudges_are_weakened_to_the_largest_strength():
     cost = energy.nudge.cost
     assert cost.smoothness == 0.5
     strength = torch.tensor([0.0, 1.0, 3.9, 4.0, 8.0, 400.0, float("nan"), float("inf")])
-    torch.testing.assert_close(within_reach(cost, strength), torch.tensor([1, 1, 1, 1, 0.5, 0.01, 1, 0]))
-    torch.testing.assert_close(within_reach(cost, -strength[:5]), torch.tensor([1, 1, 1 / 3.9, 0.25, 0.125]))
-    assert within_reach(cost, strength[:4]) is None
-    torch.testing.assert_close(within_reach(cost, strength[:3], most=0.25), torch.tensor([1, 0.5, 0.5 / 3.9]))
+    torch.testing.assert_close(within_reach(cost, strength, 2.0), torch.tensor([1, 1, 1, 1, 0.5, 0.01, 1, 0]))
+    torch.testing.assert_close(within_reach(cost, -strength[:5], math.inf), torch.tensor([1, 1, 1 / 3.9, 0.25, 0.125]))
+    assert within_reach(cost, strength[:4], 2.0) is None
+    torch.testing.assert_close(within_reach(cost, strength[:3], 0.25), torch.tensor([1, 0.5, 0.5 / 3.9]))
 
 
 def test_who_is_brought_down_too_little_stalls():

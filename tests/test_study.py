@@ -33,7 +33,7 @@ def test_every_network_beta_and_stage_has_a_row(studied):
 
 def test_the_error_falls_with_beta(studied):
     _, record, _ = studied
-    used = [r for r in record["rows"] if r["depth"] == 4 and r["used"] == r["beta"]]  # by every example
+    used = [r for r in record["rows"] if r["depth"] == 4 and r["least"] == r["beta"]]
     deep = {(family(r), r["stage"], r["beta"]): r["error"] for r in used}
     pairs = [(deep[name, stage, 0.01], error) for (name, stage, beta), error in deep.items() if beta == 0.1]
     assert len(pairs) > 4 and all(little < more for little, more in pairs)

@@ -98,7 +98,7 @@ class Contender(Stepper):
         seconds = self.step(x, target)
         last = self.optimizer.last
         self._tally.add(last, len(target))
-        self._betas.append(last.beta)
+        self._betas.append(last.median_beta)
         if not last.converged:
             self._unsettled[last.result.name.lower().replace("_", " ")] += 1
         return seconds

@@ -1,4 +1,4 @@
-"""The picture of a record of `mep study`: beta within reach, sweeps and gradient error, over depth and over beta."""
+"""The picture of a record of `mep study`: beta used, sweeps and gradient error, over depth and over beta."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mep.cli.studying import COMMON_BETA, COMMON_DEPTH, nearest
 
 Record = dict[str, Any]
 
-PANELS = {"used": "beta within reach", "sweeps": "sweeps at that beta", "error": "gradient error against backprop"}
+PANELS = {"used": "beta used, median", "sweeps": "sweeps", "error": "gradient error against backprop"}
 STAGES: dict[str, tuple[Any, Any]] = {"initial": ("--", "none"), "trained": ("-", "full")}
 
 

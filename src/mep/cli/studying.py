@@ -99,11 +99,11 @@ def train(model: nn.Module, x: Tensor, y: Tensor, settings: Settings) -> None:
         update.step()
 
 
-MEASURED = ("loss", "gradient", "error", "first_error", "used", "sweeps", "residual")
+MEASURED = ("loss", "gradient", "error", "first_error", "used", "least", "sweeps", "residual")
 
 
 def look(model: nn.Module, x: Tensor, y: Tensor, beta: float, settings: Settings) -> Row:
-    """How it settles: the beta within reach, sweeps, worst residual, and the gradient's error against backprop."""
+    """How it settles: beta (median, least), sweeps, worst residual, and the gradient's error against backprop."""
     ep = mep.EquilibriumPropagation(model, beta=beta, solver=mep.Sweep(tol=settings.tol))
     try:
         wanted, _ = mep.Backprop(model).gradients(x, y)
@@ -119,7 +119,8 @@ def look(model: nn.Module, x: Tensor, y: Tensor, beta: float, settings: Settings
         "gradient": norm,
         "error": _norm(apart.values()) / norm if norm else None,
         "first_error": float(apart[first].norm() / wanted[first].norm()) if wanted[first].any() else None,
-        "used": estimate.beta,
+        "used": min(beta, estimate.median_beta),
+        "least": estimate.beta,
         "sweeps": estimate.iterations,
         "residual": float(estimate.residual.max()),
         "converged": estimate.converged,

@@ -51,6 +51,11 @@ class Estimate:
         return f"loss {float(self.loss):.4g}{settled}, {counted}{left}: {self.result}"
 
     @property
+    def median_beta(self) -> float:
+        """The nudging strength of the middle example."""
+        return self.beta if self.betas is None else float(self.betas.median())
+
+    @property
     def converged(self) -> bool:
         """Whether every phase came within the tolerance (backprop always does)."""
         return self.result in (Result.CONVERGED, Result.BACKPROP)

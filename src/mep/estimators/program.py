@@ -25,6 +25,7 @@ from mep.nodes import Held
 from mep.settle import Known
 from mep.snapshot import Buffers
 from mep.solvers import Sweep
+from mep.solvers.strength import AWAY, higher
 from mep.solvers.sweep import few
 
 
@@ -32,8 +33,8 @@ from mep.solvers.sweep import few
 class Found:
     """What a program found: the gradients, the mean cost, and how the settling of all phases went.
 
-    `sweeps` were made until all examples rested, and `whole` of them until only a few did not. `buffers` are the values
-    that the model's buffers shall have.
+    `sweeps` were made until all examples rested, and `whole` of them until only a few did not. `strongest` is the
+    largest `beta k` of an example. `buffers` are the values that the model's buffers shall have.
     """
 
     gradients: Gradients
@@ -43,6 +44,7 @@ class Found:
     whole: int
     worst: float
     gain: float
+    strongest: float
     layers: list[SettledLayer]
     buffers: list[tuple[Tensor, Tensor]]
 
@@ -54,6 +56,13 @@ class Setting:
     solver: Sweep
     phases: str
     observes: bool
+
+    def is_too_strong(self, strength: float, cost: BatchCost, known: Known) -> bool:
+        """Whether a step made without a program would nudge an example of this `beta k` less."""
+        if not (self.solver.adaptive and self.solver.history) or cost.smoothness is None:
+            return False
+        most = higher(known.most, self.solver.strength)
+        return strength * cost.smoothness > (most if min(CONTRASTS[self.phases])[0] >= 0 else min(most, AWAY))
 
 
 class Program:
@@ -81,7 +90,7 @@ class Program:
     def __call__(self, x: Any, cost: BatchCost, beta: float, gain: float) -> Found | None:
         """The step, or None if something in it is not finite."""
         numbers, loss, residual, *found = self.run(*self._tensors(x, cost, beta, gain))
-        finite, gain, worst, *unsettled = numbers.tolist()
+        finite, gain, worst, strongest, *unsettled = numbers.tolist()
         if not (math.isfinite(finite) and math.isfinite(worst)):
             return None
         rest = iter(found)
@@ -92,7 +101,7 @@ class Program:
             for y in self.layers
         ]
         sweeps, whole = self._until(unsettled, 0), self._until(unsettled, few(self.batch))
-        return Found(gradients, loss, residual, sweeps, whole, worst, gain, layers, buffers)
+        return Found(gradients, loss, residual, sweeps, whole, worst, gain, strongest, layers, buffers)
 
     def _until(self, unsettled: list[float], most: int) -> int:
         """The sweep after which at most so many examples were unsettled; where none rests, the last."""
@@ -120,14 +129,15 @@ class Program:
         held.recording = False
         buffers.keep_writes()
         phases: list[Phase] = []
-        courses, residuals = [], []
+        courses, residuals, strengths = [], [], []
         for multiple, weight in CONTRASTS[self.setting.phases]:
             if multiple:
                 nudged, known = nudge(energy, cost, multiple * beta), Known(gain if multiple > 0 else None)
-                settled, course = self.setting.solver.unrolled(nudged, free, known, self.sweeps, self.late)
+                settled, course, strongest = self.setting.solver.unrolled(nudged, free, known, self.sweeps, self.late)
                 phases.append((weight * multiple, nudged, settled))
                 courses.append(torch.stack(course))
                 residuals.append(settled.residual)
+                strengths.append(strongest)
         gradients = contrast(phases, self.batch)
         self.parameters = list(gradients)
         self.layers = settled_layers((e, s) for _, e, s in phases) if self.setting.observes else []
@@ -137,6 +147,7 @@ class Program:
         finite = torch.stack([t.sum().float() for t in checked]).sum()
         unsettled = torch.stack(courses).amax(0)
         assert settled.gain is not None
-        numbers = torch.cat([torch.stack([finite, settled.gain.float(), residual.max().float()]), unsettled.float()])
+        told = [finite, settled.gain, residual.max(), torch.stack(strengths).max()]
+        numbers = torch.cat([torch.stack([number.float() for number in told]), unsettled.float()])
         used = [t for layer in self.layers for _, inputs, errors in layer.uses for t in (inputs, errors)]
         return [numbers, loss, residual, *gradients.values(), *buffers.written(), *used]

@@ -16,7 +16,6 @@ from mep.estimators.inputs import input_tensors
 from mep.estimators.program import Found, Program, Setting
 from mep.graph import Graph
 from mep.settle import Known, Settled
-from mep.solvers.strength import is_learnt
 
 _EAGER = 4
 """So many steps of one shape are made without a program: they check the model, and tell how often it sweeps."""
@@ -40,6 +39,8 @@ class Programs:
         self.recent: deque[tuple[int, int]] = deque(maxlen=_RECENT)
         self._seen: Counter[Key] = Counter()
         self._outputs: dict[Key, Tensor] = {}
+        self._rest = 0
+        """So many steps are made without, after one in which some example had to be nudged less."""
         self._programs: dict[tuple[Key, int, int], Program] = {}
 
     def __len__(self) -> int:
@@ -59,7 +60,8 @@ class Programs:
         output = self._outputs.get(key)
         if output is None or self._seen[key] < _EAGER or known.gain is None or not known.gain > 0:
             return None
-        if is_learnt(known.most):  # then some examples are to be nudged less
+        if self._rest:
+            self._rest -= 1
             return None
         sweeps, late = self._sweeps(graph)
         if sweeps + late > MOST_SWEEPS or (sweeps + late) * len(graph.nodes) > _MOST_VISITS:
@@ -67,8 +69,10 @@ class Programs:
         cost = self.make_cost(output, target)
         program = self._programs.get((key, sweeps, late)) or self._made(key, graph, x, cost, output, sweeps, late)
         found = program(x, cost, beta, float(known.gain))
-        solver = self.setting.solver
-        if found is None or (solver.adaptive and found.worst > solver.tol):
+        if found is None or (self.setting.solver.adaptive and found.worst > self.setting.solver.tol):
+            return None
+        if graph.is_separable is not False and self.setting.is_too_strong(found.strongest, cost, known):
+            self._rest = _RECENT
             return None
         self.recent.append((found.whole, found.sweeps))
         for buffer, value in found.buffers:

@@ -73,15 +73,10 @@ class Memory:
         return output_residual(x, wanted, output)
 
     @property
-    def within_reach(self) -> Tensor | None:
-        """By which factors to weaken the nudges that the last trial shows to be too strong; None if none is.
-
-        Walks have seen to that before any state has moved.
-        """
-        if isinstance(self.answers, Walks):
-            return None
+    def strengths(self) -> Tensor:
+        """`beta k` of the last trial, [examples]."""
         x, output, _ = self.trials[-1]
-        return within_reach(self.cost, strengths(x, self.free - output))
+        return strengths(x, self.free - output)
 
     @property
     def certainly_within_reach(self) -> Tensor | None:
@@ -91,7 +86,7 @@ class Memory:
         """
         if self.k is None or is_toward(self.beta):
             return None
-        return within_reach(self.cost, torch.linalg.eigvalsh(self.k)[:, 0])
+        return within_reach(self.cost, torch.linalg.eigvalsh(self.k)[:, 0], 1.0)
 
     def mine(self, values: Tensor) -> Tensor:
         """Of `[batch]` values those of the examples in play."""

@@ -1,4 +1,8 @@
-"""How strongly each example is nudged: less than asked where its equilibrium is out of reach.
+"""How strongly each example is nudged: less than asked where its equilibrium is far away, or out of reach.
+
+The strength of a nudge is `beta k L`, with k the gain of the example, `<x, M x> / <x, x>`, and L the smoothness of the
+cost (no eigenvalue of its Hessian is larger). It bounds, to first order, the fraction of the cost's gradient that the
+output takes back by answering: the bias of the estimate, and what makes settling slow.
 
 Where examples do not see each other the nudged energy is a sum over them, each with a beta of its own, and their scaled
 errors, on which the contrast is built, are those of their own equilibria. So one hard example need not weaken the rest.
@@ -15,10 +19,10 @@ from mep.graph import Point
 from mep.layout import per_example
 from mep.nodes import Node
 
-_MOST, _LEAST = 2.0, 1 / 128
-"""So strong may a nudge be, `beta k L` with k the gain and L the smoothness of the cost, unless steps teach less."""
-_MOST_AWAY = 0.5
-"""The same for a nudge away from the target, where there is an equilibrium only below 1."""
+_LEAST = 1 / 128
+"""This fraction of the largest strength nudges may always have."""
+AWAY = 0.5
+"""The largest strength of a nudge away from the target: there is an equilibrium only below 1."""
 _STALLED, _FALL, _LESS = 1e-2, 0.5, 0.125
 """An example stalls that is above this residual, and of which a sweep has left more than this fraction."""
 SOON = 3
@@ -26,19 +30,14 @@ SOON = 3
 _GROWTH, _SHRINK = 1.02, 0.8
 
 
-def higher(most: float | None) -> float:
+def higher(most: float | None, largest: float) -> float:
     """The strength to begin a step with, after one that began with `most` (None: before the first) and settled soon."""
-    return _MOST if most is None else min(_MOST, most * _GROWTH)
+    return largest if most is None else min(largest, most * _GROWTH)
 
 
-def lower(most: float) -> float:
+def lower(most: float, largest: float) -> float:
     """What is learnt of a step that began with `most`, where some examples were late."""
-    return max(_LEAST, _SHRINK * most)
-
-
-def is_learnt(most: float | None) -> bool:
-    """Whether steps have taught that nudges should be weaker."""
-    return most is not None and most < _MOST
+    return max(_LEAST * largest, _SHRINK * most)
 
 
 def is_late(residual: Tensor, tol: float) -> bool:
@@ -52,14 +51,14 @@ def weaker(energy: Energy, factor: Tensor) -> Energy:
     return nudge(energy, energy.nudge.cost, energy.nudge.beta * factor)
 
 
-def within_reach(cost: BatchCost, strength: Tensor, most: float = _MOST) -> Tensor | None:
-    """By which factors to weaken nudges with these `beta k`, [batch], to that strength; None if none is too strong.
+def within_reach(cost: BatchCost, strength: Tensor, most: float) -> Tensor | None:
+    """By which factors to weaken nudges of these `beta k`, [batch], to that strength; None if none is too strong.
 
-    A gain that is met with one error is not the largest there is: it tells what is certainly too strong.
+    k is the gain met with one error, which is not the largest there is.
     """
     if cost.smoothness is None:
         return None
-    found = torch.where(strength < 0, min(most, _MOST_AWAY), most) / (cost.smoothness * strength.abs())
+    found = torch.where(strength < 0, min(most, AWAY), most) / (cost.smoothness * strength.abs())
     found = torch.where(found < 1, found, 1)  # no gain at all, or none that is a number, is not too strong
     return found if bool((found < 1).any()) else None
 

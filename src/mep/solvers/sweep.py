@@ -44,7 +44,7 @@ from mep.solvers.output import (
     wanted_error,
 )
 from mep.solvers.response import Response
-from mep.solvers.strength import SOON, are_separate, higher, is_late, lower, stalled
+from mep.solvers.strength import SOON, are_separate, higher, is_late, lower, stalled, within_reach
 from mep.solvers.walks import Walks, worst_residual
 
 _FEW_TELL, _ALL_TELL = 2, 4
@@ -68,10 +68,13 @@ class Sweep(Solver):
         patience: consecutive sweeps at or below `tol`.
         adaptive: stop when every example has settled.
         history: how many sweeps the next output error is inferred from; 0 is plain iteration.
+        strength: the largest `beta k L` of an example, with its gain k and the smoothness L of the cost (0.5 for
+            cross-entropy, 2 / outputs for squared errors); one that answers more strongly is nudged less. It bounds, to
+            first order, the bias of its gradient. `math.inf`: as asked wherever that is within reach.
 
     Only for `energy="prediction"`. Where branches are held and all nodes are affine, the examples that are hard to
-    settle tell their whole gain in one of the sweeps; if they have no more outputs than `settle_steps`, every nudge
-    toward the target is then within reach. Elsewhere an adaptive sweep nudges an example less where that is what it
+    settle tell their whole gain in one of the sweeps; if they have no more outputs than `settle_steps`, a nudge toward
+    the target of any strength is within reach. Elsewhere an adaptive sweep nudges an example less where that is what it
     takes to settle.
 
     Example:
@@ -84,6 +87,7 @@ class Sweep(Solver):
     patience: int = 1
     adaptive: bool = True
     history: int = 4
+    strength: float = 0.5
 
     prediction_only = True
     beta_limited = True
@@ -93,6 +97,8 @@ class Sweep(Solver):
         super().__post_init__()
         if not (isinstance(self.history, int) and self.history >= 0):
             raise ArgumentError(f"Sweep(history={self.history!r}): must be an integer >= 0.")
+        if not (isinstance(self.strength, (int, float)) and self.strength > 0):
+            raise ArgumentError(f"Sweep(strength={self.strength!r}): must be a positive number; math.inf for no limit.")
 
     def start(self, energy: Energy, point: Point, known: Known) -> Iterate:
         """The free equilibrium: every error is zero and the nudge unanswered."""
@@ -103,7 +109,7 @@ class Sweep(Solver):
         question, free, nudge = wanted_error(energy, point), energy.output(point), energy.nudge
         assert nudge is not None
         first = first_error(energy, free, question, known if self.history else Known())
-        most = higher(known.most)
+        most = higher(known.most, self.strength)
         answers: Answers
         if energy.is_affine:
             answers = (Checkpointed if isinstance(point, Forgotten) else Response)(energy, point)
@@ -128,16 +134,17 @@ class Sweep(Solver):
         if not energy.is_affine and (moved.memory.sweeps > 1 or float(moved.residual.min()) <= self.tol):
             moved = self.certify(energy, moved)
             if moved.most and moved.memory.sweeps == SOON and is_late(moved.residual, self.tol):
-                moved.most = lower(moved.most)
+                moved.most = lower(moved.most, self.strength)
         return self._weakened(moved, iterate.residual) if self.adaptive else moved
 
     def unrolled(
         self, energy: Energy, point: Point, known: Known, sweeps: int, late: int
-    ) -> tuple[Iterate, list[Tensor]]:
+    ) -> tuple[Iterate, list[Tensor], Tensor]:
         """Where so many sweeps of all and `late` ones of the worst examples lead; after each, how many are unsettled.
 
-        Nothing is decided on the way, so that it can be compiled: no example is nudged less. In graphs that are not
-        affine examples neither rest nor are left out, and what is counted on the way are the residuals of the output.
+        And the largest `beta k`, without its sign. Nothing is decided on the way, so that it can be compiled: no
+        example is nudged less. In graphs that are not affine examples neither rest nor are left out, and what is
+        counted on the way are the residuals of the output.
         """
         iterate, course = self._start(energy, point, known, False), list[Tensor]()
         rests = self.adaptive and energy.is_affine
@@ -150,7 +157,9 @@ class Sweep(Solver):
                 active = active.index_select(0, iterate.memory.rows)
             iterate = self._rescaled(self._swept(iterate, self._error(iterate.memory, active), active))
             course.append((iterate.residual > self.tol).sum())
-        return self.certify(energy, iterate), course
+            if not sweep:
+                strongest = iterate.memory.strengths.abs().nan_to_num().max()
+        return self.certify(energy, iterate), course, strongest
 
     def _swept(self, iterate: Iterate, x: Tensor, active: Tensor | None) -> Iterate:
         """One sweep of the examples in play, from these output errors."""
@@ -170,31 +179,33 @@ class Sweep(Solver):
         return (soon or memory.sweeps >= _ALL_TELL) and memory.may_know_gains(self.settle_steps)
 
     def _weakened(self, iterate: Iterate, before: Tensor) -> Iterate:
-        """With less of a nudge for the examples whose equilibrium is out of reach, or hard to find.
-
-        Not while the whole gain may still be asked for: with it an equilibrium is found at any strength.
-        """
+        """With less of a nudge for the examples that answer too strongly, or whose equilibrium is hard to find."""
         memory: Memory = iterate.memory
-        answers = memory.answers
-        if not (answers.weakens and self.history):
+        if not (memory.answers.weakens and self.history):
             if memory.sweeps == 1:
                 x, _, wanted = memory.trials[0]
                 iterate.out_of_reach = expands(memory.question, x, wanted, iterate.residual)
             return iterate
-        if memory.gains is None and is_toward(answers.energy.beta) and memory.may_know_gains(self.settle_steps):
-            return iterate
-        if memory.sweeps <= 2:
-            before = torch.ones_like(before)  # what the first sweep leaves is measured only if some example may rest
-        if memory.sweeps == 1:
-            factor = memory.within_reach
-        else:
-            factor = stalled(memory.mine(iterate.residual), memory.mine(before), self.tol)
+        factor = self._too_strong(memory) if memory.sweeps == 1 else self._stalled(memory, iterate.residual, before)
         if factor is None:
             return iterate
         memory = memory.weakened(factor)
         residual = memory.mine(iterate.residual)
         left = torch.where(factor < 1, residual.clamp_min(1), residual) if memory.walks else memory.residual
         return replace(iterate, residual=memory.put(iterate.residual, left), memory=memory, exact=False)
+
+    def _too_strong(self, memory: Memory) -> Tensor | None:
+        """By which factors to weaken nudges after the first sweep; walks have done so before any state has moved."""
+        return None if memory.walks else within_reach(memory.cost, memory.strengths, self.strength)
+
+    def _stalled(self, memory: Memory, residual: Tensor, before: Tensor) -> Tensor | None:
+        """The same after a later one, but not while the whole gain may be asked for: it leads to any equilibrium."""
+        toward = is_toward(memory.answers.energy.beta)
+        if memory.gains is None and toward and memory.may_know_gains(self.settle_steps):
+            return None
+        if memory.sweeps == 2:
+            before = torch.ones_like(before)  # what the first sweep leaves is measured only if some example may rest
+        return stalled(memory.mine(residual), memory.mine(before), self.tol)
 
     def _rescaled(self, iterate: Iterate) -> Iterate:
         """With the errors that are unsettled replaced by the best of their multiples, whose answers need no sweep.

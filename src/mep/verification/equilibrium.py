@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -77,14 +78,14 @@ class Equilibria:
 
     @torch.no_grad()
     def reach(self, phases: Sequence[str], beta: float) -> tuple[float | None, float | None]:
-        """The largest beta found to settle with the default solver, of all examples, and the smallest found not to.
+        """The largest beta found to settle with sweeps, of all examples, and the smallest found not to.
 
         They are a factor 2 apart.
         """
         signs = _signs(phases)
 
         def settles(beta: float) -> bool:
-            found = [self.settle(sign * beta, Sweep()) for sign in signs]
+            found = [self.settle(sign * beta, Sweep(strength=math.inf)) for sign in signs]
             return all(s.result is Result.CONVERGED and not isinstance(e.beta, Tensor) for e, s in found)
 
         if settles(beta):

@@ -83,7 +83,7 @@ def verify(
     check_target(y)
     _check(betas, phases, samples, tol)
     with generators_kept():
-        solver = Sweep(settle_steps=_SWEEPS, tol=tol or _default_tol(model, dtype))
+        solver = Sweep(settle_steps=_SWEEPS, tol=tol or _default_tol(model, dtype), strength=math.inf)
         subject = Subject(model, x, y, How(cost, solver, branches, leaves), dtype)
         return _report(subject, sorted(set(map(float, betas)), reverse=True), list(phases), samples)
 
