@@ -16,8 +16,8 @@ Row = dict[str, Any]
 CAPTION = (
     "Each cell: initialised / trained. Used: the median over the examples, each at most the one asked for, and less "
     "where it answers strongly (`mep.Sweep(strength=...)`). Sweeps: an asterisk where some example did not settle. "
-    "Error: of the whole gradient against backprop's, relative. A dash: nothing to compare, the gradient vanishes or the "
-    "loss is not finite."
+    "Error: of the whole gradient against backprop's, relative. A dash: nothing to compare: the gradient vanishes, or "
+    "the loss is not finite."
 )
 
 

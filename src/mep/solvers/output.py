@@ -77,13 +77,19 @@ def gain(x: Tensor, shift: Tensor, beta: Strength) -> Tensor:
     return torch.dot(x, shift) / (beta * torch.dot(x, x))
 
 
-def first_error(energy: Energy, free: Tensor, wanted: Tensor, known: Known) -> Tensor:
-    """The error to try first: what follows if `-beta gain` times it is the answer, for a nudge toward the target."""
+def first_error(energy: Energy, free: Tensor, wanted: Tensor, known: Known, most: float = math.inf) -> Tensor:
+    """The error to try first: what follows if `-beta gain` times it is the answer, for a nudge toward the target.
+
+    Where that is stronger than `most`, the nudge of most examples will be weakened to it.
+    """
     nudge = energy.nudge
     assert nudge is not None
     if known.gain is None or not (_is_compiled(known.gain) or (0 < known.gain < math.inf and is_toward(nudge.beta))):
         return wanted
-    found = first_output(nudge.cost, free, wanted, spread(nudge.beta, free) * known.gain)
+    k = spread(nudge.beta, free) * known.gain
+    if not isinstance(k, Tensor) and nudge.cost.smoothness is not None:
+        k = min(k, most / nudge.cost.smoothness)
+    found = first_output(nudge.cost, free, wanted, k)
     return wanted if found is None else found
 
 

@@ -20,6 +20,7 @@ not is asked for M itself (`newton.py`). Elsewhere it is nudged less (`strength.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -33,10 +34,8 @@ from mep.settle import Iterate, Known, Solver
 from mep.solvers.checkpointed import Checkpointed, Forgotten
 from mep.solvers.memory import Answers, Memory
 from mep.solvers.output import (
-    expands,
     first_error,
     gain,
-    is_toward,
     next_error,
     require_prediction,
     rescaled,
@@ -44,13 +43,12 @@ from mep.solvers.output import (
     wanted_error,
 )
 from mep.solvers.response import Response
-from mep.solvers.strength import SOON, are_separate, higher, is_late, lower, stalled, within_reach
+from mep.solvers.strength import SOON, are_separate, higher, is_late, lower
 from mep.solvers.walks import Walks, worst_residual
+from mep.solvers.weakening import limited, relieved
 
-_FEW_TELL, _ALL_TELL = 2, 4
-"""After so many sweeps examples tell their whole gain: when few are left, and otherwise."""
-_FEW = 4
-"""Few have not more than this times as many outputs as there are examples: their walks cost about two sweeps of all."""
+_PATIENCE = 4
+"""After so many sweeps examples tell their whole gain."""
 
 
 def few(batch: int) -> int:
@@ -108,16 +106,17 @@ class Sweep(Solver):
         require_prediction(self, energy)
         question, free, nudge = wanted_error(energy, point), energy.output(point), energy.nudge
         assert nudge is not None
-        first = first_error(energy, free, question, known if self.history else Known())
-        most = higher(known.most, self.strength)
+        weakens = may_weaken and bool(self.history) and not energy.kinks
+        weakens = weakens and (isinstance(point, Forgotten) or are_separate(energy, point))
+        most = higher(known.most, self.strength) if weakens else math.inf
+        first = first_error(energy, free, question, known, most) if self.history else question
         answers: Answers
         if energy.is_affine:
             answers = (Checkpointed if isinstance(point, Forgotten) else Response)(energy, point)
         else:
-            weakens = may_weaken and not energy.kinks and are_separate(energy, point)
             answers = Walks(energy, point, most if weakens else None)
         memory = Memory(answers, nudge.cost, free, question, first)
-        return Iterate(point, free.new_ones(energy.batch), most=most, memory=memory)
+        return Iterate(point, free.new_ones(energy.batch), most=most if weakens else known.most, memory=memory)
 
     def advance(self, energy: Energy, iterate: Iterate, active: Tensor | None) -> Iterate:
         """One sweep."""
@@ -128,14 +127,19 @@ class Sweep(Solver):
             memory = memory.knowing_gains()
             if (factor := memory.certainly_within_reach) is not None:
                 memory = memory.weakened(factor)
+        is_first = not memory.trials
         moved = self._swept(replace(iterate, memory=memory), self._error(memory, active), active)
+        if is_first and self.adaptive:
+            moved = limited(moved, bool(self.history))
         if energy.is_affine and float(moved.residual.max()) > self.tol:
             moved = self._rescaled(moved)
         if not energy.is_affine and (moved.memory.sweeps > 1 or float(moved.residual.min()) <= self.tol):
             moved = self.certify(energy, moved)
-            if moved.most and moved.memory.sweeps == SOON and is_late(moved.residual, self.tol):
-                moved.most = lower(moved.most, self.strength)
-        return self._weakened(moved, iterate.residual) if self.adaptive else moved
+        if moved.most and moved.memory.sweeps == SOON and is_late(moved.residual, self.tol):
+            moved.most = lower(moved.most, self.strength)
+        if is_first or not (self.adaptive and self.history):
+            return moved
+        return relieved(moved, iterate.residual, self.tol, self.settle_steps)
 
     def unrolled(
         self, energy: Energy, point: Point, known: Known, sweeps: int, late: int
@@ -171,41 +175,9 @@ class Sweep(Solver):
         return replace(iterate, residual=residual, memory=memory, gain=found, exact=False)
 
     def _needs_gains(self, memory: Memory) -> bool:
-        """Whether the examples in play shall tell their whole gain: they are few, or have been asked often enough."""
-        if memory.gains is not None or not (self.adaptive and self.history) or memory.sweeps < _FEW_TELL:
-            return False
-        are_few = len(memory.free) * memory.free.shape[1] <= _FEW * memory.answers.energy.batch
-        soon = are_few and memory.is_dear
-        return (soon or memory.sweeps >= _ALL_TELL) and memory.may_know_gains(self.settle_steps)
-
-    def _weakened(self, iterate: Iterate, before: Tensor) -> Iterate:
-        """With less of a nudge for the examples that answer too strongly, or whose equilibrium is hard to find."""
-        memory: Memory = iterate.memory
-        if not (memory.answers.weakens and self.history):
-            if memory.sweeps == 1:
-                x, _, wanted = memory.trials[0]
-                iterate.out_of_reach = expands(memory.question, x, wanted, iterate.residual)
-            return iterate
-        factor = self._too_strong(memory) if memory.sweeps == 1 else self._stalled(memory, iterate.residual, before)
-        if factor is None:
-            return iterate
-        memory = memory.weakened(factor)
-        residual = memory.mine(iterate.residual)
-        left = torch.where(factor < 1, residual.clamp_min(1), residual) if memory.walks else memory.residual
-        return replace(iterate, residual=memory.put(iterate.residual, left), memory=memory, exact=False)
-
-    def _too_strong(self, memory: Memory) -> Tensor | None:
-        """By which factors to weaken nudges after the first sweep; walks have done so before any state has moved."""
-        return None if memory.walks else within_reach(memory.cost, memory.strengths, self.strength)
-
-    def _stalled(self, memory: Memory, residual: Tensor, before: Tensor) -> Tensor | None:
-        """The same after a later one, but not while the whole gain may be asked for: it leads to any equilibrium."""
-        toward = is_toward(memory.answers.energy.beta)
-        if memory.gains is None and toward and memory.may_know_gains(self.settle_steps):
-            return None
-        if memory.sweeps == 2:
-            before = torch.ones_like(before)  # what the first sweep leaves is measured only if some example may rest
-        return stalled(memory.mine(residual), memory.mine(before), self.tol)
+        """Whether the examples in play have been asked so often that they shall tell their whole gain."""
+        asks = self.adaptive and self.history and memory.sweeps >= _PATIENCE
+        return bool(asks) and memory.gains is None and memory.may_know_gains(self.settle_steps)
 
     def _rescaled(self, iterate: Iterate) -> Iterate:
         """With the errors that are unsettled replaced by the best of their multiples, whose answers need no sweep.

@@ -1,0 +1,55 @@
+"""Who is nudged less, and when: after the first sweep those that answer too strongly, later those that stall."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from mep.settle import Iterate
+from mep.solvers.memory import Memory
+from mep.solvers.output import expands, is_toward
+from mep.solvers.strength import stalled, within_reach
+
+
+def limited(iterate: Iterate, may_weaken: bool) -> Iterate:
+    """After the first sweep: with less of a nudge for the examples that answer too strongly.
+
+    Walks have seen to that before any state has moved. Where nobody can be nudged less than others, an answer that is
+    far too strong says that all must be.
+    """
+    memory: Memory = iterate.memory
+    if not (may_weaken and memory.answers.weakens):
+        x, _, wanted = memory.trials[0]
+        iterate.out_of_reach = expands(memory.question, x, wanted, iterate.residual)
+        return iterate
+    if memory.walks:
+        return iterate
+    return _weakened(iterate, within_reach(memory.cost, memory.strengths, iterate.most or math.inf))
+
+
+def relieved(iterate: Iterate, before: Tensor, tol: float, sweeps: int) -> Iterate:
+    """After a later sweep: with less of a nudge for the examples whose residual has hardly fallen.
+
+    Not while they may be asked for their whole gain, within so many sweeps: it leads to any equilibrium.
+    """
+    memory: Memory = iterate.memory
+    if not memory.answers.weakens:
+        return iterate
+    if memory.gains is None and is_toward(memory.answers.energy.beta) and memory.may_know_gains(sweeps):
+        return iterate
+    if memory.sweeps == 2:
+        before = torch.ones_like(before)  # what the first sweep leaves is measured only if some example may rest
+    return _weakened(iterate, stalled(memory.mine(iterate.residual), memory.mine(before), tol))
+
+
+def _weakened(iterate: Iterate, factor: Tensor | None) -> Iterate:
+    """With nudges weakened by these factors; how far they are from the new equilibria walks cannot tell."""
+    if factor is None:
+        return iterate
+    memory: Memory = iterate.memory.weakened(factor)
+    residual = memory.mine(iterate.residual)
+    left = torch.where(factor < 1, residual.clamp_min(1), residual) if memory.walks else memory.residual
+    return replace(iterate, residual=memory.put(iterate.residual, left), memory=memory, exact=False)
