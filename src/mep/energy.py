@@ -249,8 +249,7 @@ def relative_residual(side: Tensor, other: Tensor, state: Tensor, batch: int, bo
         force = torch.where((state <= low) & (force > 0), 0, force)
     if high < math.inf:
         force = torch.where((state >= high) & (force < 0), 0, force)
-    rows = torch.stack([by_example(t, batch) for t in (force, side, other, state)])
-    violated, one, two, size = torch.linalg.vector_norm(rows, dim=2)
+    violated, one, two, size = (example_norm(t, batch) for t in (force, side, other, state))
     limits = torch.finfo(state.dtype)
     floor = torch.where(two == 0, 10 * limits.eps * size, limits.tiny)
     return violated / torch.maximum(torch.maximum(one, two), floor).add_(limits.tiny)
