@@ -27,7 +27,8 @@ from mep.errors import ArgumentError
 from mep.graph import Point
 from mep.layout import per_example
 from mep.nodes import Held, Node, displaced, of_rows
-from mep.solvers.response import Gram, OnDemand, multiplications, several
+from mep.solvers.gram import Gram, several
+from mep.solvers.response import OnDemand, multiplications
 
 Forces = dict[str, Tensor | None]
 Visit = tuple[Node, Any, Tensor | None]

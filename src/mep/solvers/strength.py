@@ -1,8 +1,9 @@
 """How strongly each example is nudged: less than asked where its equilibrium is far away, or out of reach.
 
 The strength of a nudge is `beta k L`, with k the gain of the example, `<x, M x> / <x, x>`, and L the smoothness of the
-cost (no eigenvalue of its Hessian is larger). It bounds, to first order, the fraction of the cost's gradient that the
-output takes back by answering: the bias of the estimate, and what makes settling slow.
+cost (no eigenvalue of its Hessian is larger). To first order it is the fraction of the cost's gradient that the output
+takes back by answering, were the cost everywhere as curved as that: the bias of the estimate, and what makes settling
+slow.
 
 Where examples do not see each other the nudged energy is a sum over them, each with a beta of its own, and their scaled
 errors, on which the contrast is built, are those of their own equilibria. So one hard example need not weaken the rest.

@@ -67,8 +67,8 @@ class Sweep(Solver):
         adaptive: stop when every example has settled.
         history: how many sweeps the next output error is inferred from; 0 is plain iteration.
         strength: the largest `beta k L` of an example, with its gain k and the smoothness L of the cost (0.5 for
-            cross-entropy, 2 / outputs for squared errors); one that answers more strongly is nudged less. It bounds, to
-            first order, the bias of its gradient. `math.inf`: as asked wherever that is within reach.
+            cross-entropy, 2 / outputs for squared errors); one that answers more strongly is nudged less. It estimates
+            the bias of its gradient. `math.inf`: as asked wherever there is an equilibrium.
 
     Only for `energy="prediction"`. Where branches are held and all nodes are affine, the examples that are hard to
     settle tell their whole gain in one of the sweeps; if they have no more outputs than `settle_steps`, a nudge toward
