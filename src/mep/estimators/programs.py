@@ -69,10 +69,12 @@ class Programs:
         cost = self.make_cost(output, target)
         program = self._programs.get((key, sweeps, late)) or self._made(key, graph, x, cost, output, sweeps, late)
         found = program(x, cost, beta, float(known.gain))
-        if found is None or (self.setting.solver.adaptive and found.worst > self.setting.solver.tol):
+        if found is None:
             return None
         if graph.is_separable is not False and self.setting.is_too_strong(found.strongest, cost, known):
             self._rest = _RECENT
+            return None
+        if self.setting.solver.adaptive and found.worst > self.setting.solver.tol:
             return None
         self.recent.append((found.whole, found.sweeps))
         for buffer, value in found.buffers:

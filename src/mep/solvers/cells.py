@@ -14,7 +14,7 @@ from mep.energy import Energy, State, relative_residual
 from mep.graph import Point
 from mep.layout import per_example
 from mep.nodes import Node, displaced
-from mep.solvers.output import expands, gain, next_error, output_residual
+from mep.solvers.output import expands, next_error, output_residual, quotients
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ class Network:
         assert nudge is not None
         wanted = nudge.cost.gradient(s)
         residual = output_residual(error, wanted, s)
-        self.gain = gain(error, self.free - s, energy.beta)
+        _, self.gain = quotients(error, self.free - s, energy.beta)
         loud = ~(residual <= tol)
         if not loud.any():
             return replace(cell, residual=residual)

@@ -10,7 +10,7 @@ from torch import Tensor
 from mep.cost import BatchCost
 from mep.nodes import Strength, of_rows, spread
 from mep.solvers.checkpointed import Checkpointed
-from mep.solvers.output import is_toward, output_residual, strengths
+from mep.solvers.output import is_toward, output_residual
 from mep.solvers.response import Response
 from mep.solvers.secant import Trial
 from mep.solvers.strength import weaker, within_reach
@@ -37,6 +37,7 @@ class Memory:
     first: Tensor
     trials: tuple[Trial, ...] = ()
     sweeps: int = 0
+    strengths: Tensor | None = None
     rows: Tensor | None = None
     gains: Tensor | None = None
 
@@ -71,12 +72,6 @@ class Memory:
         """Of the last trial."""
         x, output, wanted = self.trials[-1]
         return output_residual(x, wanted, output)
-
-    @property
-    def strengths(self) -> Tensor:
-        """`beta k` of the last trial, [examples]."""
-        x, output, _ = self.trials[-1]
-        return strengths(x, self.free - output)
 
     @property
     def certainly_within_reach(self) -> Tensor | None:
@@ -114,10 +109,8 @@ class Memory:
 
     def may_know_gains(self, sweeps: int) -> bool:
         """Whether M could be asked for, of all examples within so many sweeps; and what for: the Hessian is known."""
-        if self.walks or not self.narrows or self.free.ndim != 2 or not 1 < self.free.shape[1] <= sweeps:
-            return False
-        _, output, gradient = self.trials[-1]
-        return self.cost.curvature(output, gradient) is not None
+        tells = self.free.ndim == 2 and type(self.cost).curvature is not BatchCost.curvature
+        return tells and self.narrows and not self.walks and 1 < self.free.shape[1] <= sweeps
 
     def knowing_gains(self) -> Memory:
         """With the gains of the examples in play."""

@@ -63,18 +63,14 @@ def expands(question: Tensor, error: Tensor, wanted: Tensor, residual: Tensor) -
     return bool((missed > _EXPANDS * torch.maximum(asked, asked.mean())).any())
 
 
-def strengths(x: Tensor, shift: Tensor) -> Tensor:
-    """`beta <x, M x> / <x, x>` of every example; `shift` is `beta M x`."""
+def quotients(x: Tensor, shift: Tensor, beta: Strength) -> tuple[Tensor, Tensor]:
+    """`beta <x, M x> / <x, x>` of every example, and the mean of `<x, M x> / <x, x>` with weights `<x, x>`.
+
+    `shift` is `beta M x`.
+    """
     x, shift = x.reshape(len(x), -1), shift.reshape(len(x), -1)
-    return torch.linalg.vecdot(x, shift) / torch.linalg.vecdot(x, x)
-
-
-def gain(x: Tensor, shift: Tensor, beta: Strength) -> Tensor:
-    """The mean of `<x, M x> / <x, x>` over the examples, with weights `<x, x>`; `shift` is `beta M x`."""
-    if isinstance(beta, Tensor) and beta.ndim:
-        shift, beta = shift / spread(beta, shift), 1.0
-    x, shift = x.reshape(-1), shift.reshape(-1)
-    return torch.dot(x, shift) / (beta * torch.dot(x, x))
+    both, square = torch.linalg.vecdot(x, shift), torch.linalg.vecdot(x, x)
+    return both / square, (both / beta).sum() / square.sum()
 
 
 def first_error(energy: Energy, free: Tensor, wanted: Tensor, known: Known, most: float = math.inf) -> Tensor:

@@ -57,7 +57,7 @@ def within_reach(cost: BatchCost, strength: Tensor, most: float) -> Tensor | Non
 
     k is the gain met with one error, which is not the largest there is.
     """
-    if cost.smoothness is None:
+    if cost.smoothness is None or float(strength.abs().max()) * cost.smoothness <= min(most, AWAY):
         return None
     found = torch.where(strength < 0, min(most, AWAY), most) / (cost.smoothness * strength.abs())
     found = torch.where(found < 1, found, 1)  # no gain at all, or none that is a number, is not too strong

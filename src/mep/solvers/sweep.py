@@ -35,8 +35,8 @@ from mep.solvers.checkpointed import Checkpointed, Forgotten
 from mep.solvers.memory import Answers, Memory
 from mep.solvers.output import (
     first_error,
-    gain,
     next_error,
+    quotients,
     require_prediction,
     rescaled,
     solved_error,
@@ -161,15 +161,18 @@ class Sweep(Solver):
                 active = active.index_select(0, iterate.memory.rows)
             iterate = self._rescaled(self._swept(iterate, self._error(iterate.memory, active), active))
             course.append((iterate.residual > self.tol).sum())
-            if not sweep:
-                strongest = iterate.memory.strengths.abs().nan_to_num().max()
-        return self.certify(energy, iterate), course, strongest
+        strengths = iterate.memory.strengths
+        assert strengths is not None
+        return self.certify(energy, iterate), course, strengths.abs().nan_to_num().max()
 
     def _swept(self, iterate: Iterate, x: Tensor, active: Tensor | None) -> Iterate:
         """One sweep of the examples in play, from these output errors."""
         memory: Memory = iterate.memory
         output = memory.answers.answer(x, memory.rows, active)
-        found = iterate.gain if memory.trials else gain(x, memory.free - output, memory.beta)
+        found = iterate.gain
+        if not memory.trials:
+            strengths, found = quotients(x, memory.free - output, memory.beta)
+            memory = replace(memory, strengths=strengths)
         memory = memory.tried((x, output, memory.cost.gradient(output)), self.history)
         residual = memory.put(iterate.residual, memory.residual)
         return replace(iterate, residual=residual, memory=memory, gain=found, exact=False)

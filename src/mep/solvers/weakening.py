@@ -25,7 +25,7 @@ def limited(iterate: Iterate, may_weaken: bool) -> Iterate:
         x, _, wanted = memory.trials[0]
         iterate.out_of_reach = expands(memory.question, x, wanted, iterate.residual)
         return iterate
-    if memory.walks:
+    if memory.walks or memory.strengths is None:
         return iterate
     return _weakened(iterate, within_reach(memory.cost, memory.strengths, iterate.most or math.inf))
 
