@@ -1,6 +1,7 @@
 """A beta for every example: less where its equilibrium is out of reach, and nobody else notices."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,9 +12,11 @@ from torch import nn
 
 import mep
 from mep.cost import make_cost
+from mep.energy import nudge
 from mep.estimators.phases import settle_phases
 from mep.settle import Known, Settled
 from mep.solvers.strength import are_separate, higher, lower, stalled, within_reach
+from mep.solvers.weakening import relieved
 
 HARD, BETA = 2, 0.5
 SOLVER = mep.Sweep(tol=1e-4, settle_steps=60, strength=2.0)
@@ -170,6 +173,25 @@ def test_who_is_brought_down_too_little_stalls():
     assert stalled(now, before, 1e-4).tolist() == [1, 0.125, 1, 0.125, 0.125]
     assert stalled(now, before, 0.1).tolist() == [1, 0.125, 1, 1, 0.125]
     assert stalled(now[:1], before[:1], 1e-4) is None
+
+
+@torch.no_grad()
+def test_who_is_nudged_less_is_given_a_sweep_to_show_for_it():
+    """How far it is from the new equilibrium is not known until then."""
+    model, x, y = case()
+    energy, point = free_energy(model, x)
+    nudged = nudge(energy, make_cost("cross_entropy")(energy.output(point), y), 1e-3)
+    iterate = SOLVER.start(nudged, point, Known())
+    for _ in range(2):
+        iterate = SOLVER.advance(nudged, iterate, None)
+    assert (iterate.residual < 0.5).all()
+    stuck = replace(iterate, residual=torch.where(torch.arange(len(x)) == HARD, 0.4, iterate.residual))
+    stuck.memory = replace(stuck.memory, sweeps=3)
+    spared = relieved(stuck, stuck.residual, SOLVER.tol, SOLVER.settle_steps)
+    others = torch.arange(len(x)) != HARD
+    assert spared.residual[HARD] == 1 and torch.equal(spared.residual[others], iterate.residual[others])
+    assert spared.memory.beta[HARD] == 1e-3 / 8 and (spared.memory.beta[others] == 1e-3).all()
+    assert relieved(spared, stuck.residual, SOLVER.tol, SOLVER.settle_steps).memory.beta[HARD] == 1e-3 / 64
 
 
 # Who sees whom.
