@@ -200,9 +200,8 @@ class Energy:
             found[node.name] = relative_residual(*sides, s, self.batch, node.box)
         gradient = self.cost_gradient(point)
         if gradient is not None:
-            felt = example_norm(gradient, self.batch) * magnitude(self.beta) > 10 * rounding(
-                self.output(point), self.batch
-            )
+            nudge = example_norm(gradient, self.batch) * magnitude(self.beta)
+            felt = nudge > 10 * rounding(self.output(point), self.batch)
             found = {name: residual * felt for name, residual in found.items()}
         return found
 

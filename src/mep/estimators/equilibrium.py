@@ -171,10 +171,8 @@ class EquilibriumPropagation:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict`."""
-        self._reach, self._known = (
-            float(state["reach"]),
-            Known(state["gain"], None, state["look_from"], state.get("most")),
-        )
+        self._reach = float(state["reach"])
+        self._known = Known(state["gain"], None, state["look_from"], state.get("most"))
         self._recall.load_state_dict(state["recall"])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> EquilibriumPropagation:

@@ -19,7 +19,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from mep.energy import Energy, State
@@ -27,7 +26,7 @@ from mep.errors import ArgumentError
 from mep.graph import Point
 from mep.layout import per_example
 from mep.nodes import Held, Node, displaced, of_rows
-from mep.solvers.gram import Gram, several
+from mep.solvers.gram import Gram, in_parts
 from mep.solvers.response import OnDemand, multiplications
 
 Forces = dict[str, Tensor | None]
@@ -72,12 +71,11 @@ class Checkpointed:
 
     def gains(self, rows: Tensor) -> Tensor:
         """As `Response.gains`."""
-        units = self.energy.output(self.free).shape[1]
-        return torch.cat([self._gains(some, units) for some in several(rows, units, self.energy.batch)])
+        return in_parts(self._gains, rows, self.energy.output(self.free))
 
-    def _gains(self, rows: Tensor, units: int) -> Tensor:
+    def _gains(self, rows: Tensor) -> Tensor:
         total = Gram(self.energy.output(self.free), len(rows))
-        for node, _, error in self._of(rows.repeat_interleave(units), total.every).walk({}):
+        for node, _, error in self._of(rows.repeat_interleave(total.units), total.every).walk({}):
             if node.owns_state and error is not None:
                 total.add(error)
         return total.sum

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -13,7 +15,7 @@ class Gram:
     """`sum_n A_n A_n^T` of some examples, of the errors `A_n^T` that follow `every` unit of the output."""
 
     def __init__(self, output: Tensor, examples: int):
-        units = output.shape[1]
+        self.units = units = output.shape[1]
         self.every = torch.eye(units, dtype=output.dtype, device=output.device).repeat(examples, 1)
         """An output error for every example and unit, [examples * units, units]."""
         exact = torch.promote_types(output.dtype, torch.float32)
@@ -26,6 +28,6 @@ class Gram:
             self.sum.baddbmm_(a, a.mT)
 
 
-def several(rows: Tensor, units: int, batch: int) -> tuple[Tensor, ...]:
-    """Rows, so few at a time that a walk from each unit of the output has no more rows than the batch."""
-    return rows.split(max(1, batch // units))
+def in_parts(gains: Callable[[Tensor], Tensor], rows: Tensor, output: Tensor) -> Tensor:
+    """The gains of these rows, of so few at a time that a walk from each unit has no more rows than the batch."""
+    return torch.cat([gains(some) for some in rows.split(max(1, len(output) // output.shape[1]))])

@@ -80,9 +80,9 @@ class Memory:
 
         Beyond, errors may balance too, but at a saddle.
         """
-        if self.k is None or is_toward(self.beta):
+        if is_toward(self.beta) or (k := self.k) is None:
             return None
-        return within_reach(self.cost, torch.linalg.eigvalsh(self.k)[:, 0], 1.0)
+        return within_reach(self.cost, torch.linalg.eigvalsh(k)[:, 0], 1.0)
 
     def mine(self, values: Tensor) -> Tensor:
         """Of `[batch]` values those of the examples in play."""

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from mep.cost import BatchCost, Curvature
+from mep.solvers.secant import products
 
 _STEPS = 100
 _SHORTEST = 1e-6
@@ -57,7 +58,7 @@ class _Look:
 
     @classmethod
     def of(cls, cost: BatchCost, free: Tensor, k: Tensor, x: Tensor) -> _Look:
-        shift = _times(k, x)
+        shift = products(k, x)
         output = free - shift
         gradient = cost.gradient(output)
         curvature = cost.curvature(output, gradient)
@@ -65,7 +66,7 @@ class _Look:
         r = gradient - x
         step = torch.linalg.solve_ex(_system(curvature, k), r.unsqueeze(2))[0].squeeze(2)
         f = cost.value(output) + torch.linalg.vecdot(x, shift) / 2
-        return cls(x, f, r, torch.linalg.vector_norm(r, dim=1), step, -torch.linalg.vecdot(r, _times(k, step)))
+        return cls(x, f, r, torch.linalg.vector_norm(r, dim=1), step, -torch.linalg.vecdot(r, products(k, step)))
 
     def falls_to(self, tried: _Look, a: Tensor) -> Tensor:
         """Whether f falls by enough with `a` times the step, as far as rounding lets one see."""
@@ -79,10 +80,6 @@ class _Look:
         column = good.unsqueeze(1)
         pairs = ((getattr(tried, name), getattr(self, name)) for name in self.__dataclass_fields__)
         return _Look(*(torch.where(good if new.ndim == 1 else column, new, old) for new, old in pairs))
-
-
-def _times(k: Tensor, x: Tensor) -> Tensor:
-    return (k @ x.unsqueeze(2)).squeeze(2)
 
 
 def _system(curvature: Curvature, k: Tensor) -> Tensor:

@@ -15,14 +15,13 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from mep.energy import Energy, State
 from mep.graph import Point
 from mep.layout import per_example
 from mep.nodes import Node, displaced, of_rows
-from mep.solvers.gram import Gram, several
+from mep.solvers.gram import Gram, in_parts
 from mep.solvers.strength import are_separate
 
 
@@ -80,12 +79,12 @@ class Response:
         Returns:
             `[examples, units, units]`: `output = free - beta M x` without asking the network.
         """
-        units = self.energy.output(self.free).shape[1]
-        return torch.cat([self._gains(some, units) for some in several(rows, units, self.energy.batch)])
+        return in_parts(self._gains, rows, self.energy.output(self.free))
 
-    def _gains(self, rows: Tensor, units: int) -> Tensor:
+    def _gains(self, rows: Tensor) -> Tensor:
         energy, saved = self.energy, self.free.saved
-        total, each = Gram(energy.output(self.free), len(rows)), rows.repeat_interleave(units)
+        total = Gram(energy.output(self.free), len(rows))
+        each = rows.repeat_interleave(total.units)
 
         def transmit(node: Node, force: Tensor | None) -> Tensor | None:
             force = total.every if node.name == energy.graph.output else force

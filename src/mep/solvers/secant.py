@@ -91,7 +91,7 @@ def _secant_step(curvature: Curvature, r: Tensor, k: Tensor, u: Tensor, w: Tenso
     diagonal = 1 + k * d
     left, right = d.unsqueeze(1) * u, w
     if p is not None:
-        left = torch.cat([left - _products(u, p).unsqueeze(2) * p.unsqueeze(1), (-k * p).unsqueeze(1)], 1)
+        left = torch.cat([left - products(u, p).unsqueeze(2) * p.unsqueeze(1), (-k * p).unsqueeze(1)], 1)
         right = torch.cat([w, p.unsqueeze(1)], 1)
     columns = torch.cat([left, r.unsqueeze(1)], 1) / diagonal.unsqueeze(1)
     system = right @ columns.mT
@@ -108,7 +108,7 @@ def _dual(rows: Tensor) -> Tensor:
     return torch.linalg.solve_ex(gram, rows)[0]
 
 
-def _products(rows: Tensor, vector: Tensor) -> Tensor:
+def products(rows: Tensor, vector: Tensor) -> Tensor:
     """<rows_i, vector> for every i."""
     return (rows @ vector.unsqueeze(2)).squeeze(2)
 

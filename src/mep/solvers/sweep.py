@@ -203,8 +203,8 @@ class Sweep(Solver):
         if not memory.trials:
             return memory.first
         latest, _, gradient = memory.trials[-1]
-        if memory.k is not None:
-            return solved_error(memory.cost, memory.free, memory.k, latest, self.tol)
+        if (k := memory.k) is not None:
+            return solved_error(memory.cost, memory.free, k, latest, self.tol)
         wanted = next_error(memory.cost, memory.free, memory.trials, not memory.walks) if self.history else gradient
         return (
             wanted if active is None or not self.history else torch.where(per_example(active, wanted), wanted, latest)
