@@ -9,6 +9,7 @@ from torch import nn
 
 import mep
 from mep import compiled
+from mep.estimators.programs import Programs
 from mep.solvers import memory
 
 STEPS = 10
@@ -128,6 +129,33 @@ def test_what_does_not_settle_is_done_without(uncompiled):
         assert plain.last.beta == pytest.approx(quick.last.beta)
         assert_equal_states(plain, quick, rtol=1e-6, atol=1e-7)
     assert quick.last.beta < 0.1
+
+
+@pytest.mark.parametrize("phases", ["one-sided", "centered"])
+@pytest.mark.parametrize("target", ["labels", "totals of 0.7", "mse"])
+@pytest.mark.parametrize("make", [mlp, Residual], ids=["affine", "curved"])
+def test_nudges_examples_less_as_without(uncompiled, monkeypatch, make, target, phases):
+    """Examples that answer too strongly do not keep a step from its program, which learns what steps without learn."""
+    torch.manual_seed(5)
+    model, solver = make().double(), mep.Sweep(tol=1e-4, strength=0.01)
+    plain, quick = (
+        mep.EquilibriumPropagation(
+            twin, "mse" if target == "mse" else "cross_entropy", solver=solver, phases=phases, compile=compile
+        )
+        for twin, compile in ((model, False), (copy.deepcopy(model), True))
+    )
+    without, learn = [], Programs.learn
+    monkeypatch.setattr(Programs, "learn", lambda *args: (without.append(1), learn(*args)))
+    for x, y in batches(6, count=16):
+        t = y if target == "labels" else 0.7 * nn.functional.one_hot(y, 3).double()
+        (one, a), (other, b) = plain.gradients(x, t), quick.gradients(x, t)
+        assert a.betas is not None
+        torch.testing.assert_close(a.betas, b.betas, rtol=1e-3, atol=0)
+        assert a.beta == pytest.approx(b.beta, rel=1e-3)
+        assert plain.state_dict()["most"] == pytest.approx(quick.state_dict()["most"])
+        for g, h in zip(one.values(), other.values(), strict=True):
+            torch.testing.assert_close(g, h, rtol=1e-3, atol=1e-5)
+    assert len(without) <= 6
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

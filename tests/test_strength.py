@@ -161,10 +161,10 @@ def test_nudges_are_weakened_to_the_largest_strength():
     cost = energy.nudge.cost
     assert cost.smoothness == 0.5
     strength = torch.tensor([0.0, 1.0, 3.9, 4.0, 8.0, 400.0, float("nan"), float("inf")])
-    torch.testing.assert_close(within_reach(cost, strength, 2.0), torch.tensor([1, 1, 1, 1, 0.5, 0.01, 1, 0]))
-    torch.testing.assert_close(within_reach(cost, -strength[:5], math.inf), torch.tensor([1, 1, 1 / 3.9, 0.25, 0.125]))
+    torch.testing.assert_close(within_reach(cost, strength, 2.0), torch.tensor([1, 1, 1, 1, 0.4, 0.008, 1, 0]))
+    torch.testing.assert_close(within_reach(cost, -strength[:5], math.inf), torch.tensor([1, 1, 0.8 / 3.9, 0.2, 0.1]))
     assert within_reach(cost, strength[:4], 2.0) is None
-    torch.testing.assert_close(within_reach(cost, strength[:3], 0.25), torch.tensor([1, 0.5, 0.5 / 3.9]))
+    torch.testing.assert_close(within_reach(cost, strength[:3], 0.25), torch.tensor([1, 0.4, 0.4 / 3.9]))
 
 
 def test_who_is_brought_down_too_little_stalls():

@@ -30,7 +30,7 @@ class BatchCost(ABC):
     """Whether `of` is there: row i of the target belongs to example i."""
 
     @property
-    def smoothness(self) -> float | None:
+    def smoothness(self) -> float | Tensor | None:
         """No eigenvalue of an example's Hessian is larger, at any output; None if that is not known."""
         return None
 
@@ -126,9 +126,9 @@ class CrossEntropy(BatchCost):
         return zeros.scatter_(1, self.labels, 1.0)
 
     @property
-    def smoothness(self) -> float:
+    def smoothness(self) -> float | Tensor:
         """Half of the largest total: the variance of a distribution's choice along a unit vector is 1/2 at most."""
-        total = 1.0 if self.total is None else float(self.total.abs().max())
+        total = 1.0 if self.total is None else self.total.abs().max()
         return 0.5 * total / self.positions
 
     def value(self, output: Tensor) -> Tensor:

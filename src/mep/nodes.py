@@ -260,6 +260,13 @@ def magnitude(beta: Strength) -> Strength:
     return beta.abs() if isinstance(beta, Tensor) else abs(beta)
 
 
+def weakest(one: Strength, other: Strength) -> Strength:
+    """The lesser of two strengths, which are not negative."""
+    if isinstance(one, Tensor):
+        return one.clamp(max=other)
+    return other.clamp(max=one) if isinstance(other, Tensor) else min(one, other)
+
+
 def of_rows(beta: Strength, rows: Tensor) -> Strength:
     """The strength of some of the examples."""
     return beta.index_select(0, rows) if isinstance(beta, Tensor) and beta.ndim else beta

@@ -57,13 +57,16 @@ class Known:
     gain: Strength | None = None
     errors: State | None = None
     look_from: int = 0
-    most: float | None = None
+    most: Strength | None = None
 
-    def after(self, iterations: int, gain: Tensor | None, most: float | None = None) -> Known:
-        """What is known after a settling that ended then: the first look follows down at once, and up slowly."""
+    def after(self, iterations: int, gain: Tensor | None, most: Strength | None = None) -> Known:
+        """What is known after a settling that ended then: the first look follows down at once, and up slowly.
+
+        Where no strength was limited, what was known of that remains.
+        """
         safe = 3 * iterations // 4
         look_from = safe if safe < self.look_from else self.look_from + (safe - self.look_from + 7) // 8
-        return Known(None if gain is None else float(gain), None, look_from, most)
+        return Known(None if gain is None else float(gain), None, look_from, self.most if most is None else most)
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,7 @@ class Iterate:
     diverging: bool = False
     exact: bool = False
     gain: Tensor | None = None
-    most: float | None = None
+    most: Strength | None = None
     turns: Mapping[str, int] | None = None
     energy: Energy | None = None
     memory: Any = None

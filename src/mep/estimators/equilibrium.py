@@ -293,8 +293,10 @@ class EquilibriumPropagation:
         result = Result.CONVERGED if settled else Result.FIXED_STEPS
         if self.observe is not None:
             self.observe(found.layers)
-        self._reach, self._known = beta, replace(self._known, gain=found.gain)
-        return found.gradients, Estimate(found.loss, found.residual, found.sweeps, beta, result)
+        self._reach, self._known = beta, found.known
+        least = beta if found.betas is None else float(found.betas.min())
+        estimate = Estimate(found.loss, found.residual, found.sweeps, least, result, betas=found.betas)
+        return found.gradients, estimate
 
 
 def _checked_pieces(phases: Sequence[Phase], batch: int) -> Iterator[Gradients]:

@@ -8,7 +8,7 @@ by the code that decides as it goes. So a program never changes what a step mean
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,11 +21,11 @@ from mep.estimators.contrast import CONTRASTS, Phase, contrast
 from mep.estimators.estimate import Gradients
 from mep.estimators.kronecker import SettledLayer, settled_layers
 from mep.graph import Graph
-from mep.nodes import Held
+from mep.nodes import Held, Strength, magnitude
 from mep.settle import Known
 from mep.snapshot import Buffers
 from mep.solvers import Sweep
-from mep.solvers.strength import AWAY, higher
+from mep.solvers.strength import SOON, higher, is_late, lower
 from mep.solvers.sweep import few
 
 
@@ -33,8 +33,9 @@ from mep.solvers.sweep import few
 class Found:
     """What a program found: the gradients, the mean cost, and how the settling of all phases went.
 
-    `sweeps` were made until all examples rested, and `whole` of them until only a few did not. `strongest` is the
-    largest `beta k` of an example. `buffers` are the values that the model's buffers shall have.
+    `sweeps` were made until all examples rested, and `whole` of them until only a few did not. `betas` are [batch], or
+    None where no example was nudged less than asked; `known` is for the next step. `buffers` are the values that the
+    model's buffers shall have.
     """
 
     gradients: Gradients
@@ -43,8 +44,8 @@ class Found:
     sweeps: int
     whole: int
     worst: float
-    gain: float
-    strongest: float
+    betas: Tensor | None
+    known: Known
     layers: list[SettledLayer]
     buffers: list[tuple[Tensor, Tensor]]
 
@@ -56,13 +57,6 @@ class Setting:
     solver: Sweep
     phases: str
     observes: bool
-
-    def is_too_strong(self, strength: float, cost: BatchCost, known: Known) -> bool:
-        """Whether a step made without a program would nudge an example of this `beta k` less."""
-        if not (self.solver.adaptive and self.solver.history) or cost.smoothness is None:
-            return False
-        most = higher(known.most, self.solver.strength)
-        return strength * cost.smoothness > (most if min(CONTRASTS[self.phases])[0] >= 0 else min(most, AWAY))
 
 
 class Program:
@@ -83,15 +77,17 @@ class Program:
         buffers = Buffers(graph.model)
         self.buffers = buffers.targets()
         try:
-            self.run = compiled(self._step, self._tensors(x, cost, 0.1, 1.0))
+            self.run = compiled(self._step, self._tensors(x, cost, 0.1, 1.0, 1.0))
         finally:
             buffers.undo()
 
-    def __call__(self, x: Any, cost: BatchCost, beta: float, gain: float) -> Found | None:
-        """The step, or None if something in it is not finite."""
-        numbers, loss, residual, *found = self.run(*self._tensors(x, cost, beta, gain))
-        finite, gain, worst, strongest, *unsettled = numbers.tolist()
-        if not (math.isfinite(finite) and math.isfinite(worst)):
+    def __call__(self, x: Any, cost: BatchCost, beta: float, known: Known) -> Found | None:
+        """The step, or None if something in it is not finite, or an example is nudged less in only one phase."""
+        largest = self.setting.solver.strength
+        most = higher(known.most, largest)
+        numbers, loss, residual, betas, *found = self.run(*self._tensors(x, cost, beta, float(known.gain or 0), most))
+        finite, gain, worst, soon, weakest, apart, *unsettled = numbers.tolist()
+        if not (math.isfinite(finite) and math.isfinite(worst)) or apart:
             return None
         rest = iter(found)
         gradients = {p: next(rest) for p in self.parameters}
@@ -101,7 +97,9 @@ class Program:
             for y in self.layers
         ]
         sweeps, whole = self._until(unsettled, 0), self._until(unsettled, few(self.batch))
-        return Found(gradients, loss, residual, sweeps, whole, worst, gain, strongest, layers, buffers)
+        known = replace(known, gain=gain, most=lower(most, largest) if is_late(soon, self.setting.solver.tol) else most)
+        weaker = betas if weakest < 1 else None
+        return Found(gradients, loss, residual, sweeps, whole, worst, weaker, known, layers, buffers)
 
     def _until(self, unsettled: list[float], most: int) -> int:
         """The sweep after which at most so many examples were unsettled; where none rests, the last."""
@@ -110,16 +108,17 @@ class Program:
             return every
         return next((i for i, number in enumerate(unsettled, 1) if number <= most), every)
 
-    def _tensors(self, x: Any, cost: BatchCost, beta: float, gain: float) -> list[Tensor]:
+    def _tensors(self, x: Any, cost: BatchCost, *numbers: float) -> list[Tensor]:
+        """The inputs, the target, and beta, the gain and the largest strength that a step begins with."""
         inputs = self.graph.bind(x)
-        strengths = torch.tensor([beta, gain], dtype=self.output.dtype, device=self.output.device)
+        strengths = torch.tensor(numbers, dtype=self.output.dtype, device=self.output.device)
         return [*(inputs[name] for name in self.names), *cost.parts().values(), strengths]
 
     def _step(self, *tensors: Tensor) -> list[Tensor]:
         """What is compiled."""
         given = len(self.names)
         cost = self.cost.with_parts(dict(zip(self.cost.parts(), tensors[given:-1], strict=True)))
-        beta, gain = tensors[-1].unbind()
+        beta, gain, most = tensors[-1].unbind()
         buffers = Buffers(self.graph.model)
         buffers.rewind()
         held = Held(buffers=buffers)
@@ -129,15 +128,18 @@ class Program:
         held.recording = False
         buffers.keep_writes()
         phases: list[Phase] = []
-        courses, residuals, strengths = [], [], []
+        courses, residuals = [], []
+        strengths: list[Strength] = [beta]
         for multiple, weight in CONTRASTS[self.setting.phases]:
             if multiple:
-                nudged, known = nudge(energy, cost, multiple * beta), Known(gain if multiple > 0 else None)
-                settled, course, strongest = self.setting.solver.unrolled(nudged, free, known, self.sweeps, self.late)
+                nudged = nudge(energy, cost, multiple * strengths[-1])
+                known = Known(gain if multiple > 0 else None, most=most)
+                settled, course = self.setting.solver.unrolled(nudged, free, known, self.sweeps, self.late)
                 phases.append((weight * multiple, nudged, settled))
                 courses.append(torch.stack(course))
                 residuals.append(settled.residual)
-                strengths.append(strongest)
+                assert settled.energy is not None
+                strengths.append(magnitude(settled.energy.beta))
         gradients = contrast(phases, self.batch)
         self.parameters = list(gradients)
         self.layers = settled_layers((e, s) for _, e, s in phases) if self.setting.observes else []
@@ -145,9 +147,12 @@ class Program:
         loss = cost.value(energy.output(free)).mean()
         checked = [loss, *gradients.values(), *(t for t in tensors[:given] if t.is_floating_point())]
         finite = torch.stack([t.sum().float() for t in checked]).sum()
-        unsettled = torch.stack(courses).amax(0)
+        worst = torch.stack(courses).amax(0)
+        soon, unsettled = worst[min(SOON, len(worst)) - 1].max(), (worst > self.setting.solver.tol).sum(1)
+        betas = strengths[-1] * torch.ones_like(residual)
+        apart = (betas - strengths[1]).abs().max()
         assert settled.gain is not None
-        told = [finite, settled.gain, residual.max(), torch.stack(strengths).max()]
+        told = [finite, settled.gain, residual.max(), soon, betas.min() / beta, apart]
         numbers = torch.cat([torch.stack([number.float() for number in told]), unsettled.float()])
         used = [t for layer in self.layers for _, inputs, errors in layer.uses for t in (inputs, errors)]
-        return [numbers, loss, residual, *gradients.values(), *buffers.written(), *used]
+        return [numbers, loss, residual, betas, *gradients.values(), *buffers.written(), *used]

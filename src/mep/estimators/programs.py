@@ -39,8 +39,6 @@ class Programs:
         self.recent: deque[tuple[int, int]] = deque(maxlen=_RECENT)
         self._seen: Counter[Key] = Counter()
         self._outputs: dict[Key, Tensor] = {}
-        self._rest = 0
-        """So many steps are made without, after one in which some example had to be nudged less."""
         self._programs: dict[tuple[Key, int, int], Program] = {}
 
     def __len__(self) -> int:
@@ -60,19 +58,13 @@ class Programs:
         output = self._outputs.get(key)
         if output is None or self._seen[key] < _EAGER or known.gain is None or not known.gain > 0:
             return None
-        if self._rest:
-            self._rest -= 1
-            return None
         sweeps, late = self._sweeps(graph)
         if sweeps + late > MOST_SWEEPS or (sweeps + late) * len(graph.nodes) > _MOST_VISITS:
             return None
         cost = self.make_cost(output, target)
         program = self._programs.get((key, sweeps, late)) or self._made(key, graph, x, cost, output, sweeps, late)
-        found = program(x, cost, beta, float(known.gain))
+        found = program(x, cost, beta, known)
         if found is None:
-            return None
-        if graph.is_separable is not False and self.setting.is_too_strong(found.strongest, cost, known):
-            self._rest = _RECENT
             return None
         if self.setting.solver.adaptive and found.worst > self.setting.solver.tol:
             return None

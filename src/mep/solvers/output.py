@@ -16,7 +16,7 @@ from mep.cost import BatchCost
 from mep.energy import Energy, example_norm
 from mep.errors import ArgumentError
 from mep.graph import Point
-from mep.nodes import Strength, spread
+from mep.nodes import Strength, spread, weakest
 from mep.settle import Known, Solver
 from mep.solvers.anderson import mix
 from mep.solvers.newton import solved
@@ -73,7 +73,7 @@ def quotients(x: Tensor, shift: Tensor, beta: Strength) -> tuple[Tensor, Tensor]
     return both / square, (both / beta).sum() / square.sum()
 
 
-def first_error(energy: Energy, free: Tensor, wanted: Tensor, known: Known, most: float = math.inf) -> Tensor:
+def first_error(energy: Energy, free: Tensor, wanted: Tensor, known: Known, most: Strength = math.inf) -> Tensor:
     """The error to try first: what follows if `-beta gain` times it is the answer, for a nudge toward the target.
 
     Where that is stronger than `most`, the nudge of most examples will be weakened to it.
@@ -83,8 +83,8 @@ def first_error(energy: Energy, free: Tensor, wanted: Tensor, known: Known, most
     if known.gain is None or not (_is_compiled(known.gain) or (0 < known.gain < math.inf and is_toward(nudge.beta))):
         return wanted
     k = spread(nudge.beta, free) * known.gain
-    if not isinstance(k, Tensor) and nudge.cost.smoothness is not None:
-        k = min(k, most / nudge.cost.smoothness)
+    if nudge.cost.smoothness is not None:
+        k = weakest(k, most / nudge.cost.smoothness)
     found = first_output(nudge.cost, free, wanted, k)
     return wanted if found is None else found
 

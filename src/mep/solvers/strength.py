@@ -18,12 +18,14 @@ from mep.cost import BatchCost
 from mep.energy import Energy, nudge
 from mep.graph import Point
 from mep.layout import per_example
-from mep.nodes import Node
+from mep.nodes import Node, Strength
 
 _LEAST = 1 / 128
 """This fraction of the largest strength nudges may always have."""
-AWAY = 0.5
+_AWAY = 0.5
 """The largest strength of a nudge away from the target: there is an equilibrium only below 1."""
+_MARGIN = 0.8
+"""Who is weakened gets this fraction of what may be: then another error, or the other phase, finds it within reach."""
 _STALLED, _FALL, _LESS = 1e-2, 0.5, 0.125
 """An example stalls that is above this residual, and of which a sweep has left more than this fraction."""
 SOON = 3
@@ -31,19 +33,19 @@ SOON = 3
 _GROWTH, _SHRINK = 1.02, 0.8
 
 
-def higher(most: float | None, largest: float) -> float:
+def higher(most: Strength | None, largest: float) -> float:
     """The strength to begin a step with, after one that began with `most` (None: before the first) and settled soon."""
-    return largest if most is None else min(largest, most * _GROWTH)
+    return largest if most is None else min(largest, float(most) * _GROWTH)
 
 
-def lower(most: float, largest: float) -> float:
+def lower(most: Strength, largest: float) -> float:
     """What is learnt of a step that began with `most`, where some examples were late."""
-    return max(_LEAST * largest, _SHRINK * most)
+    return max(_LEAST * largest, _SHRINK * float(most))
 
 
-def is_late(residual: Tensor, tol: float) -> bool:
-    """Whether some example has not settled soon."""
-    return bool((residual > max(_STALLED, tol)).any())
+def is_late(worst: float, tol: float) -> bool:
+    """Whether the example with the worst residual has not settled soon."""
+    return worst > max(_STALLED, tol)
 
 
 def weaker(energy: Energy, factor: Tensor) -> Energy:
@@ -52,16 +54,26 @@ def weaker(energy: Energy, factor: Tensor) -> Energy:
     return nudge(energy, energy.nudge.cost, energy.nudge.beta * factor)
 
 
-def within_reach(cost: BatchCost, strength: Tensor, most: float) -> Tensor | None:
-    """By which factors to weaken nudges of these `beta k`, [batch], to that strength; None if none is too strong.
+def within_reach(cost: BatchCost, strength: Tensor, most: Strength) -> Tensor | None:
+    """By which factors to weaken nudges of these `beta k`, [batch], to a little less than that strength.
 
-    k is the gain met with one error, which is not the largest there is.
+    k is the gain met with one error, which is not the largest there is. None if none is too strong, as far as one may
+    look: where `most` is a tensor, in a program, there are always factors.
     """
-    if cost.smoothness is None or float(strength.abs().max()) * cost.smoothness <= min(most, AWAY):
+    smoothness = cost.smoothness
+    if smoothness is None:
         return None
-    found = torch.where(strength < 0, min(most, AWAY), most) / (cost.smoothness * strength.abs())
-    found = torch.where(found < 1, found, 1)  # no gain at all, or none that is a number, is not too strong
+    if isinstance(most, Tensor):
+        return _factors(strength, most.clamp(max=_AWAY), most, smoothness)
+    if bool(strength.abs().max() * smoothness <= min(most, _AWAY)):
+        return None
+    found = _factors(strength, min(most, _AWAY), most, smoothness)
     return found if bool((found < 1).any()) else None
+
+
+def _factors(strength: Tensor, away: Strength, toward: Strength, smoothness: Strength) -> Tensor:
+    found = torch.where(strength < 0, away, toward) / (smoothness * strength.abs())
+    return torch.where(found < 1, _MARGIN * found, 1)  # no gain at all, or none that is a number, is not too strong
 
 
 def stalled(residual: Tensor, before: Tensor, tol: float) -> Tensor | None:

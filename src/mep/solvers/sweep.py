@@ -45,7 +45,7 @@ from mep.solvers.output import (
 from mep.solvers.response import Response
 from mep.solvers.strength import SOON, are_separate, higher, is_late, lower
 from mep.solvers.walks import Walks, worst_residual
-from mep.solvers.weakening import limited, relieved
+from mep.solvers.weakening import limited, may_weaken, relieved
 
 _PATIENCE = 4
 """After so many sweeps examples tell their whole gain."""
@@ -100,15 +100,16 @@ class Sweep(Solver):
 
     def start(self, energy: Energy, point: Point, known: Known) -> Iterate:
         """The free equilibrium: every error is zero and the nudge unanswered."""
-        return self._start(energy, point, known, self.adaptive)
+        return self._start(energy, point, replace(known, most=higher(known.most, self.strength)))
 
-    def _start(self, energy: Energy, point: Point, known: Known, may_weaken: bool) -> Iterate:
+    def _start(self, energy: Energy, point: Point, known: Known) -> Iterate:
+        """As `start`, with `known.most` as the largest strength."""
         require_prediction(self, energy)
         question, free, nudge = wanted_error(energy, point), energy.output(point), energy.nudge
-        assert nudge is not None
-        weakens = may_weaken and bool(self.history) and not energy.kinks
+        assert nudge is not None and known.most is not None
+        weakens = self.adaptive and bool(self.history) and not energy.kinks
         weakens = weakens and (isinstance(point, Forgotten) or are_separate(energy, point))
-        most = higher(known.most, self.strength) if weakens else math.inf
+        most = known.most if weakens else math.inf
         first = first_error(energy, free, question, known, most) if self.history else question
         answers: Answers
         if energy.is_affine:
@@ -116,7 +117,7 @@ class Sweep(Solver):
         else:
             answers = Walks(energy, point, most if weakens else None)
         memory = Memory(answers, nudge.cost, free, question, first)
-        return Iterate(point, free.new_ones(energy.batch), most=most if weakens else known.most, memory=memory)
+        return Iterate(point, free.new_ones(energy.batch), most=most if weakens else None, memory=memory)
 
     def advance(self, energy: Energy, iterate: Iterate, active: Tensor | None) -> Iterate:
         """One sweep."""
@@ -130,12 +131,12 @@ class Sweep(Solver):
         is_first = not memory.trials
         moved = self._swept(replace(iterate, memory=memory), self._error(memory, active), active)
         if is_first and self.adaptive:
-            moved = limited(moved, bool(self.history))
+            moved = limited(moved)
         if energy.is_affine and float(moved.residual.max()) > self.tol:
             moved = self._rescaled(moved)
         if not energy.is_affine and (moved.memory.sweeps > 1 or float(moved.residual.min()) <= self.tol):
             moved = self.certify(energy, moved)
-        if moved.most and moved.memory.sweeps == SOON and is_late(moved.residual, self.tol):
+        if moved.most and moved.memory.sweeps == SOON and is_late(float(moved.residual.max()), self.tol):
             moved.most = lower(moved.most, self.strength)
         if is_first or not (self.adaptive and self.history):
             return moved
@@ -143,14 +144,14 @@ class Sweep(Solver):
 
     def unrolled(
         self, energy: Energy, point: Point, known: Known, sweeps: int, late: int
-    ) -> tuple[Iterate, list[Tensor], Tensor]:
-        """Where so many sweeps of all and `late` ones of the worst examples lead; after each, how many are unsettled.
+    ) -> tuple[Iterate, list[Tensor]]:
+        """Where so many sweeps of all and `late` ones of the worst examples lead; the residuals after each.
 
-        And the largest `beta k`, without its sign. Nothing is decided on the way, so that it can be compiled: no
-        example is nudged less. In graphs that are not affine examples neither rest nor are left out, and what is
-        counted on the way are the residuals of the output.
+        Nothing is decided on the way, so that it can be compiled: `known.gain` and `known.most` are tensors, and who
+        stalls is not nudged less. In graphs that are not affine examples neither rest nor are left out, and the
+        residuals on the way are those of the output.
         """
-        iterate, course = self._start(energy, point, known, False), list[Tensor]()
+        iterate, course = self._start(energy, point, known), list[Tensor]()
         rests = self.adaptive and energy.is_affine
         for sweep in range(sweeps + late):
             if sweep == sweeps and rests and iterate.memory.narrows:
@@ -159,11 +160,12 @@ class Sweep(Solver):
             active = iterate.residual > self.tol if sweep and rests else None
             if active is not None and iterate.memory.rows is not None:
                 active = active.index_select(0, iterate.memory.rows)
-            iterate = self._rescaled(self._swept(iterate, self._error(iterate.memory, active), active))
-            course.append((iterate.residual > self.tol).sum())
-        strengths = iterate.memory.strengths
-        assert strengths is not None
-        return self.certify(energy, iterate), course, strengths.abs().nan_to_num().max()
+            iterate = self._swept(iterate, self._error(iterate.memory, active), active)
+            if not sweep and may_weaken(iterate):
+                iterate = limited(iterate)
+            iterate = self._rescaled(iterate)
+            course.append(iterate.residual)
+        return self.certify(energy, iterate), course
 
     def _swept(self, iterate: Iterate, x: Tensor, active: Tensor | None) -> Iterate:
         """One sweep of the examples in play, from these output errors."""

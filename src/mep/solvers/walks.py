@@ -15,7 +15,7 @@ from mep.activations import Kink
 from mep.energy import Energy, State, example_norm, relative_residual
 from mep.graph import Point
 from mep.layout import per_example
-from mep.nodes import Node, displaced
+from mep.nodes import Node, Strength, displaced
 from mep.solvers import kinks
 from mep.solvers.output import output_residual, wanted_error
 from mep.solvers.strength import weaker, within_reach
@@ -41,7 +41,7 @@ class Walks:
         """Whether examples can be nudged less than others."""
         return self.most is not None
 
-    def __init__(self, energy: Energy, free: Point, most: float | None):
+    def __init__(self, energy: Energy, free: Point, most: Strength | None):
         self.energy, self.free, self.point, self.most = energy, free, free, most
         self.sent: State = {}
         self.errors: State = {}
@@ -57,7 +57,7 @@ class Walks:
         self.point, self.errors = self._forward()
         return self.energy.output(self.point)
 
-    def _within_reach(self, x: Tensor, most: float) -> Energy:
+    def _within_reach(self, x: Tensor, most: Strength) -> Energy:
         """By the gain `<x, M x> / |x|^2 = sum_n |A_n^T x|^2 / |x|^2` of every example, before any state has moved."""
         batch, nudge = self.energy.batch, self.energy.nudge
         assert nudge is not None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
 import torch
@@ -14,20 +13,25 @@ from mep.solvers.output import expands, is_toward
 from mep.solvers.strength import stalled, within_reach
 
 
-def limited(iterate: Iterate, may_weaken: bool) -> Iterate:
+def may_weaken(iterate: Iterate) -> bool:
+    """Whether some examples may be nudged less than others."""
+    return iterate.most is not None and iterate.memory.answers.weakens
+
+
+def limited(iterate: Iterate) -> Iterate:
     """After the first sweep: with less of a nudge for the examples that answer too strongly.
 
     Walks have seen to that before any state has moved. Where nobody can be nudged less than others, an answer that is
     far too strong says that all must be.
     """
     memory: Memory = iterate.memory
-    if not (may_weaken and memory.answers.weakens):
+    if not may_weaken(iterate):
         x, _, wanted = memory.trials[0]
         iterate.out_of_reach = expands(memory.question, x, wanted, iterate.residual)
         return iterate
-    if memory.walks or memory.strengths is None:
+    if memory.walks or memory.strengths is None or iterate.most is None:
         return iterate
-    return _weakened(iterate, within_reach(memory.cost, memory.strengths, iterate.most or math.inf))
+    return _weakened(iterate, within_reach(memory.cost, memory.strengths, iterate.most))
 
 
 def relieved(iterate: Iterate, before: Tensor, tol: float, sweeps: int) -> Iterate:
