@@ -158,6 +158,28 @@ def test_nudges_examples_less_as_without(uncompiled, monkeypatch, make, target, 
     assert len(without) <= 6
 
 
+def test_learns_from_late_examples_as_without(uncompiled, monkeypatch):
+    torch.manual_seed(5)
+    model = mlp().double()
+    nn.init.normal_(model[4].weight, std=1.3)
+    estimators = [
+        mep.EquilibriumPropagation(twin, beta=0.5, solver=mep.Sweep(strength=2.0), compile=compile)
+        for twin, compile in ((model, False), (copy.deepcopy(model), True))
+    ]
+    without, learn = [], Programs.learn
+    monkeypatch.setattr(Programs, "learn", lambda *args: (without.append(1), learn(*args)))
+    known, lowered = 2.0, 0
+    for x, y in batches(6, count=40):
+        steps = len(without)
+        for estimator in estimators:
+            estimator.gradients(x, y)
+        plain, quick = (estimator.state_dict()["most"] for estimator in estimators)
+        assert plain == pytest.approx(quick)
+        lowered += quick < known and len(without) == steps
+        known = quick
+    assert lowered > 1
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_refuses_what_is_not_finite_and_changes_nothing(uncompiled, value):
     _, quick = pair(normalised)

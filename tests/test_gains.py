@@ -155,7 +155,7 @@ def test_gains_are_what_moving_every_unit_tells(name, in_little_memory):
     torch.testing.assert_close(answers.gains(rows), exact[rows])
     x = torch.randn_like(output)
     shift = 0.1 * (exact @ x.unsqueeze(2)).squeeze(2)
-    torch.testing.assert_close(answers.answer(x, None, None), output - shift)
+    torch.testing.assert_close(answers.answer(x, None, None).output, output - shift)
 
 
 @pytest.mark.parametrize("total", [0.3, 1.0, 20.0])

@@ -15,7 +15,7 @@ from mep.cost import make_cost
 from mep.energy import nudge
 from mep.estimators.phases import settle_phases
 from mep.settle import Known, Settled
-from mep.solvers.strength import are_separate, higher, lower, stalled, within_reach
+from mep.solvers.strength import alike, are_separate, higher, lower, stalled, within_reach
 from mep.solvers.weakening import relieved
 
 HARD, BETA = 2, 0.5
@@ -164,6 +164,9 @@ def test_nudges_are_weakened_to_the_largest_strength():
     torch.testing.assert_close(within_reach(cost, strength, 2.0), torch.tensor([1, 1, 1, 1, 0.4, 0.008, 1, 0]))
     torch.testing.assert_close(within_reach(cost, -strength[:5], math.inf), torch.tensor([1, 1, 0.8 / 3.9, 0.2, 0.1]))
     assert within_reach(cost, strength[:4], 2.0) is None
+    for signed in (strength, -strength):  # in a program one may not look
+        for most in (2.0, 0.25):
+            torch.testing.assert_close(within_reach(cost, signed, torch.tensor(most)), within_reach(cost, signed, most))
     torch.testing.assert_close(within_reach(cost, strength[:3], 0.25), torch.tensor([1, 0.4, 0.4 / 3.9]))
 
 
@@ -173,6 +176,41 @@ def test_who_is_brought_down_too_little_stalls():
     assert stalled(now, before, 1e-4).tolist() == [1, 0.125, 1, 0.125, 0.125]
     assert stalled(now, before, 0.1).tolist() == [1, 0.125, 1, 1, 0.125]
     assert stalled(now[:1], before[:1], 1e-4) is None
+
+
+def test_errors_that_come_back_otherwise_tell_who_went_too_far():
+    """In the second node errors change by 0, 0.5, 0.5 and 3 of their size, those of the output by 0, 0, 0.4 and 3."""
+    output, inner = torch.tensor([[2.0], [2.0], [2.0], [2.0]]), torch.tensor([[0.1], [0.1], [0.1], [0.1]])
+    first = {"output": output, "inner": inner}
+    second = {
+        "output": output * torch.tensor([[1.0], [1], [1.4], [4]]),
+        "inner": inner * torch.tensor([[1.0], [0.5], [1.5], [4]]),
+    }
+    assert alike(first, second, "output", 4, 1.0).tolist() == [1, 0.125, 1, 1]
+    assert alike(first, first, "output", 4, 1.0) is None
+    assert alike(first, first, "output", 4, torch.tensor(1.0)).tolist() == [1, 1, 1, 1]  # in a program one may not look
+
+
+@torch.no_grad()
+def test_who_went_where_the_network_bends_keeps_its_first_errors():
+    """Weakly nudged it answers these as a linear network would; the others go on."""
+    model, x, y = case()
+    energy, point = free_energy(model, x)
+    nudged = nudge(energy, make_cost("cross_entropy")(energy.output(point), y), BETA)
+    iterate = SOLVER.advance(nudged, SOLVER.start(nudged, point, Known()), None)
+    walks, first = iterate.memory.answers, dict(iterate.memory.answers.sent)
+    before, trial = walks.energy.beta.clone(), iterate.memory.trials[0]
+    iterate = SOLVER.advance(nudged, iterate, None)
+    others = torch.arange(len(x)) != HARD
+    now = walks.energy.beta
+    torch.testing.assert_close(now[HARD], before[HARD] / 8)
+    assert torch.equal(now[others], before[others])
+    for name, error in walks.sent.items():
+        assert torch.equal(error[HARD], first[name][HARD]) and not torch.equal(error[others], first[name][others])
+    output, s = iterate.memory.free[HARD], iterate.memory.trials[0][1][HARD]
+    torch.testing.assert_close(output - s, (output - trial[1][HARD]) / 8)  # retold
+    assert torch.equal(iterate.memory.trials[1][0][HARD], trial[0][HARD])
+    assert iterate.residual[HARD] < 0.5
 
 
 @torch.no_grad()

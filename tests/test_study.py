@@ -36,7 +36,7 @@ def test_the_error_falls_with_beta(studied):
     used = [r for r in record["rows"] if r["depth"] == 4 and r["least"] == r["beta"]]
     deep = {(family(r), r["stage"], r["beta"]): r["error"] for r in used}
     pairs = [(deep[name, stage, 0.01], error) for (name, stage, beta), error in deep.items() if beta == 0.1]
-    assert len(pairs) > 4 and all(little < more for little, more in pairs)
+    assert len(pairs) >= 4 and all(little < more for little, more in pairs)
 
 
 def test_tables_and_picture_are_made_of_the_record(studied):

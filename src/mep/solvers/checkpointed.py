@@ -27,6 +27,7 @@ from mep.graph import Point
 from mep.layout import per_example
 from mep.nodes import Held, Node, displaced, of_rows
 from mep.solvers.gram import Gram, in_parts
+from mep.solvers.output import Answer
 from mep.solvers.response import OnDemand, multiplications
 
 Forces = dict[str, Tensor | None]
@@ -58,16 +59,16 @@ class Checkpointed:
         self.parts = max(2, round(len(energy.graph.nodes) ** (1 / 3)))
         self.narrows = self.weakens = len([value for value in energy.inputs.values() if isinstance(value, Tensor)]) == 1
 
-    def answer(self, x: Tensor, rows: Tensor | None, active: Tensor | None) -> Tensor:
-        """The output of these rows (None: all) that follows their output error x."""
+    def answer(self, x: Tensor, rows: Tensor | None, active: Tensor | None) -> Answer:
+        """What follows the output error x of these rows (None: all)."""
         free = self.energy.output(self.free)
         if rows is None:
             self._set(x)
             moved, self.work = self._moved()
-            return displaced(free, moved, self.energy.beta)
+            return Answer(x, displaced(free, moved, self.energy.beta))
         self._set(self.x.index_copy(0, rows, x))
         moved, _ = self._of(rows, x)._moved()
-        return displaced(free.index_select(0, rows), moved, of_rows(self.energy.beta, rows))
+        return Answer(x, displaced(free.index_select(0, rows), moved, of_rows(self.energy.beta, rows)))
 
     def gains(self, rows: Tensor) -> Tensor:
         """As `Response.gains`."""

@@ -127,6 +127,10 @@ class Memory:
         answers, rows = self.answers, self.rows
         ones = factor.new_ones(answers.energy.batch)
         answers.energy = weaker(answers.energy, factor if rows is None else ones.index_copy(0, rows, factor))
+        return self.retold(factor)
+
+    def retold(self, factor: Tensor) -> Memory:
+        """With trials as if nudges had been `factor` times as strong."""
         trials = []
         for x, output, _ in self.trials:
             moved = self.free - spread(factor, output) * (self.free - output)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +25,14 @@ from mep.solvers.secant import Trial, first_output, hessian_product, solve_outpu
 
 _EXPANDS = 4.0
 """Mixing still finds the equilibrium of a map that expands by a few; beyond, a smaller beta is cheaper."""
+
+
+class Answer(NamedTuple):
+    """An output error x and the output that answered it; nudges were weakened on the way by `factor`, if it is one."""
+
+    x: Tensor
+    output: Tensor
+    factor: Tensor | None = None
 
 
 def require_prediction(solver: Solver, energy: Energy) -> None:

@@ -22,6 +22,7 @@ from mep.graph import Point
 from mep.layout import per_example
 from mep.nodes import Node, displaced, of_rows
 from mep.solvers.gram import Gram, in_parts
+from mep.solvers.output import Answer
 from mep.solvers.strength import are_separate
 
 
@@ -50,8 +51,8 @@ class Response:
         """Whether examples can be nudged less than others."""
         return self.narrows
 
-    def answer(self, x: Tensor, rows: Tensor | None, active: Tensor | None) -> Tensor:
-        """The output of these rows (None: all) that follows their output error x."""
+    def answer(self, x: Tensor, rows: Tensor | None, active: Tensor | None) -> Answer:
+        """What follows the output error x of these rows (None: all)."""
         energy = self.energy
         free, saved = energy.output(self.free), self.free.saved
         if rows is None:
@@ -71,7 +72,8 @@ class Response:
                     known[name].index_copy_(0, rows, value)
             if self.scale is not None:
                 self.scale = self.scale.index_fill(0, rows, 1)
-        return displaced(free, moved[energy.graph.output], energy.beta if rows is None else of_rows(energy.beta, rows))
+        beta = energy.beta if rows is None else of_rows(energy.beta, rows)
+        return Answer(x, displaced(free, moved[energy.graph.output], beta))
 
     def gains(self, rows: Tensor) -> Tensor:
         """`M = sum_n A_n A_n^T` of these examples: one backward walk, from every unit of the output.

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mep.cost import BatchCost
-from mep.energy import Energy, nudge
+from mep.energy import Energy, State, example_norm, nudge
 from mep.graph import Point
 from mep.layout import per_example
 from mep.nodes import Node, Strength
@@ -28,6 +28,8 @@ _MARGIN = 0.8
 """Who is weakened gets this fraction of what may be: then another error, or the other phase, finds it within reach."""
 _STALLED, _FALL, _LESS = 1e-2, 0.5, 0.125
 """An example stalls that is above this residual, and of which a sweep has left more than this fraction."""
+_UNLIKE = 0.3
+"""Errors that change by more come from where the network bends, and settling there would be slow."""
 SOON = 3
 """After so many sweeps all examples should be below `_STALLED`."""
 _GROWTH, _SHRINK = 1.02, 0.8
@@ -74,6 +76,20 @@ def within_reach(cost: BatchCost, strength: Tensor, most: Strength) -> Tensor | 
 def _factors(strength: Tensor, away: Strength, toward: Strength, smoothness: Strength) -> Tensor:
     found = torch.where(strength < 0, away, toward) / (smoothness * strength.abs())
     return torch.where(found < 1, _MARGIN * found, 1)  # no gain at all, or none that is a number, is not too strong
+
+
+def alike(first: State, second: State, output: str, batch: int, most: Strength) -> Tensor | None:
+    """By which factors to weaken nudges so that errors come back a second time as they did first.
+
+    They do not where states have gone so far that the Jacobians have changed: then those of some node change by more
+    than a share of their size, beyond what the error of the output does. None if nowhere, see `within_reach`.
+    """
+    found = []
+    for name, error in second.items():
+        size = example_norm(first[name], batch).add_(torch.finfo(error.dtype).tiny)
+        found.append(example_norm(error - first[name], batch) / size)
+    bends = torch.stack(found).amax(0) > _UNLIKE + found[list(second).index(output)]
+    return torch.where(bends, _LESS, 1.0) if isinstance(most, Tensor) or bool(bends.any()) else None
 
 
 def stalled(residual: Tensor, before: Tensor, tol: float) -> Tensor | None:

@@ -170,7 +170,8 @@ class Sweep(Solver):
     def _swept(self, iterate: Iterate, x: Tensor, active: Tensor | None) -> Iterate:
         """One sweep of the examples in play, from these output errors."""
         memory: Memory = iterate.memory
-        output = memory.answers.answer(x, memory.rows, active)
+        x, output, factor = memory.answers.answer(x, memory.rows, active)
+        memory = memory if factor is None else memory.retold(factor)
         found = iterate.gain
         if not memory.trials:
             strengths, found = quotients(x, memory.free - output, memory.beta)

@@ -17,8 +17,8 @@ from mep.graph import Point
 from mep.layout import per_example
 from mep.nodes import Node, Strength, displaced
 from mep.solvers import kinks
-from mep.solvers.output import output_residual, wanted_error
-from mep.solvers.strength import weaker, within_reach
+from mep.solvers.output import Answer, output_residual, wanted_error
+from mep.solvers.strength import alike, weaker, within_reach
 
 Behind = dict[str, tuple[Tensor, Kink]]
 """State -> what pulls on it through a kink, or where it rests, and the operation that has the kink."""
@@ -29,8 +29,11 @@ class Walks:
 
     `sent` are the errors that the last backward walk handed down, `errors` those that the states then really have.
     `resting` holds, for every state before a kink, where a unit rests at it (NaN: it does not), and the kink; `gains`,
-    how far errors come back through the layers below. Where examples answer more strongly than `most`, if there is such
-    a limit, they are nudged less.
+    how far errors come back through the layers below.
+
+    Where there is a largest strength, `most`, examples that answer more strongly are nudged less before any state has
+    moved. So are those whose second errors are unlike the first: their states had gone where the network bends. They
+    keep the first, which are good for any nudge that is weak enough.
     """
 
     narrows = False
@@ -44,26 +47,43 @@ class Walks:
     def __init__(self, energy: Energy, free: Point, most: Strength | None):
         self.energy, self.free, self.point, self.most = energy, free, free, most
         self.sent: State = {}
+        self.answers = 0
         self.errors: State = {}
         self.resting: Behind = {}
         self.gains = kinks.gains(energy.graph, free) if energy.kinks else {}
 
-    def answer(self, x: Tensor, rows: Tensor | None, active: Tensor | None) -> Tensor:
-        """The output that follows the output error x. Examples that are not active keep their other errors."""
-        is_first = not self.sent
+    def answer(self, x: Tensor, rows: Tensor | None, active: Tensor | None) -> Answer:
+        """What follows the output error x. Examples that are not active keep their other errors."""
+        before, factor = self.sent, None
         self.sent, self.resting = self._back(x, active)
-        if is_first and self.most is not None:
-            self.energy = self._within_reach(x, self.most)
+        if self.most is not None and self.answers == 0:
+            self._weaken(self._within_reach(x, self.most))
+        elif self.most is not None and self.answers == 1:
+            factor = self._taken_back(before, self.most)
+            self._weaken(factor)
+        self.answers += 1
         self.point, self.errors = self._forward()
-        return self.energy.output(self.point)
+        return Answer(self.sent[self.energy.graph.output], self.energy.output(self.point), factor)
 
-    def _within_reach(self, x: Tensor, most: Strength) -> Energy:
-        """By the gain `<x, M x> / |x|^2 = sum_n |A_n^T x|^2 / |x|^2` of every example, before any state has moved."""
+    def _weaken(self, factor: Tensor | None) -> None:
+        self.energy = self.energy if factor is None else weaker(self.energy, factor)
+
+    def _within_reach(self, x: Tensor, most: Strength) -> Tensor | None:
+        """By the gain `<x, M x> / |x|^2 = sum_n |A_n^T x|^2 / |x|^2` of every example."""
         batch, nudge = self.energy.batch, self.energy.nudge
         assert nudge is not None
         answers = torch.stack([example_norm(error, batch) for error in self.sent.values()]).square().sum(0)
-        factor = within_reach(nudge.cost, nudge.beta * answers / example_norm(x, batch).square(), most)
-        return self.energy if factor is None else weaker(self.energy, factor)
+        return within_reach(nudge.cost, nudge.beta * answers / example_norm(x, batch).square(), most)
+
+    def _taken_back(self, first: State, most: Strength) -> Tensor | None:
+        """By what the second errors are unlike the first, which then stand again."""
+        factor = alike(first, self.sent, self.energy.graph.output, self.energy.batch, most)
+        if factor is not None:
+            self.sent = {
+                name: torch.where(per_example(factor < 1, error), first[name], error)
+                for name, error in self.sent.items()
+            }
+        return factor
 
     def _back(self, x: Tensor, active: Tensor | None) -> tuple[State, Behind]:
         """New errors for every node, from the output's; and where units come to rest at a kink."""
@@ -107,8 +127,9 @@ class Walks:
 
 def worst_residual(energy: Energy, point: Point, errors: State) -> Tensor:
     """The relative residual of each example's worst node: one backward walk, with the errors as they are."""
-    wanted = wanted_error(energy, point)
+    batch, wanted = energy.batch, wanted_error(energy, point)
     found: list[Tensor] = []
+    norms: list[tuple[Tensor, Tensor, Tensor]] = []  # of the force, the error and the pull, of every node
     behind_kink: Behind = {}
 
     def transmit(node: Node, force: Tensor | None) -> Tensor | None:
@@ -120,13 +141,18 @@ def worst_residual(energy: Energy, point: Point, errors: State) -> Tensor:
         if name == energy.graph.output:
             found.append(output_residual(delta, wanted, s))
             return delta
-        pull = torch.zeros_like(s) if force is None else force
         if name in behind_kink:
+            pull = torch.zeros_like(s) if force is None else force
             pull = kinks.balancing_pull(s, delta, pull, *behind_kink[name], energy.beta)
-        found.append(relative_residual(delta, pull, s, energy.batch))
+            found.append(relative_residual(delta, pull, s, batch))
+        elif force is not None:  # where nothing pulls there is no error
+            norms.append((example_norm(delta - force, batch), example_norm(delta, batch), example_norm(force, batch)))
         return delta
 
     energy.graph.pull(point.saved, None, transmit)
+    if norms:
+        violated, error, pull = (torch.stack(each) for each in zip(*norms, strict=True))
+        found.append((violated / torch.maximum(error, pull).add_(torch.finfo(pull.dtype).tiny)).amax(0))
     return torch.stack(found).amax(0)
 
 
