@@ -213,6 +213,7 @@ KEYWORDS = {
     "adaptive": ((False, True), {"settle_steps": 10}),
     "tol": ((1e-1, 1e-4), {}),
     "patience": ((1, 3), {}),
+    "strength": ((1e-4, 0.5), {}),
     "rank_fraction": ((0.1, 0.5), {"dion_threshold": 0}),
     "dion_threshold": ((0, 1000), {}),
     "schedule": (("together", "forward"), {"tol": 0.1}),
@@ -347,3 +348,11 @@ def test_patience_that_would_do_nothing_is_refused(preset, settle_lr, adaptive):
     net = small_net()
     with pytest.raises(mep.ArgumentError, match=r"patience=5.*adaptive=True"):
         preset(net.parameters(), model=net, settle_lr=settle_lr, adaptive=adaptive, patience=5)
+
+
+@pytest.mark.parametrize("settle_lr,adaptive", [(0.2, None), (0.2, True), (None, False)])
+@pytest.mark.parametrize("preset", [p for p in PRESETS if has(p, "strength")])
+def test_strength_that_would_limit_nothing_is_refused(preset, settle_lr, adaptive):
+    net = small_net()
+    with pytest.raises(mep.ArgumentError, match=r"strength=0.1.*adaptive=True"):
+        preset(net.parameters(), model=net, settle_lr=settle_lr, adaptive=adaptive, strength=0.1)

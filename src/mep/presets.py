@@ -3,7 +3,7 @@
 Settling, in every preset: without `settle_lr` the sweep solver runs, with `settle_steps` as its limit; giving
 `settle_lr` selects gradient descent on the states with that step. `adaptive=True` stops once every example's relative
 residual has been at most `tol` for `patience` iterations, `adaptive=False` runs exactly `settle_steps`; left at None it
-is True for sweeps and False for descent.
+is True for sweeps and False for descent. `strength` limits how strongly adaptive sweeps nudge, see `mep.Sweep`.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from mep.solvers import Descent, Local, Sweep
 from mep.tracing import Leaves
 from mep.updates import Dion, Muon, NaturalGradient
 
+_STRENGTH = Sweep.strength
+
 
 def eqprop(
     params: ParamsT,
@@ -45,6 +47,7 @@ def eqprop(
     adaptive: bool | None = None,
     tol: float = 1e-2,
     patience: int = 1,
+    strength: float = _STRENGTH,
     compile: bool = False,
     checkpoint: bool = False,
     low_memory: bool = False,
@@ -56,7 +59,7 @@ def eqprop(
         model: the model.
         lr, momentum, weight_decay, nesterov: as in `torch.optim.SGD`.
         cost, beta, energy, phases, branches, leaves, compile, checkpoint: as in `mep.EquilibriumPropagation`.
-        settle_steps, settle_lr, adaptive, tol, patience: how to settle, see `mep.presets`.
+        settle_steps, settle_lr, adaptive, tol, patience, strength: how to settle, see `mep.presets`.
         low_memory: as in `mep.EPOptimizer`.
 
     Example:
@@ -67,7 +70,7 @@ def eqprop(
         >>> opt.last.iterations <= 4, float(opt.last.residual.max()) <= 1e-2
         (True, True)
     """
-    solver = _solver(energy, settle_steps, settle_lr, adaptive, tol, patience)
+    solver = _solver(energy, settle_steps, settle_lr, adaptive, tol, patience, strength)
     estimator = EquilibriumPropagation(
         model, cost, beta, solver, energy, phases, branches, leaves, compile=compile, checkpoint=checkpoint
     )
@@ -97,6 +100,7 @@ def smep(
     adaptive: bool | None = None,
     tol: float = 1e-2,
     patience: int = 1,
+    strength: float = _STRENGTH,
     compile: bool = False,
     checkpoint: bool = False,
     low_memory: bool = False,
@@ -109,10 +113,10 @@ def smep(
         lr, momentum, weight_decay, nesterov: as in `mep.Muon`.
         gamma: the bound, see `mep.spectral_bound`.
         cost, beta, energy, phases, branches, leaves, compile, checkpoint: as in `mep.EquilibriumPropagation`.
-        settle_steps, settle_lr, adaptive, tol, patience: how to settle, see `mep.presets`.
+        settle_steps, settle_lr, adaptive, tol, patience, strength: how to settle, see `mep.presets`.
         low_memory: as in `mep.EPOptimizer`.
     """
-    solver = _solver(energy, settle_steps, settle_lr, adaptive, tol, patience)
+    solver = _solver(energy, settle_steps, settle_lr, adaptive, tol, patience, strength)
     estimator = EquilibriumPropagation(
         model, cost, beta, solver, energy, phases, branches, leaves, compile=compile, checkpoint=checkpoint
     )
@@ -140,6 +144,7 @@ def smep_fast(
     adaptive: bool | None = None,
     tol: float = 1e-1,
     patience: int = 1,
+    strength: float = _STRENGTH,
     compile: bool = False,
     checkpoint: bool = False,
     low_memory: bool = False,
@@ -148,7 +153,7 @@ def smep_fast(
 
     Takes the arguments of `smep`. One or two sweeps a step suffice.
     """
-    solver = _solver(energy, settle_steps, settle_lr, adaptive, tol, patience)
+    solver = _solver(energy, settle_steps, settle_lr, adaptive, tol, patience, strength)
     estimator = EquilibriumPropagation(
         model, cost, beta, solver, energy, phases, branches, leaves, compile=compile, checkpoint=checkpoint
     )
@@ -178,6 +183,7 @@ def sdmep(
     adaptive: bool | None = None,
     tol: float = 1e-2,
     patience: int = 1,
+    strength: float = _STRENGTH,
     compile: bool = False,
     checkpoint: bool = False,
     low_memory: bool = False,
@@ -198,7 +204,7 @@ def sdmep(
         >>> [tuple(state["right_factor"].shape) for state in opt.state.values() if "right_factor" in state]
         [(100, 10)]
     """
-    solver = _solver(energy, settle_steps, settle_lr, adaptive, tol, patience)
+    solver = _solver(energy, settle_steps, settle_lr, adaptive, tol, patience, strength)
     estimator = EquilibriumPropagation(
         model, cost, beta, solver, energy, phases, branches, leaves, compile=compile, checkpoint=checkpoint
     )
@@ -282,6 +288,7 @@ def natural_ep(
     adaptive: bool | None = None,
     tol: float = 1e-2,
     patience: int = 1,
+    strength: float = _STRENGTH,
     compile: bool = False,
 ) -> EPOptimizer:
     """Natural-gradient EP: equilibrium propagation, and a Fisher matrix from the settled states.
@@ -296,7 +303,7 @@ def natural_ep(
             use_diagonal_fisher, orthogonalise: as in `mep.NaturalGradient`. Some weight decay is the default: steps
             this long fit a small training set at once.
         cost, beta, phases, branches, leaves, compile: as in `mep.EquilibriumPropagation`.
-        settle_steps, settle_lr, adaptive, tol, patience: how to settle, see `mep.presets`.
+        settle_steps, settle_lr, adaptive, tol, patience, strength: how to settle, see `mep.presets`.
 
     Example:
         >>> import torch, mep
@@ -322,7 +329,7 @@ def natural_ep(
         use_diagonal_fisher=use_diagonal_fisher,
         orthogonalise=orthogonalise,
     )
-    solver = _solver("prediction", settle_steps, settle_lr, adaptive, tol, patience)
+    solver = _solver("prediction", settle_steps, settle_lr, adaptive, tol, patience, strength)
     estimator = EquilibriumPropagation(
         model,
         cost,
@@ -423,15 +430,17 @@ def _check_sgd(call: str, **settings: float) -> None:
 
 
 def _solver(
-    energy: str, steps: int, settle_lr: float | None, adaptive: bool | None, tol: float, patience: int
+    energy: str, steps: int, settle_lr: float | None, adaptive: bool | None, tol: float, patience: int, strength: float
 ) -> Solver:
+    if strength != _STRENGTH and (settle_lr is not None or adaptive is False):
+        raise ArgumentError(f"strength={strength!r} does something only for sweeps with adaptive=True.")
     if settle_lr is not None:
         return _descent(steps, settle_lr, bool(adaptive), tol, patience)
     if energy != "prediction":
         raise ArgumentError(f"energy={energy!r} settles by descent: give settle_lr, for instance settle_lr=0.3.")
     adaptive = adaptive is not False
     _check_patience(patience, adaptive)
-    return Sweep(settle_steps=steps, tol=tol, patience=patience, adaptive=adaptive)
+    return Sweep(settle_steps=steps, tol=tol, patience=patience, adaptive=adaptive, strength=strength)
 
 
 def _descent(steps: int, settle_lr: float, adaptive: bool, tol: float, patience: int) -> Solver:

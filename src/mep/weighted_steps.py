@@ -33,6 +33,10 @@ class Linear(Step):
     def push(self, kept: Any, t: Tensor) -> Tensor:
         return F.linear(t, self.module.weight)
 
+    def rows(self, kept: Any, index: Tensor) -> Any:
+        """J is the weight: nothing of the examples."""
+        return None
+
     def contract(self, kept: Any, force: Tensor, weight: float) -> Sequence[Tensor | None]:
         rows, h, (w, b) = force.flatten(0, -2), kept.flatten(0, -2), self.parameters
         assert w is not None

@@ -51,6 +51,7 @@ def train(
     settle_lr: Annotated[float | None, _option(_PRESET, "Settle by gradient descent with this step.")] = None,
     adaptive: Annotated[bool | None, _option(_PRESET, "Stop at tol, or run all settle steps.")] = None,
     patience: Annotated[int | None, _option(_PRESET, "Iterations in a row that must reach tol.")] = None,
+    strength: Annotated[float | None, _option(_PRESET, "Limit of beta times an example's gain.")] = None,
     gamma: Annotated[float | None, _option(_PRESET, "Bound on each weight's largest singular value.")] = None,
     rank_fraction: Annotated[float | None, _option(_PRESET, "Directions of a Dion step, of the shorter side.")] = None,
     dion_threshold: Annotated[int | None, _option(_PRESET, "Entries from which a matrix takes Dion's step.")] = None,
