@@ -133,7 +133,7 @@ class CrossEntropy(BatchCost):
 
     def value(self, output: Tensor) -> Tensor:
         if self.labels is not None:
-            each = _columns(output).logsumexp(0 if output.ndim == 2 else 1) - output.gather(1, self.labels).squeeze(1)
+            each = output.logsumexp(1) - output.gather(1, self.labels).squeeze(1)
         else:
             assert self.total is not None
             chosen = (output * self.target).where(self.target != 0, 0).sum(1)
@@ -142,7 +142,7 @@ class CrossEntropy(BatchCost):
 
     def gradient(self, output: Tensor) -> Tensor:
         """(softmax(s) sum_c q_c - q) / positions."""
-        p = _columns(output).softmax(0).t() if output.ndim == 2 else output.softmax(1)
+        p = _softmax(output)
         p = p.sub_(self.target) if self.total is None else p.mul_(self.total).sub_(self.target)
         return p.div_(self.positions) if self.positions > 1 else p
 
@@ -228,9 +228,9 @@ def _checked_labels(output: Tensor, labels: Tensor) -> Tensor:
     return labels.long().unsqueeze(1)
 
 
-def _columns(output: Tensor) -> Tensor:
-    """Classes first in memory, [classes, batch]: reductions are slow along short rows, and fast along columns."""
-    return output.t().contiguous() if output.ndim == 2 else output
+def _softmax(output: Tensor) -> Tensor:
+    """Over dimension 1: slow along short rows, and fast along columns, so that classes come first in memory."""
+    return output.t().contiguous().softmax(0).t() if output.ndim == 2 else output.softmax(1)
 
 
 def _copy(cost: BatchCost, **changed: Tensor | None) -> BatchCost:

@@ -10,6 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -110,6 +111,11 @@ class Iterate:
     energy: Energy | None = None
     memory: Any = None
 
+    @cached_property
+    def worst(self) -> float:
+        """The largest residual; read it once this iterate is complete."""
+        return float(self.residual.max())
+
 
 @dataclass(frozen=True)
 class Solver(ABC):
@@ -169,7 +175,7 @@ def settle(energy: Energy, point: Point, solver: Solver, known: Known = Known())
     quiet: Tensor | None = None
     course: list[float] = []
     for iterations in range(solver.settle_steps + 1):
-        worst = float(iterate.residual.max())
+        worst = iterate.worst
         if solver.adaptive and (iterations > 0 or iterate.exact):
             if solver.patience == 1 and worst <= solver.tol:
                 break
@@ -200,7 +206,7 @@ def _is_too_slow(solver: Solver, course: list[float], has_kinks: bool) -> bool:
 
 
 def _judged(energy: Energy, solver: Solver, iterate: Iterate, iterations: int, known: Known) -> Settled:
-    worst = float(iterate.residual.max())
+    worst = iterate.worst
     if iterate.diverging or not math.isfinite(worst):
         result = Result.DIVERGED
     elif worst <= solver.tol:

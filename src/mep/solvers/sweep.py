@@ -132,11 +132,11 @@ class Sweep(Solver):
         moved = self._swept(replace(iterate, memory=memory), self._error(memory, active), active)
         if is_first and self.adaptive:
             moved = limited(moved)
-        if energy.is_affine and float(moved.residual.max()) > self.tol:
+        if energy.is_affine and moved.worst > self.tol:
             moved = self._rescaled(moved)
         if not energy.is_affine and (moved.memory.sweeps > 1 or float(moved.residual.min()) <= self.tol):
             moved = self.certify(energy, moved)
-        if moved.most and moved.memory.sweeps == SOON and is_late(float(moved.residual.max()), self.tol):
+        if moved.most and moved.memory.sweeps == SOON and is_late(moved.worst, self.tol):
             moved.most = lower(moved.most, self.strength)
         if is_first or not (self.adaptive and self.history):
             return moved
