@@ -67,11 +67,10 @@ def _alike(
     """Settle at these multiples of beta; an example that is nudged less in one of them is so in all."""
     strength: Strength = beta
     found: dict[float, Settled] = {}
-    while any(m not in found or not _is_same(found[m].energy.beta, m * strength) for m in multiples):
-        for multiple in multiples:
-            found[multiple] = settle(nudge(energy, cost, multiple * strength), free.point, solver, known)
-            strength = magnitude(found[multiple].energy.beta)
-        if any(settled.result is not Result.CONVERGED for settled in found.values()):
+    while left := [m for m in multiples if m not in found or not _is_same(found[m].energy.beta, m * strength)]:
+        found[left[0]] = settle(nudge(energy, cost, left[0] * strength), free.point, solver, known)
+        strength = magnitude(found[left[0]].energy.beta)
+        if len(found) == len(multiples) and any(settled.result is not Result.CONVERGED for settled in found.values()):
             break
     return found
 
