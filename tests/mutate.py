@@ -46,12 +46,12 @@ SUITES = {
     "solvers/": f"{CORE} secant local",
     "estimators/": f"{CORE} bad_input optimizer natural faults",
     "constraints.py": "constraints",
-    "updates/muon.py": "muon",
-    "updates/dion.py": "dion",
+    "updates/muon.py": "muon updates",
+    "updates/dion.py": "dion updates",
     "updates/orthogonal.py": "orthogonal muon",
     "updates/quintic.py": "orthogonal muon",
     "updates/halley.py": "orthogonal muon",
-    "updates/": "natural muon",
+    "updates/": "natural updates",
 }
 ARITHMETIC = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult}
 COMPARISONS = {

@@ -1,34 +1,14 @@
-import copy
 import math
-import pickle
 
 import pytest
 import torch
+from test_updates import gradient, parameter, run
 from torch import nn
 
-from mep.errors import ArgumentError
 from mep.updates import Dion, Muon
 from mep.updates.dion import first_factor, power_iteration, unit_columns
 
 SHAPES = [(9, 5), (5, 9), (6, 6), (7, 2, 2, 3), (12, 2, 3), (1, 6), (6, 1)]
-
-
-def parameter(*shape, seed=0, dtype=torch.float64):
-    generator = torch.Generator().manual_seed(seed)
-    return nn.Parameter(torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype))
-
-
-def gradient(p, step):
-    generator = torch.Generator().manual_seed(100 + step + p.numel())
-    return torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.dtype)
-
-
-def run(optimizer, steps, first=0):
-    for step in range(first, first + steps):
-        for group in optimizer.param_groups:
-            for p in group["params"]:
-                p.grad = gradient(p, step)
-        optimizer.step()
 
 
 def step_along(optimizer, p, grad):
@@ -58,11 +38,6 @@ def gram_schmidt(columns):
             column = column - (other @ column) * other
         basis.append(column / column.norm())
     return torch.stack(basis, 1)
-
-
-def network():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(2, 3, 3), nn.Flatten(), nn.Linear(12, 5), nn.Tanh(), nn.Linear(5, 5)).double()
 
 
 @pytest.mark.parametrize("fraction", [0.4, 1.0])
@@ -384,20 +359,6 @@ def test_the_first_factor_is_always_the_same_and_costs_no_random_number():
     assert torch.linalg.matrix_rank(first_factor(40, 40)) == 40
 
 
-@pytest.mark.parametrize("shape", [(4, 3, 2, 2), (13, 3, 2, 2)])
-def test_memory_format_does_not_matter(shape):
-    plain, last = parameter(*shape), parameter(*shape)
-    last.data = last.data.to(memory_format=torch.channels_last)
-    run(Dion([plain], dion_threshold=0, rank_fraction=0.5), 3)
-    run(Dion([last], dion_threshold=0, rank_fraction=0.5), 3)
-    torch.testing.assert_close(plain.detach(), last.detach().contiguous())
-    plain, strided = parameter(5, 4), parameter(5, 4)
-    strided.data = strided.data.T.contiguous().T
-    run(Dion([plain], dion_threshold=0), 3)
-    run(Dion([strided], dion_threshold=0), 3)
-    torch.testing.assert_close(plain.detach(), strided.detach())
-
-
 @pytest.mark.parametrize("shape", [(8, 6), (6, 8)])
 @pytest.mark.parametrize("fraction", [1.0, 0.5, 0.1])
 def test_it_solves_least_squares_even_one_direction_at_a_time(shape, fraction):
@@ -420,42 +381,6 @@ def test_it_solves_least_squares_even_one_direction_at_a_time(shape, fraction):
     assert closure() < 1e-4 * first
 
 
-def test_it_goes_down():
-    torch.manual_seed(0)
-    net, x, y = network(), torch.randn(16, 2, 4, 4).double(), torch.randn(16, 5).double()
-    optimizer = Dion(net.parameters(), lr=0.02, dion_threshold=30, rank_fraction=0.5)
-
-    def closure():
-        optimizer.zero_grad()
-        loss = (net(x) - y).square().mean()
-        loss.backward()
-        return loss
-
-    first = optimizer.step(closure)
-    assert first.requires_grad  # computed with gradients enabled
-    for _ in range(100):
-        last = optimizer.step(closure)
-    assert last < 0.3 * first
-
-
-def test_parameters_without_gradient_stay():
-    net = network()
-    before = copy.deepcopy(net.state_dict())
-    optimizer = Dion(net.parameters(), weight_decay=0.1, dion_threshold=0)
-    assert optimizer.step() is None
-    net[2].weight.grad = torch.ones_like(net[2].weight)
-    optimizer.step()
-    for name, value in net.state_dict().items():
-        assert torch.equal(value, before[name]) == (name != "2.weight")
-    assert set(optimizer.state) == {net[2].weight}
-
-
-def test_parameters_without_elements_are_no_trouble():
-    empty = nn.Parameter(torch.zeros(0, 3))
-    empty.grad = torch.zeros(0, 3)
-    Dion([empty], dion_threshold=0).step()
-
-
 def test_groups_have_their_own_settings():
     matrix, other, frozen = parameter(4, 4), parameter(4, 4), parameter(4, 4)
     before = [p.detach().clone() for p in (matrix, other, frozen)]
@@ -470,141 +395,3 @@ def test_groups_have_their_own_settings():
     after = [p.detach() for p in (matrix, other, frozen)]
     moved = [torch.linalg.matrix_norm(new - old).item() for new, old in zip(after, before, strict=True)]
     assert moved == pytest.approx([0.1 * math.sqrt(2), 0.5 * 0.2 * 2, 0.0])
-
-
-def test_a_schedule_drives_matrices_and_vectors():
-    large, small, vector = parameter(4, 4), parameter(3, 4), parameter(3)
-    optimizer = Dion([large, small, vector], 1.0, 0.0, 0.25, dion_threshold=16, vector_scale=0.5)
-    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.1)
-    for step, lr in enumerate((1.0, 0.1, 0.01)):
-        old = [p.detach().clone() for p in (large, small, vector)]
-        run(optimizer, 1, first=step)
-        scheduler.step()
-        moved = [before - p.detach() for before, p in zip(old, (large, small, vector), strict=True)]
-        assert [torch.linalg.matrix_norm(m, 2).item() for m in moved[:2]] == pytest.approx([lr, lr], rel=1e-6)
-        torch.testing.assert_close(moved[2], 0.5 * lr * gradient(vector, step))
-
-
-def test_lr_may_be_a_tensor():
-    ours, theirs = [parameter(5, 4), parameter(3, 4), parameter(3)], [parameter(5, 4), parameter(3, 4), parameter(3)]
-    run(Dion(ours, lr=torch.tensor(0.125), dion_threshold=20), 2)
-    run(Dion(theirs, lr=0.125, dion_threshold=20), 2)
-    assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
-
-
-def continued(make_copy, dtype):
-    """Six steps, and three steps, a copy, three more."""
-    keywords = {"lr": 0.05, "dion_threshold": 30, "rank_fraction": 0.5}
-    straight = network().to(dtype)
-    run(Dion(straight.parameters(), **keywords), 6)
-    net = network().to(dtype)
-    optimizer = Dion(net.parameters(), **keywords)
-    run(optimizer, 3)
-    net, optimizer = make_copy(net, optimizer)
-    run(optimizer, 3, first=3)
-    for one, other in zip(straight.parameters(), net.parameters(), strict=True):
-        assert torch.equal(one, other)
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_state_dict_continues_bit_for_bit(dtype):
-    def load(net, optimizer):
-        saved = pickle.loads(pickle.dumps((net.state_dict(), optimizer.state_dict())))
-        fresh = network().to(dtype)
-        fresh.load_state_dict(saved[0])
-        loaded = Dion(fresh.parameters(), lr=9.0, momentum=0.1, dion_threshold=0)
-        loaded.load_state_dict(saved[1])
-        again = loaded.state_dict()["state"]
-        for index, state in saved[1]["state"].items():
-            assert again[index].keys() == state.keys()
-            assert all(torch.equal(torch.as_tensor(again[index][name]), torch.as_tensor(state[name])) for name in state)
-        return fresh, loaded
-
-    continued(load, dtype)
-
-
-@pytest.mark.parametrize("make", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
-def test_a_copy_continues_bit_for_bit_and_apart(make):
-    def duplicate(net, optimizer):
-        twin = make((net, optimizer))
-        run(optimizer, 1)  # the original goes elsewhere and takes nothing along
-        return twin
-
-    continued(duplicate, torch.float64)
-
-
-def test_state_of_an_older_version_gets_the_defaults():
-    weight = parameter(3, 4)
-    optimizer = Dion([weight], rank_fraction=0.25)
-    saved = optimizer.state_dict()
-    del saved["param_groups"][0]["rank_fraction"]
-    optimizer.load_state_dict(saved)
-    assert optimizer.param_groups[0]["rank_fraction"] == 0.25
-
-
-@pytest.mark.parametrize("shape", [(5, 4), (3, 4), (5, 2, 2)])
-def test_autocast_does_not_reach_inside(shape):
-    one, other = parameter(*shape, dtype=torch.float32), parameter(*shape, dtype=torch.float32)
-    other.data = other.data.contiguous()
-    run(Dion([one], dion_threshold=20), 2)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        run(Dion([other], dion_threshold=20), 2)
-    assert torch.equal(one, other)
-
-
-@pytest.mark.parametrize(
-    ("keywords", "message"),
-    [
-        ({"lr": -1.0}, r"lr=-1\.0"),
-        ({"lr": math.nan}, r"lr=nan"),
-        ({"lr": math.inf}, r"lr=inf"),
-        ({"lr": torch.zeros(2)}, r"lr=\.\.\..*\[2\]"),
-        ({"momentum": 1.0}, r"momentum=1\.0"),
-        ({"momentum": -0.1}, r"momentum=-0\.1"),
-        ({"rank_fraction": 0.0}, r"rank_fraction=0\.0"),
-        ({"rank_fraction": 1.5}, r"rank_fraction=1\.5"),
-        ({"rank_fraction": math.nan}, r"rank_fraction=nan"),
-        ({"dion_threshold": -1}, r"dion_threshold=-1"),
-        ({"dion_threshold": 10.5}, r"dion_threshold=10\.5"),
-        ({"power_iterations": 0}, r"power_iterations=0"),
-        ({"power_iterations": True}, r"power_iterations=True"),
-        ({"nesterov": 0.9}, r"nesterov=0\.9"),
-        ({"weight_decay": -0.1}, r"weight_decay=-0\.1"),
-        ({"vector_scale": -1}, r"vector_scale=-1"),
-        ({"scale": "frobenius"}, r"scale='frobenius'.*spectral.*rms.*none"),
-        ({"method": "cubic"}, r"method='cubic'.*newton_schulz"),
-        ({"method": "newton_schulz", "steps": 0}, r"steps=0"),
-        ({"steps": 3}, r"steps=3.*no effect.*'auto'"),
-    ],
-)
-def test_refusals_name_the_call_and_the_value(keywords, message):
-    weight = parameter(3, 4)
-    with pytest.raises(ArgumentError, match=rf"^Dion\({message}"):
-        Dion([weight], **keywords)
-    with pytest.raises(ArgumentError, match=rf"^Dion\({message}"):
-        Dion([{"params": [weight], **keywords}])
-    optimizer = Dion([weight])
-    with pytest.raises(ArgumentError, match=rf"^Dion\({message}"):
-        optimizer.add_param_group({"params": [parameter(2, 2)], **keywords})
-    assert len(optimizer.param_groups) == 1
-
-
-def test_unknown_keywords_are_type_errors():
-    with pytest.raises(TypeError, match="rank"):
-        Dion([parameter(3, 4)], rank=3)
-
-
-@pytest.mark.parametrize("kind", ["sparse", "complex"])
-def test_sparse_and_complex_gradients_are_refused_before_anything_moves(kind):
-    weight, bad = parameter(3, 4), parameter(3, 4)
-    if kind == "sparse":
-        bad.grad = torch.eye(3, 4, dtype=torch.float64).to_sparse()
-    else:
-        bad = nn.Parameter(torch.zeros(3, 4, dtype=torch.cfloat))
-        bad.grad = torch.ones_like(bad)
-    weight.grad = torch.ones_like(weight)
-    before = weight.detach().clone()
-    optimizer = Dion([{"params": [weight]}, {"params": [bad]}], dion_threshold=0)
-    with pytest.raises(ArgumentError, match=rf"^Dion\.step: .*\[3, 4\] is {kind}"):
-        optimizer.step()
-    assert torch.equal(weight, before) and not optimizer.state

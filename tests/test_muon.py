@@ -1,42 +1,16 @@
-import copy
 import math
-import pickle
 
 import pytest
 import torch
-from torch import nn
+from test_updates import gradient, parameter, run
 
-from mep.errors import ArgumentError
-from mep.updates import METHODS, Muon, orthogonalise
+from mep.updates import Muon, orthogonalise
 from mep.updates.muon import SCALES, orthogonal_directions
-
-
-def parameter(*shape, seed=0, dtype=torch.float64):
-    generator = torch.Generator().manual_seed(seed)
-    return nn.Parameter(torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype))
-
-
-def gradient(p, step):
-    generator = torch.Generator().manual_seed(100 + step + p.numel())
-    return torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.dtype)
-
-
-def run(optimizer, steps, first=0):
-    for step in range(first, first + steps):
-        for group in optimizer.param_groups:
-            for p in group["params"]:
-                p.grad = gradient(p, step)
-        optimizer.step()
 
 
 def polar(matrix):
     left, _, right = torch.linalg.svd(matrix.flatten(1), full_matrices=False)
     return (left @ right).view(matrix.shape)
-
-
-def network():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(2, 3, 3), nn.Flatten(), nn.Linear(12, 5), nn.Tanh(), nn.Linear(5, 5)).double()
 
 
 @pytest.mark.parametrize("nesterov", [True, False])
@@ -159,51 +133,6 @@ def test_method_and_steps_are_those_asked_for(shapes):
         torch.testing.assert_close(old - p.detach(), orthogonalise(gradient(p, 0), "polar_express", 2))
 
 
-def test_memory_format_does_not_matter():
-    plain, last = parameter(4, 3, 2, 2), parameter(4, 3, 2, 2)
-    last.data = last.data.to(memory_format=torch.channels_last)
-    run(Muon([plain]), 2)
-    run(Muon([last]), 2)
-    torch.testing.assert_close(plain.detach(), last.detach().contiguous())
-
-
-@pytest.mark.parametrize("method", ["auto", *METHODS])
-def test_it_goes_down(method):
-    torch.manual_seed(0)
-    net, x, y = network(), torch.randn(16, 2, 4, 4).double(), torch.randn(16, 5).double()
-    optimizer = Muon(net.parameters(), lr=0.02, method=method)
-
-    def closure():
-        optimizer.zero_grad()
-        loss = (net(x) - y).square().mean()
-        loss.backward()
-        return loss
-
-    first = optimizer.step(closure)
-    assert first.requires_grad  # computed with gradients enabled
-    for _ in range(100):
-        last = optimizer.step(closure)
-    assert last < 0.3 * first
-
-
-def test_parameters_without_gradient_stay():
-    net = network()
-    before = copy.deepcopy(net.state_dict())
-    optimizer = Muon(net.parameters(), weight_decay=0.1)
-    assert optimizer.step() is None
-    net[2].weight.grad = torch.ones_like(net[2].weight)
-    optimizer.step()
-    for name, value in net.state_dict().items():
-        assert torch.equal(value, before[name]) == (name != "2.weight")
-    assert set(optimizer.state) == {net[2].weight}
-
-
-def test_parameters_without_elements_are_no_trouble():
-    empty = nn.Parameter(torch.zeros(0, 3))
-    empty.grad = torch.zeros(0, 3)
-    Muon([empty]).step()
-
-
 def test_groups_have_their_own_settings():
     matrix, other, frozen = parameter(3, 4), parameter(3, 4), parameter(3, 4)
     before = [p.detach().clone() for p in (matrix, other, frozen)]
@@ -214,127 +143,6 @@ def test_groups_have_their_own_settings():
     moved = [torch.linalg.matrix_norm(new - old, 2).item() for new, old in zip(after, before, strict=True)]
     assert moved == pytest.approx([0.1, 0.5 * 0.2 * 2, 0.0], rel=1e-6)
     assert "momentum_buffer" not in optimizer.state[other]
-
-
-def test_a_schedule_drives_matrices_and_vectors():
-    matrix, vector = parameter(3, 4), parameter(3)
-    optimizer = Muon([matrix, vector], lr=1.0, momentum=0.0, vector_scale=0.5)
-    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.1)
-    for step, lr in enumerate((1.0, 0.1, 0.01)):
-        old = matrix.detach().clone(), vector.detach().clone()
-        run(optimizer, 1, first=step)
-        scheduler.step()
-        assert torch.linalg.matrix_norm(matrix.detach() - old[0], 2).item() == pytest.approx(lr, rel=1e-6)
-        torch.testing.assert_close(old[1] - vector.detach(), 0.5 * lr * gradient(vector, step))
-
-
-def test_lr_may_be_a_tensor():
-    one, other = parameter(3, 4), parameter(3, 4)
-    run(Muon([one], lr=torch.tensor(0.125)), 2)
-    run(Muon([other], lr=0.125), 2)
-    assert torch.equal(one, other)
-
-
-def continued(make_copy):
-    """Six steps, and three steps, a copy, three more."""
-    straight = network()
-    run(Muon(straight.parameters(), lr=0.05), 6)
-    net = network()
-    optimizer = Muon(net.parameters(), lr=0.05)
-    run(optimizer, 3)
-    net, optimizer = make_copy(net, optimizer)
-    run(optimizer, 3, first=3)
-    for one, other in zip(straight.parameters(), net.parameters(), strict=True):
-        assert torch.equal(one, other)
-
-
-def test_state_dict_continues_bit_for_bit():
-    def load(net, optimizer):
-        saved = pickle.loads(pickle.dumps((net.state_dict(), optimizer.state_dict())))
-        fresh = network()
-        fresh.load_state_dict(saved[0])
-        loaded = Muon(fresh.parameters(), lr=9.0, momentum=0.1)
-        loaded.load_state_dict(saved[1])
-        return fresh, loaded
-
-    continued(load)
-
-
-@pytest.mark.parametrize("make", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
-def test_a_copy_continues_bit_for_bit_and_apart(make):
-    def duplicate(net, optimizer):
-        twin = make((net, optimizer))
-        run(optimizer, 1)  # the original goes elsewhere and takes nothing along
-        return twin
-
-    continued(duplicate)
-
-
-def test_state_of_an_older_version_gets_the_defaults():
-    weight = parameter(3, 4)
-    optimizer = Muon([weight], vector_scale=0.25)
-    saved = optimizer.state_dict()
-    del saved["param_groups"][0]["vector_scale"]
-    optimizer.load_state_dict(saved)
-    assert optimizer.param_groups[0]["vector_scale"] == 0.25
-
-
-def test_autocast_does_not_reach_inside():
-    one, other = parameter(3, 4, dtype=torch.float32), parameter(3, 4, dtype=torch.float32)
-    run(Muon([one]), 2)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        run(Muon([other]), 2)
-    assert torch.equal(one, other)
-
-
-@pytest.mark.parametrize(
-    ("keywords", "message"),
-    [
-        ({"lr": -1.0}, r"lr=-1\.0"),
-        ({"lr": math.nan}, r"lr=nan"),
-        ({"lr": math.inf}, r"lr=inf"),
-        ({"lr": torch.zeros(2)}, r"lr=\.\.\..*\[2\]"),
-        ({"momentum": 1.0}, r"momentum=1\.0"),
-        ({"momentum": -0.1}, r"momentum=-0\.1"),
-        ({"weight_decay": -0.1}, r"weight_decay=-0\.1"),
-        ({"vector_scale": -1}, r"vector_scale=-1"),
-        ({"scale": "frobenius"}, r"scale='frobenius'.*spectral.*rms.*none"),
-        ({"method": "cubic"}, r"method='cubic'.*newton_schulz"),
-        ({"method": "newton_schulz", "steps": 0}, r"steps=0"),
-        ({"steps": 3}, r"steps=3.*no effect.*'auto'"),
-    ],
-)
-def test_refusals_name_the_call_and_the_value(keywords, message):
-    weight = parameter(3, 4)
-    with pytest.raises(ArgumentError, match=rf"^Muon\({message}"):
-        Muon([weight], **keywords)
-    with pytest.raises(ArgumentError, match=rf"^Muon\({message}"):
-        Muon([{"params": [weight], **keywords}])
-    optimizer = Muon([weight])
-    with pytest.raises(ArgumentError, match=rf"^Muon\({message}"):
-        optimizer.add_param_group({"params": [parameter(2, 2)], **keywords})
-    assert len(optimizer.param_groups) == 1
-
-
-def test_unknown_keywords_are_type_errors():
-    with pytest.raises(TypeError, match="ns_steps"):
-        Muon([parameter(3, 4)], ns_steps=3)
-
-
-@pytest.mark.parametrize("kind", ["sparse", "complex"])
-def test_sparse_and_complex_gradients_are_refused_before_anything_moves(kind):
-    weight, bad = parameter(3, 4), parameter(3, 4)
-    if kind == "sparse":
-        bad.grad = torch.eye(3, 4, dtype=torch.float64).to_sparse()
-    else:
-        bad = nn.Parameter(torch.zeros(3, 4, dtype=torch.cfloat))
-        bad.grad = torch.ones_like(bad)
-    weight.grad = torch.ones_like(weight)
-    before = weight.detach().clone()
-    optimizer = Muon([{"params": [weight]}, {"params": [bad]}])
-    with pytest.raises(ArgumentError, match=rf"^Muon\.step: .*\[3, 4\] is {kind}"):
-        optimizer.step()
-    assert torch.equal(weight, before) and not optimizer.state
 
 
 def test_the_scales_are_those_of_their_papers():

@@ -685,24 +685,3 @@ def test_nothing_is_collected_for_nobody(monkeypatch):
 def test_observer_that_cannot_be_is_refused(given):
     with pytest.raises(mep.ArgumentError, match="observe"):
         mep.EquilibriumPropagation(nn.Linear(2, 2), **given)
-
-
-BAD = {
-    "damping": (0.0, -1.0, float("nan"), float("inf")),
-    "kl_clip": (0.0, -1.0, float("nan")),
-    "decay": (-0.1, 1.0, float("nan")),
-    "factors_every": (0, 1.5, True),
-    "inverse_every": (0, 1.5, True),
-    "rank": (0, 1.5, True),
-    "use_diagonal_fisher": (1, None),
-    "orthogonalise": (1, None),
-    "nesterov": (1, None),
-    "lr": (-1.0, float("nan")),
-    "momentum": (1.0, -0.1),
-}
-
-
-@pytest.mark.parametrize("keyword,value", [(k, v) for k, values in BAD.items() for v in values])
-def test_keyword_out_of_range_is_refused(keyword, value):
-    with pytest.raises(mep.ArgumentError, match=rf"NaturalGradient\({keyword}="):
-        NaturalGradient([nn.Parameter(torch.ones(2, 2))], **{keyword: value})

@@ -46,6 +46,8 @@ class Update(torch.optim.Optimizer, ABC):
         for name, limit in limits.items():
             if not 0 <= group[name] < limit:
                 raise ArgumentError(f"{call}({name}={group[name]!r}) must be at least 0 and below {limit}.")
+        if not isinstance(group["nesterov"], bool):
+            raise ArgumentError(f"{call}(nesterov={group['nesterov']!r}) must be True or False.")
         self._check_group(group, call)
         super().add_param_group(param_group)
 
@@ -67,7 +69,8 @@ class Update(torch.optim.Optimizer, ABC):
         for params in moving:
             _check_grads(params, type(self).__name__)
         for group, params in zip(self.param_groups, moving, strict=True):
-            self._step_group_(group, params)
+            if params:
+                self._step_group_(group, params)
         return loss
 
     @abstractmethod
@@ -76,7 +79,7 @@ class Update(torch.optim.Optimizer, ABC):
 
     @abstractmethod
     def _step_group_(self, group: dict[str, Any], params: list[Tensor]) -> None:
-        """Move those `params` of `group` that have a gradient; there may be none."""
+        """Move those `params` of `group` that have a gradient; there are some."""
 
     def _directions(self, group: dict[str, Any], params: list[Tensor]) -> list[Tensor]:
         grads = [p.grad for p in params if p.grad is not None]

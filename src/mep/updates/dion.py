@@ -147,8 +147,6 @@ class Dion(Update):
         for name, least in {"dion_threshold": 0, "power_iterations": 1}.items():
             if not isinstance(group[name], int) or isinstance(group[name], bool) or group[name] < least:
                 raise ArgumentError(f"{call}({name}={group[name]!r}) must be a whole number of at least {least}.")
-        if not isinstance(group["nesterov"], bool):
-            raise ArgumentError(f"{call}(nesterov={group['nesterov']!r}) must be True or False.")
         check_muon_step(group, call)
 
     def _step_group_(self, group: dict[str, Any], params: list[Tensor]) -> None:

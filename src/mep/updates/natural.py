@@ -130,7 +130,7 @@ class NaturalGradient(Update):
             whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
             if not whole and not (name == "rank" and value is None):
                 raise ArgumentError(f"{call}({name}={value!r}) must be a whole number of at least 1.")
-        for name in ("nesterov", "use_diagonal_fisher", "orthogonalise"):
+        for name in ("use_diagonal_fisher", "orthogonalise"):
             if not isinstance(group[name], bool):
                 raise ArgumentError(f"{call}({name}={group[name]!r}) must be True or False.")
 
@@ -167,7 +167,7 @@ class NaturalGradient(Update):
         return cast(change, layer.weight.dtype)  # where `load_state_dict` would put it
 
     def _step_group_(self, group: dict[str, Any], params: list[Tensor]) -> None:
-        if params and not any("powers" in state for state in self.state.values()):
+        if not any("powers" in state for state in self.state.values()):
             raise ArgumentError(
                 "NaturalGradient.step: no layer was ever observed, so there is no Fisher matrix. Use mep.natural_ep, "
                 "or pass observe=update.observe to mep.EquilibriumPropagation. If no layer of the model is a linear "
