@@ -161,7 +161,7 @@ def test_nudges_are_weakened_to_the_largest_strength():
     cost = energy.nudge.cost
     assert cost.smoothness == 0.5
     strength = torch.tensor([0.0, 1.0, 3.9, 4.0, 8.0, 400.0, float("nan"), float("inf")])
-    torch.testing.assert_close(within_reach(cost, strength, 2.0), torch.tensor([1, 1, 1, 1, 0.4, 0.008, 1, 0]))
+    torch.testing.assert_close(within_reach(cost, strength, 2.0), torch.tensor([1, 1, 1, 1, 0.4, 0.008, 1, 1]))
     torch.testing.assert_close(within_reach(cost, -strength[:5], math.inf), torch.tensor([1, 1, 0.8 / 3.9, 0.2, 0.1]))
     assert within_reach(cost, strength[:4], 2.0) is None
     for signed in (strength, -strength):  # in a program one may not look
@@ -188,6 +188,8 @@ def test_errors_that_come_back_otherwise_tell_who_went_too_far():
     }
     assert alike(first, second, "output", 4, 1.0).tolist() == [1, 0.125, 1, 1]
     assert alike(first, first, "output", 4, 1.0) is None
+    doubles = [{name: error.double() for name, error in errors.items()} for errors in (first, second)]
+    assert alike(*doubles, "output", 4, 1.0).dtype == torch.float64  # or the betas of the others would be rounded
     assert alike(first, first, "output", 4, torch.tensor(1.0)).tolist() == [1, 1, 1, 1]  # in a program one may not look
 
 
@@ -211,6 +213,28 @@ def test_who_went_where_the_network_bends_keeps_its_first_errors():
     torch.testing.assert_close(output - s, (output - trial[1][HARD]) / 8)  # retold
     assert torch.equal(iterate.memory.trials[1][0][HARD], trial[0][HARD])
     assert iterate.residual[HARD] < 0.5
+
+
+def test_without_a_limit_nudges_are_as_asked_wherever_there_is_an_equilibrium():
+    model, x, y = case(hard=1.0)
+    _, limited = estimated(model, 10 * x, y, beta=0.1)
+    _, asked = estimated(model, 10 * x, y, beta=0.1, solver=replace(SOLVER, strength=math.inf))
+    assert limited.beta < 0.1 and asked.converged and asked.beta == 0.1 and asked.betas is None
+
+
+@torch.no_grad()
+def test_who_asks_next_to_nothing_is_nudged_as_asked():
+    """Its error is so small that its square is zero, while the errors that follow are not."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 12), nn.SiLU(), nn.Linear(12, 12), nn.SiLU(), nn.Linear(12, 3)).double()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(8 if p.ndim > 1 else 1)
+    x = torch.randn(64, 5).double()
+    y = model(x).argmax(1)  # rather sure of them
+    estimator = mep.EquilibriumPropagation(model, solver=mep.Sweep(tol=1e-3))
+    _, estimate = estimator.gradients(x, y)
+    assert estimate.beta > 0 and math.isfinite(estimator.state_dict()["gain"])
 
 
 @torch.no_grad()

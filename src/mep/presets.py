@@ -433,6 +433,7 @@ def _solver(
     energy: str, steps: int, settle_lr: float | None, adaptive: bool | None, tol: float, patience: int, strength: float
 ) -> Solver:
     if strength != _STRENGTH and (settle_lr is not None or adaptive is False):
+        Sweep(strength=strength)  # refuses what is no strength at all
         raise ArgumentError(f"strength={strength!r} does something only for sweeps with adaptive=True.")
     if settle_lr is not None:
         return _descent(steps, settle_lr, bool(adaptive), tol, patience)

@@ -2,7 +2,8 @@
 
 A program looks at nothing before it is done. It sweeps as often as steps of late have needed, and says at the end how
 far it came; if that is not far enough, or anything is out of the ordinary, its result is dropped and the step is made
-by the code that decides as it goes. So a program never changes what a step means, only what it costs.
+by the code that decides as it goes. So a program does not change what a step means, only what it costs; but an example
+that stalls on the way, and settles all the same, keeps its nudge.
 """
 
 from __future__ import annotations
@@ -70,6 +71,8 @@ class Program:
         self.cost, self.output = cost, output
         self.parameters: list[nn.Parameter] = []
         self.layers: list[SettledLayer] = []
+        self.limits = False
+        """Whether strengths are limited, so that a step tells of them."""
         self.batch = len(output)
         inputs = graph.bind(x)
         self.names = [name for name, value in inputs.items() if isinstance(value, Tensor)]
@@ -97,7 +100,9 @@ class Program:
             for y in self.layers
         ]
         sweeps, whole = self._until(unsettled, 0), self._until(unsettled, few(self.batch))
-        known = replace(known, gain=gain, most=lower(most, largest) if is_late(soon, self.setting.solver.tol) else most)
+        known = replace(known, gain=gain)
+        if self.limits:
+            known = replace(known, most=lower(most, largest) if is_late(soon, self.setting.solver.tol) else most)
         weaker = betas if weakest < 1 else None
         return Found(gradients, loss, residual, sweeps, whole, worst, weaker, known, layers, buffers)
 
@@ -147,8 +152,9 @@ class Program:
         loss = cost.value(energy.output(free)).mean()
         checked = [loss, *gradients.values(), *(t for t in tensors[:given] if t.is_floating_point())]
         finite = torch.stack([t.sum().float() for t in checked]).sum()
-        worst = torch.stack(courses).amax(0)
-        soon, unsettled = worst[min(SOON, len(worst)) - 1].max(), (worst > self.setting.solver.tol).sum(1)
+        unsettled = (torch.stack(courses).amax(0) > self.setting.solver.tol).sum(1)
+        soon = courses[-1][min(SOON, len(unsettled)) - 1].max()
+        self.limits = settled.most is not None
         betas = strengths[-1] * torch.ones_like(residual)
         apart = (betas - strengths[1]).abs().max()
         assert settled.gain is not None

@@ -75,7 +75,8 @@ def within_reach(cost: BatchCost, strength: Tensor, most: Strength) -> Tensor | 
 
 def _factors(strength: Tensor, away: Strength, toward: Strength, smoothness: Strength) -> Tensor:
     found = torch.where(strength < 0, away, toward) / (smoothness * strength.abs())
-    return torch.where(found < 1, _MARGIN * found, 1)  # no gain at all, or none that is a number, is not too strong
+    is_too_strong = (found < 1) & (found > 0)  # no gain at all, or none that is a number, is not
+    return torch.where(is_too_strong, _MARGIN * found, 1)
 
 
 def alike(first: State, second: State, output: str, batch: int, most: Strength) -> Tensor | None:
@@ -89,7 +90,8 @@ def alike(first: State, second: State, output: str, batch: int, most: Strength) 
         size = example_norm(first[name], batch).add_(torch.finfo(error.dtype).tiny)
         found.append(example_norm(error - first[name], batch) / size)
     bends = torch.stack(found).amax(0) > _UNLIKE + found[list(second).index(output)]
-    return torch.where(bends, _LESS, 1.0) if isinstance(most, Tensor) or bool(bends.any()) else None
+    factor = torch.where(bends, _LESS, 1.0).to(size.dtype)
+    return factor if isinstance(most, Tensor) or bool(bends.any()) else None
 
 
 def stalled(residual: Tensor, before: Tensor, tol: float) -> Tensor | None:

@@ -115,7 +115,7 @@ class Sweep(Solver):
         if energy.is_affine:
             answers = (Checkpointed if isinstance(point, Forgotten) else Response)(energy, point)
         else:
-            answers = Walks(energy, point, most if weakens else None)
+            answers = Walks(energy, point, most if weakens else None, math.isfinite(self.strength))
         memory = Memory(answers, nudge.cost, free, question, first)
         return Iterate(point, free.new_ones(energy.batch), most=most if weakens else None, memory=memory)
 
@@ -148,7 +148,7 @@ class Sweep(Solver):
         """Where so many sweeps of all and `late` ones of the worst examples lead; the residuals after each.
 
         Nothing is decided on the way, so that it can be compiled: `known.gain` and `known.most` are tensors, and who
-        stalls is not nudged less. In graphs that are not affine examples neither rest nor are left out, and the
+        stalls is not nudged less. In graphs that are not affine examples neither rest nor are left out, and most of the
         residuals on the way are those of the output.
         """
         iterate, course = self._start(energy, point, known), list[Tensor]()
@@ -164,6 +164,8 @@ class Sweep(Solver):
             if not sweep and may_weaken(iterate):
                 iterate = limited(iterate)
             iterate = self._rescaled(iterate)
+            if sweep + 1 == SOON:
+                iterate = self.certify(energy, iterate)  # so that it tells who is late
             course.append(iterate.residual)
         return self.certify(energy, iterate), course
 

@@ -32,8 +32,8 @@ class Walks:
     how far errors come back through the layers below.
 
     Where there is a largest strength, `most`, examples that answer more strongly are nudged less before any state has
-    moved. So are those whose second errors are unlike the first: their states had gone where the network bends. They
-    keep the first, which are good for any nudge that is weak enough.
+    moved. If they shall be `like_first`, so are those whose second errors are unlike the first: their states had gone
+    where the network bends. They keep the first, which are good for any nudge that is weak enough.
     """
 
     narrows = False
@@ -44,8 +44,8 @@ class Walks:
         """Whether examples can be nudged less than others."""
         return self.most is not None
 
-    def __init__(self, energy: Energy, free: Point, most: Strength | None):
-        self.energy, self.free, self.point, self.most = energy, free, free, most
+    def __init__(self, energy: Energy, free: Point, most: Strength | None, like_first: bool):
+        self.energy, self.free, self.point, self.most, self.like_first = energy, free, free, most, like_first
         self.sent: State = {}
         self.answers = 0
         self.errors: State = {}
@@ -58,7 +58,7 @@ class Walks:
         self.sent, self.resting = self._back(x, active)
         if self.most is not None and self.answers == 0:
             self._weaken(self._within_reach(x, self.most))
-        elif self.most is not None and self.answers == 1:
+        elif self.most is not None and self.like_first and self.answers == 1:
             factor = self._taken_back(before, self.most)
             self._weaken(factor)
         self.answers += 1
@@ -72,8 +72,8 @@ class Walks:
         """By the gain `<x, M x> / |x|^2 = sum_n |A_n^T x|^2 / |x|^2` of every example."""
         batch, nudge = self.energy.batch, self.energy.nudge
         assert nudge is not None
-        answers = torch.stack([example_norm(error, batch) for error in self.sent.values()]).square().sum(0)
-        return within_reach(nudge.cost, nudge.beta * answers / example_norm(x, batch).square(), most)
+        answers = torch.stack([example_norm(error, batch) for error in self.sent.values()]) / example_norm(x, batch)
+        return within_reach(nudge.cost, nudge.beta * answers.square().sum(0), most)
 
     def _taken_back(self, first: State, most: Strength) -> Tensor | None:
         """By what the second errors are unlike the first, which then stand again."""
