@@ -45,6 +45,7 @@ def draw(record: Record, path: Path) -> None:
         axes.set_xlabel("time of a step / that of backprop + SGD", fontsize=9)
         axes.tick_params(axis="x", labelbottom=True)
     every[0].invert_yaxis()  # all share it
+    every[0].set_xlim(*_limits(models))
     figure.legend(handles=_legend(record["settings"]["threads"]), loc="outside lower center", ncols=4, frameon=False)
     title = "{data}, after {train_steps} steps of Adam".format(**record["settings"])
     save(figure, title, record, path)
@@ -75,8 +76,6 @@ def _draw(axes: Axes, model: Record, names: list[str]) -> None:
             fill = colour if place == 0 else "white"
             axes.plot(ratio["median"], level, "o", color=colour, markerfacecolor=fill, markersize=5)
     axes.set_xscale("log")
-    low, high = axes.get_xlim()
-    axes.set_xlim(min(low, 0.7), max(high, 3))
     axes.xaxis.set_major_locator(FixedLocator(TICKS))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.xaxis.set_minor_locator(NullLocator())
@@ -85,6 +84,13 @@ def _draw(axes: Axes, model: Record, names: list[str]) -> None:
     axes.grid(axis="x", alpha=0.25)
     axes.set_title("{model}, batch {batch_size}".format(**model), loc="left", fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def _limits(models: list[Record]) -> tuple[float, float]:
+    """From the least to the largest median of all models; a quartile may lie beyond."""
+    rows = [row for model in models for row in model["rows"] if row["error"] is None]
+    medians = [time["ratio"]["median"] for row in rows for time in row["times"]]
+    return 0.9 * min(*medians, 0.8), 1.3 * max(*medians, 2.5)
 
 
 def _legend(numbers: list[int]) -> list[Line2D]:
