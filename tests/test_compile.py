@@ -41,6 +41,14 @@ def uncompiled(monkeypatch):
     monkeypatch.setattr(compiled.torch, "compile", lambda module, **_: module)
 
 
+@pytest.fixture
+def without(monkeypatch):
+    """Grows by one with every step that an estimator with programs makes without."""
+    steps, learn = [], Programs.learn
+    monkeypatch.setattr(Programs, "learn", lambda *args: (steps.append(1), learn(*args)))
+    return steps
+
+
 def batches(n, count=STEPS, size=20):
     generator = torch.Generator().manual_seed(n)
     for _ in range(count):
@@ -134,7 +142,7 @@ def test_what_does_not_settle_is_done_without(uncompiled):
 @pytest.mark.parametrize("phases", ["one-sided", "centered"])
 @pytest.mark.parametrize("target", ["labels", "totals of 0.7", "mse"])
 @pytest.mark.parametrize("make", [mlp, Residual], ids=["affine", "curved"])
-def test_nudges_examples_less_as_without(uncompiled, monkeypatch, make, target, phases):
+def test_nudges_examples_less_as_without(uncompiled, without, make, target, phases):
     """Examples that answer too strongly do not keep a step from its program, which learns what steps without learn."""
     torch.manual_seed(5)
     model, solver = make().double(), mep.Sweep(tol=1e-4, strength=0.01)
@@ -144,8 +152,6 @@ def test_nudges_examples_less_as_without(uncompiled, monkeypatch, make, target, 
         )
         for twin, compile in ((model, False), (copy.deepcopy(model), True))
     )
-    without, learn = [], Programs.learn
-    monkeypatch.setattr(Programs, "learn", lambda *args: (without.append(1), learn(*args)))
     for x, y in batches(6, count=16):
         t = y if target == "labels" else 0.7 * nn.functional.one_hot(y, 3).double()
         (one, a), (other, b) = plain.gradients(x, t), quick.gradients(x, t)
@@ -165,7 +171,7 @@ def bending():
 @pytest.mark.parametrize(
     ("make", "phases", "strength"), [(mlp, "one-sided", 2.0), (mlp, "centered", 0.5), (bending, "one-sided", 0.5)]
 )
-def test_learns_from_late_examples_as_without(uncompiled, monkeypatch, make, phases, strength):
+def test_learns_from_late_examples_as_without(uncompiled, without, make, phases, strength):
     torch.manual_seed(0)
     model = make().double()
     with torch.no_grad():
@@ -175,8 +181,6 @@ def test_learns_from_late_examples_as_without(uncompiled, monkeypatch, make, pha
         mep.EquilibriumPropagation(twin, beta=0.5, phases=phases, solver=mep.Sweep(strength=strength), compile=compile)
         for twin, compile in ((model, False), (copy.deepcopy(model), True))
     )
-    without, learn = [], Programs.learn
-    monkeypatch.setattr(Programs, "learn", lambda *args: (without.append(1), learn(*args)))
     lowered = 0
     for x, y in batches(1, count=40):
         quick.load_state_dict(plain.state_dict())

@@ -68,8 +68,9 @@ def _alike(
     strength: Strength = beta
     found: dict[float, Settled] = {}
     while left := [m for m in multiples if m not in found or not _is_same(found[m].energy.beta, m * strength)]:
-        found[left[0]] = settle(nudge(energy, cost, left[0] * strength), free.point, solver, known)
-        strength = magnitude(found[left[0]].energy.beta)
+        multiple = left[0]
+        found[multiple] = settle(nudge(energy, cost, multiple * strength), free.point, solver, known)
+        strength = magnitude(found[multiple].energy.beta)
         if len(found) == len(multiples) and any(settled.result is not Result.CONVERGED for settled in found.values()):
             break
     return found

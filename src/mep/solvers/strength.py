@@ -18,7 +18,7 @@ from mep.cost import BatchCost
 from mep.energy import Energy, State, example_norm, nudge
 from mep.graph import Point
 from mep.layout import per_example
-from mep.nodes import Node, Strength
+from mep.nodes import Node, Strength, weakest
 
 _LEAST = 1 / 128
 """This fraction of the largest strength nudges may always have."""
@@ -65,17 +65,13 @@ def within_reach(cost: BatchCost, strength: Tensor, most: Strength) -> Tensor | 
     smoothness = cost.smoothness
     if smoothness is None:
         return None
-    if isinstance(most, Tensor):
-        return _factors(strength, most.clamp(max=_AWAY), most, smoothness)
-    if bool(strength.abs().max() * smoothness <= min(most, _AWAY)):
+    away, may_look = weakest(most, _AWAY), not isinstance(most, Tensor)
+    if may_look and bool(strength.abs().max() * smoothness <= away):
         return None
-    found = _factors(strength, min(most, _AWAY), most, smoothness)
-    return found if bool((found < 1).any()) else None
-
-
-def _factors(strength: Tensor, away: Strength, toward: Strength, smoothness: Strength) -> Tensor:
-    found = torch.where(strength < 0, away, toward) / (smoothness * strength.abs())
+    found = torch.where(strength < 0, away, most) / (smoothness * strength.abs())
     is_too_strong = (found < 1) & (found > 0)  # no gain at all, or none that is a number, is not
+    if may_look and not is_too_strong.any():
+        return None
     return torch.where(is_too_strong, _MARGIN * found, 1)
 
 

@@ -157,14 +157,12 @@ class Sweep(Solver):
             if sweep == sweeps and rests and iterate.memory.narrows:
                 worst = iterate.residual.topk(few(energy.batch)).indices
                 iterate = replace(iterate, memory=iterate.memory.narrowed(worst, worst))
-            active = iterate.residual > self.tol if sweep and rests else None
-            if active is not None and iterate.memory.rows is not None:
-                active = active.index_select(0, iterate.memory.rows)
+            active = iterate.memory.mine(iterate.residual > self.tol) if sweep and rests else None
             iterate = self._swept(iterate, self._error(iterate.memory, active), active)
             if not sweep and may_weaken(iterate):
                 iterate = limited(iterate)
             iterate = self._rescaled(iterate)
-            if sweep + 1 == SOON:
+            if sweep + 1 == SOON and iterate.most is not None:
                 iterate = self.certify(energy, iterate)  # so that it tells who is late
             course.append(iterate.residual)
         return self.certify(energy, iterate), course
@@ -211,9 +209,9 @@ class Sweep(Solver):
         if (k := memory.k) is not None:
             return solved_error(memory.cost, memory.free, k, latest, self.tol)
         wanted = next_error(memory.cost, memory.free, memory.trials, not memory.walks) if self.history else gradient
-        return (
-            wanted if active is None or not self.history else torch.where(per_example(active, wanted), wanted, latest)
-        )
+        if active is None or not self.history:
+            return wanted
+        return torch.where(per_example(active, wanted), wanted, latest)
 
     def certify(self, energy: Energy, iterate: Iterate) -> Iterate:
         """The point, its errors, and the residual of the worst node.

@@ -29,8 +29,9 @@ def limited(iterate: Iterate) -> Iterate:
         x, _, wanted = memory.trials[0]
         iterate.out_of_reach = expands(memory.question, x, wanted, iterate.residual)
         return iterate
-    if memory.walks or memory.strengths is None or iterate.most is None:
+    if memory.walks:
         return iterate
+    assert memory.strengths is not None and iterate.most is not None
     return _weakened(iterate, within_reach(memory.cost, memory.strengths, iterate.most))
 
 
