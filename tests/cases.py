@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,6 +17,12 @@ from mep.settle import Solver, settle
 from mep.tracing import trace, trace_activations, trace_kinks
 
 BATCH, CLASSES = 5, 3
+
+
+def without_compiler(patch: pytest.MonkeyPatch) -> None:
+    """Functions run as they were traced: minutes of compilation would show nothing more."""
+    patch.setattr(torch, "compile", lambda function, **_: function)
+    patch.setattr("torch._inductor.compile", lambda module, *_, **__: module)
 
 
 def mlp(activation: Callable[[], nn.Module], *widths: int) -> nn.Sequential:

@@ -6,6 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from cases import without_compiler
 from rich.console import Console
 from test_profile import PAUSE, slow_down
 from torch import nn
@@ -69,12 +70,6 @@ def picture_network():
 def pictures():
     torch.manual_seed(1)
     return [(torch.randn(BATCH, 3, 6, 6).double(), torch.randint(3, (BATCH,)))]
-
-
-@pytest.fixture
-def uncompiled(monkeypatch):
-    """Minutes of compilation would show nothing more."""
-    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
 
 
 # What is counted
@@ -297,7 +292,7 @@ def test_a_recipe_that_compiles_too_long_says_so(uncompiled):
     assert "first 1 steps, which compile, took 0 s" in rows[1]["error"]
 
 
-def test_all_is_prepared_once_for_all_numbers_of_threads(monkeypatch):
+def test_all_is_prepared_once_for_all_numbers_of_threads(uncompiled, monkeypatch):
     made, dynamic = [], []
     init = Contender.__init__
 
@@ -307,7 +302,6 @@ def test_all_is_prepared_once_for_all_numbers_of_threads(monkeypatch):
         init(self, recipe, *args)
 
     monkeypatch.setattr(Contender, "__init__", note)
-    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     compiled = Recipe("compiled", "sgd", {"compile": True})
     for threads in ((1, 2), (1,)):
         before = torch.get_num_threads()
@@ -472,7 +466,7 @@ def timed(tmp_path_factory):
     few = [word for label in FEW for word in ("--only", label)]
     small = ("--data", "digits", "--model", "mlp", "--rounds", 2, "--train-steps", 5, "--batches", 1, "--threads", 1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch, "compile", lambda function, **_: function)
+        without_compiler(patch)
         return folder, command("bench", "speed", *small, *few, "--add", "smep beta=0.01", "--out", folder)
 
 
