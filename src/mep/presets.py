@@ -74,9 +74,7 @@ def eqprop(
     estimator = EquilibriumPropagation(
         model, cost, beta, solver, energy, phases, branches, leaves, compile=compile, checkpoint=checkpoint
     )
-    _check_sgd("eqprop", lr=lr, momentum=momentum, weight_decay=weight_decay)
-    groups = _listed(params, model)
-    update = torch.optim.SGD(groups, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov)
+    update = _sgd("eqprop", _listed(params, model), lr, momentum, weight_decay, nesterov)
     return EPOptimizer(estimator, update, low_memory=low_memory)
 
 
@@ -383,9 +381,7 @@ def local_ep(
     """
     solver = Local(tol=tol, schedule=schedule)
     estimator = EquilibriumPropagation(model, cost, beta, solver, phases=phases, leaves=leaves)
-    _check_sgd("local_ep", lr=lr, momentum=momentum, weight_decay=weight_decay)
-    groups = _listed(params, model)
-    update = torch.optim.SGD(groups, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov)
+    update = _sgd("local_ep", _listed(params, model), lr, momentum, weight_decay, nesterov)
     return EPOptimizer(estimator, update, low_memory=low_memory)
 
 
@@ -422,11 +418,14 @@ def _listed(params: ParamsT, model: nn.Module) -> list[Any]:
     return listed
 
 
-def _check_sgd(call: str, **settings: float) -> None:
-    """torch lets NaN pass, and raises errors of its own for the rest."""
-    for name, value in settings.items():
+def _sgd(
+    call: str, groups: list[Any], lr: float, momentum: float, weight_decay: float, nesterov: bool
+) -> torch.optim.Optimizer:
+    """`torch.optim.SGD`, which would let NaN pass, and raises errors of its own for the rest."""
+    for name, value in (("lr", lr), ("momentum", momentum), ("weight_decay", weight_decay)):
         if not (isinstance(value, (int, float, torch.Tensor)) and value >= 0):
             raise ArgumentError(f"{call}({name}={value!r}): must be a number >= 0.")
+    return torch.optim.SGD(groups, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov)
 
 
 def _solver(
