@@ -177,7 +177,7 @@ def test_free_equilibrium_is_the_model(name, branches):
     model, x, _ = problem(name)
     energy, point = free_energy(model, x, branches)
     torch.testing.assert_close(energy.output(point), model(x).detach(), rtol=0, atol=1e-14)
-    assert set(energy.graph.parameters()) == {p for p, g in backprop(model, model(x).sum()).items() if g is not None}
+    assert set(energy.graph.parameters) == {p for p, g in backprop(model, model(x).sum()).items() if g is not None}
 
 
 @pytest.mark.parametrize(

@@ -142,7 +142,7 @@ def _behind(output: Any) -> set[nn.Parameter]:
 
 
 def _compare_parameters(graph: Graph, reached: set[nn.Parameter]) -> None:
-    wrong = reached ^ {p for p in graph.parameters() if p.requires_grad}
+    wrong = reached ^ {p for p in graph.parameters if p.requires_grad}
     if wrong:
         raise TraceError(
             f"{_named(graph, wrong)}: the model's output and the graph disagree on whether it is used. Way out: use it "

@@ -38,6 +38,8 @@ class Graph:
 
     def __post_init__(self) -> None:
         self.states = tuple(n for n in self.nodes if n.owns_state)
+        self.parameters = tuple(dict.fromkeys(p for n in self.nodes for p in n.parameters))
+        """Every parameter that some node uses, each once."""
         self.by_name = {node.name: node for node in self.nodes}
         self.readers: dict[str, list[Node]] = {node.name: [] for node in self.nodes}
         """Node -> the nodes that read its value."""
@@ -63,10 +65,6 @@ class Graph:
             if self.readers[node.name] and node.name in reached:
                 last_read[self.readers[node.name][-1].name].append(node.name)
         return last_read
-
-    def parameters(self) -> list[nn.Parameter]:
-        """Every parameter that some node uses, each once."""
-        return list(dict.fromkeys(p for n in self.nodes for p in n.parameters))
 
     def bind(self, x: Any) -> dict[str, Any]:
         """The inputs by name, detached: `x` is a tensor, a tuple (by position) or a dict (by name)."""

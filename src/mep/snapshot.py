@@ -6,6 +6,7 @@ import random
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -22,17 +23,23 @@ class Snapshot:
         self.modules = tuple(model.modules())
         self.facts = [_facts(m) for m in self.modules]
         self.notes: list[set[str]] = [set() for _ in self.modules]
-        self.objects = [_objects(m) for m in self.modules]  # kept alive, so that no identity is given out again
-        self.identities = [tuple(map(id, objects)) for objects in self.objects]
+        self.dicts = [own for m in self.modules for own in _dicts(m)]
+        self.objects = _values(self.dicts)  # kept alive, so that no identity is given out again
+        self.identities = list(map(id, self.objects))
+        self._buffers = [m._buffers for m in self.modules]
 
     def matches(self) -> bool:
         """Whether every module is as it was."""
-        if [tuple(map(id, _objects(m))) for m in self.modules] == self.identities:
+        if list(map(id, _values(self.dicts))) == self.identities:
             return True
         now = [_facts(m) for m in self.modules]
         return now == self.facts or all(
             _changed(old, new) <= notes for old, new, notes in zip(self.facts, now, self.notes, strict=True)
         )
+
+    def buffers(self) -> list[Any]:
+        """The buffers as they are now, None where one is not set."""
+        return _values(self._buffers)
 
     def allow_notes(self) -> None:
         """Call when the model has just run, and nothing else happened: what changed is what it notes down itself."""
@@ -40,16 +47,15 @@ class Snapshot:
             notes |= _changed(old, _facts(module))
 
 
-def _objects(module: nn.Module) -> list[Any]:
-    """Every object that decides what a module does: while these are the same, so is the module."""
+def _dicts(module: nn.Module) -> list[dict[str, Any]]:
+    """What holds every object that decides what a module does: while these are the same, so is the module."""
     own = vars(module)
-    hooks = (own["_forward_hooks"], own["_forward_pre_hooks"], own["_backward_hooks"], own["_backward_pre_hooks"])
-    return [
-        *own.values(),
-        *own["_parameters"].values(),
-        *own["_modules"].values(),
-        *(hook for some in hooks if some for hook in some.values()),
-    ]
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return [own, *(own[name] for name in ("_parameters", "_modules", *hooks))]
+
+
+def _values(dicts: list[dict[str, Any]]) -> list[Any]:
+    return list(chain.from_iterable(map(dict.values, dicts)))
 
 
 def _changed(old: dict[str, Any], new: dict[str, Any]) -> set[str]:

@@ -9,7 +9,7 @@ that stalls on the way, and settles all the same, keeps its nudge.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -100,9 +100,8 @@ class Program:
             for y in self.layers
         ]
         sweeps, whole = self._until(unsettled, 0), self._until(unsettled, few(self.batch))
-        known = replace(known, gain=gain)
-        if self.limits:
-            known = replace(known, most=lower(most, largest) if is_late(soon, self.setting.solver.tol) else most)
+        learnt = lower(most, largest) if is_late(soon, self.setting.solver.tol) else most
+        known = Known(gain, known.errors, known.look_from, learnt if self.limits else known.most)
         weaker = betas if weakest < 1 else None
         return Found(gradients, loss, residual, sweeps, whole, worst, weaker, known, layers, buffers)
 

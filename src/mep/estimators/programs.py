@@ -19,7 +19,10 @@ from mep.settle import Known, Settled
 
 _EAGER = 4
 """So many steps of one shape are made without a program: they check the model, and tell how often it sweeps."""
-_RECENT = 16
+_RECENT = 64
+"""So many steps tell how often the next may have to sweep: one for which a program sweeps too little is made twice."""
+_RARE = 8
+"""If less than one step in so many sweeps more often than any program, there are programs for the others."""
 _SWEEPS = (1, 2, 3, 4, 6)
 """The numbers of sweeps that programs are made for: few, since each takes seconds to compile, and minutes for many."""
 MOST_SWEEPS = _SWEEPS[-1]
@@ -58,9 +61,9 @@ class Programs:
         output = self._outputs.get(key)
         if output is None or self._seen[key] < _EAGER or known.gain is None or not known.gain > 0:
             return None
-        sweeps, late = self._sweeps(graph)
-        if sweeps + late > MOST_SWEEPS or (sweeps + late) * len(graph.nodes) > _MOST_VISITS:
+        if (numbers := self._sweeps(graph)) is None:
             return None
+        sweeps, late = numbers
         cost = self.make_cost(output, target)
         program = self._programs.get((key, sweeps, late)) or self._made(key, graph, x, cost, output, sweeps, late)
         found = program(x, cost, beta, known)
@@ -80,15 +83,21 @@ class Programs:
         self._outputs[key] = torch.zeros_like(energy.output(settled.point))
         self.recent.append((min(settled.iterations, _WHOLE), settled.iterations))
 
-    def _sweeps(self, graph: Graph) -> tuple[int, int]:
-        """How many to make of all examples, and then of the worst: what all steps of late but one have needed."""
-        solver = self.setting.solver
+    def _sweeps(self, graph: Graph) -> tuple[int, int] | None:
+        """How many to make of all examples, and then of the worst: what steps of late have needed, the rare ones apart.
+
+        None if programs of so many are not made.
+        """
+        solver, most = self.setting.solver, min(MOST_SWEEPS, _MOST_VISITS // len(graph.nodes))
         if not solver.adaptive:
-            return solver.settle_steps, 0
-        whole, needed = (sorted(counts)[-2] for counts in zip(*self.recent, strict=True))
+            return (solver.settle_steps, 0) if solver.settle_steps <= most else None
+        within = [counts for counts in self.recent if counts[1] <= most]
+        if _RARE * (len(self.recent) - len(within)) > len(self.recent):
+            return None
+        whole, needed = map(max, zip(*within, strict=True))
         if not graph.is_affine_when_held:
-            return _rounded(needed), 0
-        return whole, _rounded(max(needed - whole, 1))
+            return min(_rounded(needed), most), 0
+        return whole, min(_rounded(max(needed - whole, 1)), most - whole)
 
     def _made(self, key: Key, graph: Graph, x: Any, cost: BatchCost, output: Tensor, sweeps: int, late: int) -> Program:
         try:
@@ -115,6 +124,6 @@ def _key(graph: Graph, x: Any, target: Tensor) -> Key:
         graph,
         casts,
         *((t.shape, t.dtype, t.device) for t in tensors),
-        *((p.requires_grad, p.dtype, p.device) for p in graph.parameters()),
-        *map(id, graph.model.buffers()),
+        *((p.requires_grad, p.dtype, p.device) for p in graph.parameters),
+        *map(id, graph.snapshot.buffers()),
     )
