@@ -8,6 +8,7 @@ from cases import convolutional
 from torch import nn
 
 import mep
+from mep.estimators import programs
 from mep.estimators.programs import Programs
 from mep.solvers import memory
 
@@ -117,6 +118,35 @@ def test_one_program_for_one_shape(uncompiled):
     for x, y in batches(5, count=6, size=11):
         quick.step(x=x, target=y)
     assert len(quick.estimator.programs) == 2
+
+
+@pytest.mark.parametrize("dear", [0, 1 << 40])
+def test_a_dear_program_serves_for_fewer_sweeps(uncompiled, monkeypatch, dear):
+    """Others are made for each number of sweeps."""
+    monkeypatch.setattr(programs, "_DEAR", dear)
+    plain, quick = pair(mlp, seed=6)
+    recent = quick.estimator.programs.recent
+    for x, y in batches(6):
+        if len(recent) > 4:
+            recent.clear()
+            recent.append((1, 2) if quick.estimator.programs else (2, 4))
+        for opt in (plain, quick):
+            opt.step(x=x, target=y)
+    assert len(quick.estimator.programs) == (2 if dear else 1)
+    assert_equal_states(plain, quick, rtol=1e-8, atol=1e-9)
+
+
+def test_steps_that_sweep_rarely_often_do_not_count(uncompiled):
+    _, quick = pair(mlp, seed=6)
+    steps = list(batches(6, count=8))
+    recent = quick.estimator.programs.recent
+    for often, made in ((2, 0), (1, 1)):  # of twelve
+        for x, y in steps[:4]:
+            quick.step(x=x, target=y)
+        recent.clear()
+        recent.extend([(2, 7)] * often + [(1, 2)] * (12 - often))
+        quick.step(x=steps[4][0], target=steps[4][1])
+        assert len(quick.estimator.programs) == made
 
 
 def test_what_does_not_settle_is_done_without(uncompiled):

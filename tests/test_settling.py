@@ -12,7 +12,7 @@ from torch import nn
 import mep
 from mep.cost import make_cost
 from mep.energy import nudge
-from mep.settle import Result, settle
+from mep.settle import Iterate, Result, settle
 
 TIGHT = {
     "sweep": mep.Sweep(tol=1e-12, settle_steps=200),
@@ -243,6 +243,31 @@ def test_step_limit_is_told(make):
     _, found = settled(model, x, y, "cross_entropy", 0.1, make(2, tol=1e-9, adaptive=True))
     assert (found.iterations, found.result) == (2, Result.STEP_LIMIT)
     assert found.residual.max() > 1e-9
+
+
+class Scripted(mep.Sweep):
+    """Leaves one residual after another, and says where it has nudged less."""
+
+    weakens_at = None
+
+    def start(self, energy, point, known):
+        return Iterate(point, torch.ones(energy.batch), memory=0)
+
+    def advance(self, energy, iterate, active):
+        sweeps = iterate.memory + 1
+        residual = 1.0 if sweeps <= 12 else 10.0 ** (12 - sweeps)
+        return Iterate(iterate.point, residual * torch.ones(BATCH), weakened=sweeps == self.weakens_at, memory=sweeps)
+
+    def certify(self, energy, iterate):
+        return iterate
+
+
+@pytest.mark.parametrize(("weakens_at", "ends"), [(None, (10, Result.STEP_LIMIT)), (5, (14, Result.CONVERGED))])
+def test_it_is_not_given_up_soon_after_examples_are_nudged_less(monkeypatch, weakens_at, ends):
+    monkeypatch.setattr(Scripted, "weakens_at", weakens_at)
+    model, x, y = MODELS["mlp tanh"].build()
+    _, found = settled(model, x, y, "cross_entropy", 0.1, Scripted())
+    assert (found.iterations, found.result) == ends
 
 
 def test_divergence_raises_and_touches_no_gradient():

@@ -96,7 +96,8 @@ class Iterate:
 
     `residual` may be a lower bound as long as it exceeds the tolerance, or until it is `exact`. `out_of_reach`: the
     iteration expands, and a smaller beta would help; `diverging`: it runs away for good. `gain` and `most` as in
-    `Known`, `turns` as in `Settled`, and `energy` where it is not the one asked for.
+    `Known`, `turns` as in `Settled`, and `energy` where it is not the one asked for. `weakened`: some example has just
+    been nudged less, so that how settling went before says nothing of how it will go on.
     """
 
     point: Point
@@ -109,6 +110,7 @@ class Iterate:
     most: Strength | None = None
     turns: Mapping[str, int] | None = None
     energy: Energy | None = None
+    weakened: bool = False
     memory: Any = None
 
     @cached_property
@@ -185,7 +187,7 @@ def settle(energy: Energy, point: Point, solver: Solver, known: Known = Known())
                 active = quiet < solver.patience
                 if not active.any():
                     break
-        course.append(worst)
+        course = [worst] if iterate.weakened else [*course, worst]
         hopeless = iterate.out_of_reach or not math.isfinite(worst) or _is_too_slow(solver, course, bool(energy.kinks))
         if iterations == solver.settle_steps or hopeless:
             break

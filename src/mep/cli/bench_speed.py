@@ -48,7 +48,7 @@ class Settings:
     batches: int = 4  # enough examples for a stable mean of sweeps and residual
     rounds: int = 20  # turns of each recipe at most: enough for quartiles
     seconds: float = 8.0  # of turns for each model and number of threads: the slow ones get fewer rounds
-    compile_seconds: float = 60.0  # for each recipe: what takes longer is of little use, and fails with that reason
+    compile_seconds: float = 300.0  # for each recipe: what takes longer is of little use, and fails with that reason
     device: str = "cpu"  # where the table we are compared with was made
 
 

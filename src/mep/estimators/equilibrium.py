@@ -65,9 +65,9 @@ class EquilibriumPropagation:
         observe: called with the layers of every batch whose estimate is good, for `NaturalGradient.observe`; only for
             "prediction".
         compile: after a few steps of one shape, make the next ones by a program that inductor has compiled as a whole.
-            It needs a C++ compiler and takes seconds to a minute for every shape and number of sweeps; a step that it
-            does not settle is made without it, and so are all where steps of late have needed more than six sweeps, or
-            the sweeps times the nodes are more than a hundred.
+            It needs a C++ compiler and takes seconds, for deep models minutes, for every shape and number of sweeps; a
+            step that it does not settle is made without it, and so are all where steps of late have needed more than
+            six sweeps, or the sweeps times the nodes are more than four hundred.
             What the model reads besides tensors and attributes of its modules is then fixed. Only for `mep.Sweep`, held
             branches, the costs that have names, and models without noise.
         checkpoint: keep neither states nor errors of all nodes, and compute them again where they are needed: memory

@@ -24,10 +24,12 @@ _RECENT = 64
 _RARE = 8
 """If less than one step in so many sweeps more often than any program, there are programs for the others."""
 _SWEEPS = (1, 2, 3, 4, 6)
-"""The numbers of sweeps that programs are made for: few, since each takes seconds to compile, and minutes for many."""
+"""The numbers of sweeps that programs are made for: few, since each takes seconds to compile, or minutes."""
 MOST_SWEEPS = _SWEEPS[-1]
-_MOST_VISITS = 100
-"""Nodes times sweeps: with more a program takes minutes to compile."""
+_MOST_VISITS = 400
+"""Nodes times sweeps of the largest program: it takes two or three minutes to compile."""
+_DEAR = 100
+"""A program of more visits is not made if there is one already that sweeps more often than necessary."""
 _WHOLE = 2
 """After so many sweeps most examples have settled, as far as a step without a program tells."""
 
@@ -65,7 +67,7 @@ class Programs:
             return None
         sweeps, late = numbers
         cost = self.make_cost(output, target)
-        program = self._programs.get((key, sweeps, late)) or self._made(key, graph, x, cost, output, sweeps, late)
+        program = self._found(key, graph, sweeps, late) or self._made(key, graph, x, cost, output, sweeps, late)
         found = program(x, cost, beta, known)
         if found is None:
             return None
@@ -98,6 +100,15 @@ class Programs:
         if not graph.is_affine_when_held:
             return min(_rounded(needed), most), 0
         return whole, min(_rounded(max(needed - whole, 1)), most - whole)
+
+    def _found(self, key: Key, graph: Graph, sweeps: int, late: int) -> Program | None:
+        """The program of so many sweeps, or one of more if it is dear; None if there is none."""
+        exact = self._programs.get((key, sweeps, late))
+        if exact or (sweeps + late) * len(graph.nodes) <= _DEAR:
+            return exact
+        own = [program for which, program in self._programs.items() if which[0] == key]
+        enough = [program for program in own if program.sweeps >= sweeps and program.late >= late]
+        return min(enough, key=lambda program: program.sweeps + program.late, default=None)
 
     def _made(self, key: Key, graph: Graph, x: Any, cost: BatchCost, output: Tensor, sweeps: int, late: int) -> Program:
         try:

@@ -178,7 +178,7 @@ class Sweep(Solver):
             memory = replace(memory, strengths=strengths)
         memory = memory.tried((x, output, memory.cost.gradient(output)), self.history)
         residual = memory.put(iterate.residual, memory.residual)
-        return replace(iterate, residual=residual, memory=memory, gain=found, exact=False)
+        return replace(iterate, residual=residual, memory=memory, gain=found, exact=False, weakened=factor is not None)
 
     def _needs_gains(self, memory: Memory) -> bool:
         """Whether the examples in play have been asked so often that they shall tell their whole gain."""

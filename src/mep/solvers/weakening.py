@@ -57,4 +57,4 @@ def _weakened(iterate: Iterate, factor: Tensor | None) -> Iterate:
     memory: Memory = iterate.memory.weakened(factor)
     residual = memory.mine(iterate.residual)
     left = torch.where(factor < 1, residual.clamp_min(1), residual) if memory.walks else memory.residual
-    return replace(iterate, residual=memory.put(iterate.residual, left), memory=memory, exact=False)
+    return replace(iterate, residual=memory.put(iterate.residual, left), memory=memory, exact=False, weakened=True)
