@@ -384,3 +384,12 @@ def test_every_error_is_a_mep_error():
     public = (getattr(mep, name) for name in mep.__all__)
     errors = [e for e in public if isinstance(e, type) and issubclass(e, Exception)]
     assert len(errors) > 5 and all(issubclass(e, mep.MepError) for e in errors)
+
+
+def test_inference_mode_is_refused(preset):
+    """Nodes that torch differentiates would tell nothing there."""
+    opt = trained(preset)
+    x, y = batch()
+    with torch.inference_mode():
+        assert_refused(opt, x, y, mep.ArgumentError, "inference_mode")
+        assert opt.predict(x).shape == (6, 3)

@@ -1,6 +1,7 @@
 """`compile=True`: a compiled step is the same step, to rounding, and whatever it cannot do is done without it."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -95,12 +96,27 @@ def test_settles_each_example_as_without(uncompiled, monkeypatch, cheap):
     assert_equal_states(plain, quick, rtol=1e-8, atol=1e-9)
 
 
-@pytest.mark.parametrize(
-    ("make", "options"),
-    [(mlp, {}), (convolutional, {"cost": "mse", "phases": "centered", "settle_steps": 4, "adaptive": False})],
-)
+def pictures():
+    return nn.Sequential(
+        nn.Unflatten(1, (1, 2, 3)),
+        nn.Conv2d(1, 3, 3, padding=1),
+        nn.BatchNorm2d(3),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(3, 3),
+    )
+
+
+FIXED = {"cost": "mse", "phases": "centered", "settle_steps": 4, "adaptive": False}
+
+
+@pytest.mark.parametrize(("make", "options"), [(mlp, {}), (convolutional, FIXED), (pictures, FIXED)])
 def test_by_inductor(make, options):
-    """In the second case inductor would write over what is still to be read, if it were allowed to."""
+    """In the second case inductor would write over what is still to be read, if it were allowed to.
+
+    In the third it lays out pictures otherwise than they were when the step was traced.
+    """
     plain, quick = pair(make, **options)
     for x, y in batches(3):
         for opt in (plain, quick):
@@ -269,6 +285,16 @@ def test_sees_what_changes_in_the_model(uncompiled):
             opt.model[3].weight.mul_(0.5)
     steps(14)
 
+    def double(module, *args):
+        return (2 * args[0][0],) if len(args) == 1 else 2 * args[1]
+
+    hooks = [opt.model[0].register_forward_pre_hook(double) for opt in (plain, quick)]
+    steps(15)
+    for opt, hook in zip((plain, quick), hooks, strict=True):
+        hook.remove()
+        opt.model[0].register_forward_hook(double)
+    steps(16)
+
 
 def test_a_copy_has_programs_of_its_own(uncompiled):
     plain, quick = pair(mlp, settle_steps=3, adaptive=False)
@@ -324,6 +350,63 @@ def test_several_inputs(uncompiled):
             opt.step(x={"left": x, "right": x.flip(1)}, target=y)
     assert len(quick.estimator.programs) == 1
     assert_equal_states(plain, quick, rtol=1e-9, atol=1e-10)
+
+
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner, self.head = nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, x, scale):
+        return self.head(torch.relu(self.inner(x) * scale))
+
+
+class ScaledByFirst(Scaled):
+    def forward(self, x, scale):
+        return super().forward(x, scale[0])
+
+
+@pytest.mark.parametrize(("make", "made"), [(Scaled, 2), (ScaledByFirst, 0)], ids=["plain", "may change unseen"])
+def test_inputs_that_are_no_tensors(uncompiled, make, made):
+    plain, quick = pair(make, settle_steps=3, adaptive=False)
+    for scale in (2.0, 5.0):
+        for x, y in batches(18, count=6):
+            for opt in (plain, quick):
+                opt.step(x={"x": x, "scale": [scale] if make is ScaledByFirst else scale}, target=y)
+    assert len(quick.estimator.programs) == made
+    assert_equal_states(plain, quick, rtol=1e-9, atol=1e-10)
+
+
+def test_only_so_many_kinds_of_step_are_remembered(uncompiled, monkeypatch):
+    monkeypatch.setattr(programs, "_KINDS", 3)
+    _, quick = pair(Scaled, settle_steps=3, adaptive=False)
+    x, y = next(batches(18, count=1))
+    for step in range(9):
+        quick.step(x={"x": x, "scale": float(step)}, target=y)
+    assert len(quick.estimator.programs._seen) == 3
+
+
+def test_tensors_may_lie_in_memory_as_they_like():
+    plain, quick = pair(mlp, settle_steps=2, adaptive=False)
+    for number, (x, y) in enumerate(batches(18, count=8)):
+        if number > 5:
+            x, y = x.t().contiguous().t(), torch.stack([y, y], 1)[:, 0]
+        for opt in (plain, quick):
+            if number == 7:
+                opt.model[0].weight.data = opt.model[0].weight.data.t().contiguous().t()
+            opt.step(x=x, target=y)
+    assert len(quick.estimator.programs) == 1
+    assert_equal_states(plain, quick, rtol=1e-8, atol=1e-9)
+
+
+def test_an_estimator_with_programs_is_pickled_without(uncompiled):
+    _, quick = pair(mlp, settle_steps=3, adaptive=False)
+    for x, y in batches(18, count=6):
+        quick.step(x=x, target=y)
+    assert len(quick.estimator.programs) == 1
+    twin = pickle.loads(pickle.dumps(quick))
+    assert len(twin.estimator.programs) == 0
+    assert torch.equal(twin.step(x=x, target=y), quick.step(x=x, target=y))
 
 
 def test_noise_is_refused():

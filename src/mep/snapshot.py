@@ -25,12 +25,11 @@ class Snapshot:
         self.notes: list[set[str]] = [set() for _ in self.modules]
         self.dicts = [own for m in self.modules for own in _dicts(m)]
         self.objects = _values(self.dicts)  # kept alive, so that no identity is given out again
-        self.identities = list(map(id, self.objects))
-        self._buffers = [m._buffers for m in self.modules]
+        self.identities = _identities(self.dicts, self.objects)
 
     def matches(self) -> bool:
         """Whether every module is as it was."""
-        if list(map(id, _values(self.dicts))) == self.identities:
+        if _identities(self.dicts, _values(self.dicts)) == self.identities:
             return True
         now = [_facts(m) for m in self.modules]
         return now == self.facts or all(
@@ -39,7 +38,7 @@ class Snapshot:
 
     def buffers(self) -> list[Any]:
         """The buffers as they are now, None where one is not set."""
-        return _values(self._buffers)
+        return _values([m._buffers for m in self.modules])
 
     def allow_notes(self) -> None:
         """Call when the model has just run, and nothing else happened: what changed is what it notes down itself."""
@@ -56,6 +55,11 @@ def _dicts(module: nn.Module) -> list[dict[str, Any]]:
 
 def _values(dicts: list[dict[str, Any]]) -> list[Any]:
     return list(chain.from_iterable(map(dict.values, dicts)))
+
+
+def _identities(dicts: list[dict[str, Any]], values: list[Any]) -> list[int]:
+    """Which values stand in which of the dictionaries."""
+    return [*map(id, values), *map(len, dicts)]
 
 
 def _changed(old: dict[str, Any], new: dict[str, Any]) -> set[str]:

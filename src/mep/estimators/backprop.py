@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mep.cost import BatchCost, PerExample, make_cost
 from mep.errors import ArgumentError, DivergedError
 from mep.estimators.estimate import Estimate, Gradients, accumulate, finished
-from mep.estimators.inputs import batch_size, call_model, check_model, check_target, undone_on_error
+from mep.estimators.inputs import batch_size, call_model, check_mode, check_model, check_target, undone_on_error
 from mep.settle import Result
 
 
@@ -41,6 +41,7 @@ class Backprop:
         """The gradient of every trained parameter that the loss reaches."""
         if indices is not None:
             raise ArgumentError("Backprop: there is no equilibrium to begin at; leave indices out.")
+        check_mode()
         batch_size(x)
         check_target(target)
         check_model(self.model, "Backprop")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,6 +20,7 @@ from mep.estimators.graphs import Graphs
 from mep.estimators.inputs import (
     batch_size,
     check_finite,
+    check_mode,
     check_model,
     check_target,
     count_examples,
@@ -141,6 +141,7 @@ class EquilibriumPropagation:
     @torch.no_grad()
     def gradients(self, x: Any, target: Tensor, indices: Tensor | None = None) -> tuple[Gradients, Estimate]:
         """The estimated gradient of the mean cost for every trained parameter, without touching `p.grad`."""
+        check_mode()
         if self.programs is not None and indices is None:
             count_examples(x)
             check_target(target)
@@ -155,6 +156,7 @@ class EquilibriumPropagation:
         Every trained parameter occurs once, after the last node that uses it; from then on it may be changed. All have
         been made and found finite before, and dropped again. Never by a compiled program.
         """
+        check_mode()
         return self._contracted(x, target, indices, _checked_pieces)
 
     @torch.no_grad()
@@ -175,14 +177,13 @@ class EquilibriumPropagation:
         self._known = Known(state["gain"], None, state["look_from"], state.get("most"))
         self._recall.load_state_dict(state["recall"])
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> EquilibriumPropagation:
-        """A copy bound to the copied model."""
-        twin = object.__new__(type(self))
-        memo[id(self)] = twin
-        own = {name: value for name, value in self.__dict__.items() if name not in ("_graphs", "programs")}
-        twin.__dict__ = copy.deepcopy(own, memo)
-        twin._trace()
-        return twin
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what belongs to this very model: a copy is bound to the copied one, and traces it anew."""
+        return {name: value for name, value in self.__dict__.items() if name not in ("_graphs", "programs")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._trace()
 
     def _trace(self) -> None:
         """What belongs to this very model."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -31,10 +31,14 @@ def count_examples(x: Any) -> int:
     return len(tensors[0])
 
 
+def input_values(x: Any) -> Sequence[Any]:
+    """All that an input gives to the model, in order."""
+    return list(x.values()) if isinstance(x, Mapping) else x if isinstance(x, (tuple, list)) else [x]
+
+
 def input_tensors(x: Any) -> list[Tensor]:
     """The tensors of an input, in order."""
-    values = list(x.values()) if isinstance(x, Mapping) else x if isinstance(x, (tuple, list)) else [x]
-    return [v for v in values if isinstance(v, Tensor)]
+    return [v for v in input_values(x) if isinstance(v, Tensor)]
 
 
 def check_finite(x: Any) -> None:
@@ -51,6 +55,12 @@ def check_target(target: Any) -> None:
     """Refuse a target that is no tensor; its shape and values are the cost's business."""
     if not isinstance(target, Tensor):
         raise InputError(f"The target must be a tensor, not {type(target).__name__}: torch.as_tensor(target).")
+
+
+def check_mode() -> None:
+    """Refuse inference mode, in which autograd tells nothing of a single module either."""
+    if torch.is_inference_mode_enabled():
+        raise ArgumentError("Gradients cannot be estimated in torch.inference_mode(). Call outside, or in no_grad().")
 
 
 def check_model(model: nn.Module, caller: str) -> None:

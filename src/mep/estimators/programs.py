@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Collection
 from typing import Any
 
@@ -12,13 +12,15 @@ from torch import Tensor
 from mep.cost import BatchCost, Cost
 from mep.energy import Energy
 from mep.errors import ArgumentError
-from mep.estimators.inputs import input_tensors
+from mep.estimators.inputs import input_values
 from mep.estimators.program import Found, Program, Setting
 from mep.graph import Graph
 from mep.settle import Known, Settled
 
 _EAGER = 4
 """So many steps of one shape are made without a program: they check the model, and tell how often it sweeps."""
+_KINDS = 64
+"""So many kinds of step, by shapes and plain inputs, are remembered."""
 _RECENT = 64
 """So many steps tell how often the next may have to sweep: one for which a program sweeps too little is made twice."""
 _RARE = 8
@@ -33,6 +35,9 @@ _DEAR = 100
 _WHOLE = 2
 """After so many sweeps most examples have settled, as far as a step without a program tells."""
 
+_PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
+"""Inputs that a program takes as they are."""
+
 Key = tuple[Any, ...]
 
 
@@ -42,8 +47,8 @@ class Programs:
     def __init__(self, setting: Setting, make_cost: Cost):
         self.setting, self.make_cost = setting, make_cost
         self.recent: deque[tuple[int, int]] = deque(maxlen=_RECENT)
-        self._seen: Counter[Key] = Counter()
-        self._outputs: dict[Key, Tensor] = {}
+        self._seen: dict[Key, tuple[int, Tensor]] = {}
+        """How many steps were made without a program, and an output of theirs; the latest last."""
         self._programs: dict[tuple[Key, int, int], Program] = {}
 
     def __len__(self) -> int:
@@ -51,17 +56,18 @@ class Programs:
 
     def keep(self, graphs: Collection[Graph]) -> None:
         """Forget all graphs but these."""
-        for known in (self._seen, self._outputs):
-            for key in [key for key in known if key[0] not in graphs]:
-                del known[key]
+        for key in [key for key in self._seen if key[0] not in graphs]:
+            del self._seen[key]
         for which in [which for which in self._programs if which[0][0] not in graphs]:
             del self._programs[which]
 
     def step(self, graph: Graph, x: Any, target: Tensor, beta: float, known: Known) -> Found | None:
         """What a program finds, or None if the step has to be made without one."""
         key = _key(graph, x, target)
-        output = self._outputs.get(key)
-        if output is None or self._seen[key] < _EAGER or known.gain is None or not known.gain > 0:
+        if key is None or key not in self._seen or known.gain is None or not known.gain > 0:
+            return None
+        steps, output = self._seen[key]
+        if steps < _EAGER:
             return None
         if (numbers := self._sweeps(graph)) is None:
             return None
@@ -80,9 +86,11 @@ class Programs:
 
     def learn(self, x: Any, target: Tensor, energy: Energy, settled: Settled) -> None:
         """Note a step that was made without a program."""
-        key = _key(energy.graph, x, target)
-        self._seen[key] += 1
-        self._outputs[key] = torch.zeros_like(energy.output(settled.point))
+        if (key := _key(energy.graph, x, target)) is not None:
+            steps, _ = self._seen.pop(key, (0, None))
+            self._seen[key] = steps + 1, torch.zeros_like(energy.output(settled.point))
+            if len(self._seen) > _KINDS:
+                del self._seen[next(iter(self._seen))]
         self.recent.append((min(settled.iterations, _WHOLE), settled.iterations))
 
     def _sweeps(self, graph: Graph) -> tuple[int, int] | None:
@@ -126,15 +134,21 @@ def _rounded(sweeps: int) -> int:
     return next((n for n in _SWEEPS if n >= sweeps), sweeps)
 
 
-def _key(graph: Graph, x: Any, target: Tensor) -> Key:
-    """All that a program depends on besides the values of tensors."""
-    tensors = [*input_tensors(x), target]
-    kind = tensors[0].device.type
+def _key(graph: Graph, x: Any, target: Tensor) -> Key | None:
+    """All that a program depends on besides the values of tensors; None if some input may change unseen."""
+    values = input_values(x)
+    if not all(isinstance(value, (Tensor, *_PLAIN)) for value in values):
+        return None
+    kind = target.device.type
     casts = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
     return (
         graph,
         casts,
-        *((t.shape, t.dtype, t.device) for t in tensors),
-        *((p.requires_grad, p.dtype, p.device) for p in graph.parameters),
+        *(_kind(value) if isinstance(value, Tensor) else (type(value), value) for value in (*values, target)),
+        *((p.requires_grad, _kind(p)) for p in graph.parameters),
         *map(id, graph.snapshot.buffers()),
     )
+
+
+def _kind(t: Tensor) -> Key:
+    return t.shape, t.stride(), t.dtype, t.device
