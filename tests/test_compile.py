@@ -136,32 +136,35 @@ def test_one_program_for_one_shape(uncompiled):
     assert len(quick.estimator.programs) == 2
 
 
+def needed(opt, sweeps):
+    """As if steps of late had needed so many."""
+    programs = opt.estimator.programs
+    programs.whole.clear()
+    programs.needed.clear()
+    programs.needed.extend(sweeps)
+
+
 @pytest.mark.parametrize("dear", [0, 1 << 40])
 def test_a_dear_program_serves_for_fewer_sweeps(uncompiled, monkeypatch, dear):
     """Others are made for each number of sweeps."""
     monkeypatch.setattr(programs, "_DEAR", dear)
     plain, quick = pair(mlp, seed=6)
-    recent = quick.estimator.programs.recent
-    for x, y in batches(6):
-        if len(recent) > 4:
-            recent.clear()
-            recent.append((1, 2) if quick.estimator.programs else (2, 4))
+    for number, (x, y) in enumerate(batches(6)):
+        if number > 3:
+            needed(quick, [2] if quick.estimator.programs else [3])
         for opt in (plain, quick):
             opt.step(x=x, target=y)
     assert len(quick.estimator.programs) == (2 if dear else 1)
     assert_equal_states(plain, quick, rtol=1e-8, atol=1e-9)
 
 
-def test_steps_that_sweep_rarely_often_do_not_count(uncompiled):
+def test_rare_steps_that_sweep_often_do_not_count(uncompiled):
     _, quick = pair(mlp, seed=6)
-    steps = list(batches(6, count=8))
-    recent = quick.estimator.programs.recent
-    for often, made in ((2, 0), (1, 1)):  # of twelve
-        for x, y in steps[:4]:
-            quick.step(x=x, target=y)
-        recent.clear()
-        recent.extend([(2, 7)] * often + [(1, 2)] * (12 - often))
-        quick.step(x=steps[4][0], target=steps[4][1])
+    for x, y in batches(6, count=4):
+        quick.step(x=x, target=y)
+    for rare, made in ((2, 0), (1, 1)):
+        needed(quick, [7] * rare + [2] * (20 - rare))
+        quick.step(x=x, target=y)
         assert len(quick.estimator.programs) == made
 
 

@@ -25,7 +25,7 @@ Row = dict[str, Any]
 SETTLED = ("sweeps", "residual", "residual_max", "converged", "beta")
 TURN_SECONDS = 0.02  # of counted steps, about: several fast ones, one slow one
 MOST_COUNTED, MOST_UNCOUNTED = 5, 3
-UNTIL_COMPILED = 24  # steps: the number of sweeps that is compiled follows from those of the last steps
+UNTIL_COMPILED = 40  # steps: the number of sweeps that is compiled follows from those of the last steps
 SLOW = 0.1  # seconds of a step that filling the caches does not lengthen noticeably
 
 

@@ -22,9 +22,9 @@ _EAGER = 4
 _KINDS = 64
 """So many kinds of step, by shapes and plain inputs, are remembered."""
 _RECENT = 64
-"""So many steps tell how often the next may have to sweep: one for which a program sweeps too little is made twice."""
-_RARE = 8
-"""If less than one step in so many sweeps more often than any program, there are programs for the others."""
+"""So many steps tell how often the next may have to sweep."""
+_RARE = 20
+"""One step in so many may need more than a program does, and is made twice: dear, but so is a sweep in every step."""
 _SWEEPS = (1, 2, 3, 4, 6)
 """The numbers of sweeps that programs are made for: few, since each takes seconds to compile, or minutes."""
 MOST_SWEEPS = _SWEEPS[-1]
@@ -32,9 +32,6 @@ _MOST_VISITS = 400
 """Nodes times sweeps of the largest program: it takes two or three minutes to compile."""
 _DEAR = 100
 """A program of more visits is not made if there is one already that sweeps more often than necessary."""
-_WHOLE = 2
-"""After so many sweeps most examples have settled, as far as a step without a program tells."""
-
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 """Inputs that a program takes as they are."""
 
@@ -46,7 +43,10 @@ class Programs:
 
     def __init__(self, setting: Setting, make_cost: Cost):
         self.setting, self.make_cost = setting, make_cost
-        self.recent: deque[tuple[int, int]] = deque(maxlen=_RECENT)
+        self.whole: deque[int] = deque(maxlen=_RECENT)
+        """After how many sweeps most examples had settled: only programs tell."""
+        self.needed: deque[int] = deque(maxlen=_RECENT)
+        """How many sweeps steps have needed."""
         self._seen: dict[Key, tuple[int, Tensor]] = {}
         """How many steps were made without a program, and an output of theirs; the latest last."""
         self._programs: dict[tuple[Key, int, int], Program] = {}
@@ -77,9 +77,11 @@ class Programs:
         found = program(x, cost, beta, known)
         if found is None:
             return None
-        if self.setting.solver.adaptive and found.worst > self.setting.solver.tol:
+        settles = not self.setting.solver.adaptive or found.worst <= self.setting.solver.tol
+        self.whole.append(found.whole)
+        self.needed.append(found.sweeps if settles else found.sweeps + 1)
+        if not settles:
             return None
-        self.recent.append((found.whole, found.sweeps))
         for buffer, value in found.buffers:
             buffer.copy_(value)
         return found
@@ -91,22 +93,21 @@ class Programs:
             self._seen[key] = steps + 1, torch.zeros_like(energy.output(settled.point))
             if len(self._seen) > _KINDS:
                 del self._seen[next(iter(self._seen))]
-        self.recent.append((min(settled.iterations, _WHOLE), settled.iterations))
+        self.needed.append(settled.iterations)
 
     def _sweeps(self, graph: Graph) -> tuple[int, int] | None:
-        """How many to make of all examples, and then of the worst: what steps of late have needed, the rare ones apart.
+        """How many to make of all examples, and then of the worst: what steps of late have needed, but for a few.
 
         None if programs of so many are not made.
         """
         solver, most = self.setting.solver, min(MOST_SWEEPS, _MOST_VISITS // len(graph.nodes))
         if not solver.adaptive:
             return (solver.settle_steps, 0) if solver.settle_steps <= most else None
-        within = [counts for counts in self.recent if counts[1] <= most]
-        if _RARE * (len(self.recent) - len(within)) > len(self.recent):
+        if (needed := _usual(self.needed)) > most:
             return None
-        whole, needed = map(max, zip(*within, strict=True))
         if not graph.is_affine_when_held:
             return min(_rounded(needed), most), 0
+        whole = min(_usual(self.whole) if self.whole else 1, most)
         return whole, min(_rounded(max(needed - whole, 1)), most - whole)
 
     def _found(self, key: Key, graph: Graph, sweeps: int, late: int) -> Program | None:
@@ -128,6 +129,11 @@ class Programs:
             ) from error
         self._programs[key, sweeps, late] = program
         return program
+
+
+def _usual(counts: Collection[int]) -> int:
+    """What is enough for all but one in `_RARE`."""
+    return sorted(counts)[-1 - len(counts) // _RARE]
 
 
 def _rounded(sweeps: int) -> int:
