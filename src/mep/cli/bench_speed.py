@@ -5,7 +5,7 @@
     mep bench speed --model package.module:factory --batch-size 64 --add "eqprop beta=0.01" --name mine
 
 Writes a record (JSON) and a picture (PNG); `mep plot` draws the picture again, `mep report` makes Markdown of it. All
-of it takes about ten minutes on two cores, half of that to compile; Ctrl-C keeps the models that are done.
+of it takes about eighteen minutes on two cores, most of that to compile; Ctrl-C keeps the models that are done.
 """
 
 from __future__ import annotations
