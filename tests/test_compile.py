@@ -138,10 +138,10 @@ def test_one_program_for_one_shape(uncompiled):
 
 def needed(opt, sweeps):
     """As if steps of late had needed so many."""
-    programs = opt.estimator.programs
-    programs.whole.clear()
-    programs.needed.clear()
-    programs.needed.extend(sweeps)
+    own = opt.estimator.programs
+    own.whole.clear()
+    own.needed.clear()
+    own.needed.extend(sweeps)
 
 
 @pytest.mark.parametrize("dear", [0, 1 << 40])

@@ -187,7 +187,9 @@ def settle(energy: Energy, point: Point, solver: Solver, known: Known = Known())
                 active = quiet < solver.patience
                 if not active.any():
                     break
-        course = [worst] if iterate.weakened else [*course, worst]
+        if iterate.weakened:
+            course.clear()
+        course.append(worst)
         hopeless = iterate.out_of_reach or not math.isfinite(worst) or _is_too_slow(solver, course, bool(energy.kinks))
         if iterations == solver.settle_steps or hopeless:
             break

@@ -32,8 +32,8 @@ _MOST_VISITS = 400
 """Nodes times sweeps of the largest program: it takes two or three minutes to compile."""
 _DEAR = 100
 """A program of more visits is not made if there is one already that sweeps more often than necessary."""
-_PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
-"""Inputs that a program takes as they are."""
+_INPUTS = (Tensor, bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
+"""What a program takes: the values of tensors may change, and a change of the others is seen."""
 
 Key = tuple[Any, ...]
 
@@ -67,13 +67,11 @@ class Programs:
         if key is None or key not in self._seen or known.gain is None or not known.gain > 0:
             return None
         steps, output = self._seen[key]
-        if steps < _EAGER:
-            return None
-        if (numbers := self._sweeps(graph)) is None:
+        if steps < _EAGER or (numbers := self._sweeps(graph)) is None:
             return None
         sweeps, late = numbers
         cost = self.make_cost(output, target)
-        program = self._found(key, graph, sweeps, late) or self._made(key, graph, x, cost, output, sweeps, late)
+        program = self._at_hand(key, graph, sweeps, late) or self._made(key, graph, x, cost, output, sweeps, late)
         found = program(x, cost, beta, known)
         if found is None:
             return None
@@ -110,7 +108,7 @@ class Programs:
         whole = min(_usual(self.whole) if self.whole else 1, most)
         return whole, min(_rounded(max(needed - whole, 1)), most - whole)
 
-    def _found(self, key: Key, graph: Graph, sweeps: int, late: int) -> Program | None:
+    def _at_hand(self, key: Key, graph: Graph, sweeps: int, late: int) -> Program | None:
         """The program of so many sweeps, or one of more if it is dear; None if there is none."""
         exact = self._programs.get((key, sweeps, late))
         if exact or (sweeps + late) * len(graph.nodes) <= _DEAR:
@@ -143,7 +141,7 @@ def _rounded(sweeps: int) -> int:
 def _key(graph: Graph, x: Any, target: Tensor) -> Key | None:
     """All that a program depends on besides the values of tensors; None if some input may change unseen."""
     values = input_values(x)
-    if not all(isinstance(value, (Tensor, *_PLAIN)) for value in values):
+    if not all(isinstance(value, _INPUTS) for value in values):
         return None
     kind = target.device.type
     casts = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
