@@ -29,8 +29,8 @@ bench: $(INSTALLED) ## measure speed and accuracy
 MNIST ?= $(wildcard data/mnist)
 MEASURED := runs/baselines
 PAGE := docs/benchmarks
-VARIANTS := --add "eqprop tol=0.1" --add "eqprop tol=0.001" --add "eqprop beta=0.01" --add "eqprop beta=0.5" \
-	--add "eqprop tol=0.1 beta=0.01" --add "eqprop settle_lr=0.15" --add "smep tol=0.1" --add "smep beta=0.01"
+VARIANTS := --add "eqprop tol=0.1" --add "eqprop tol=0.001" --add "eqprop beta=0.1" --add "eqprop beta=0.5" \
+	--add "eqprop tol=0.001 beta=0.1" --add "eqprop settle_lr=0.15" --add "smep tol=0.1" --add "smep beta=0.1"
 
 baselines: $(INSTALLED) ## measure the tables of docs/benchmarks; full MNIST from data/mnist or MNIST=folder
 	rm -rf $(MEASURED)

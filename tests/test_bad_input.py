@@ -300,7 +300,7 @@ BAD_SETTINGS = {
     "settle_lr": (0, -0.1, math.nan, math.inf, "0.2"),
     "tol": (0, -1e-2, math.nan, math.inf, "0.01"),
     "patience": (0, -1, 1.5),
-    "strength": (0, -0.1, math.nan, "0.5", None),
+    "strength": (0, -0.1, math.nan, "0.5"),
 }
 
 

@@ -253,4 +253,4 @@ def test_kinks_inside_a_module_kept_whole_are_held_too():
     model = nn.Sequential(nn.Linear(8, 32), encoder, nn.Flatten(), nn.Linear(256, 10)).double()
     x, y = torch.randn(64, 8, 8).double(), torch.randint(10, (64,))
     estimate = mep.EquilibriumPropagation(model, solver=mep.Sweep(tol=1e-3))(x, y)
-    assert estimate.converged and estimate.beta == 0.1 and estimate.iterations < 10
+    assert estimate.converged and estimate.beta == 0.01 and estimate.iterations < 10

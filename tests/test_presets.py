@@ -132,7 +132,10 @@ RECIPES = {
 OPTIONS = {mep.sdmep: {"dion_threshold": DION_THRESHOLD}}
 SETTLE_STEPS, SETTLE_LR = 12, 0.2
 SETTLINGS = {
-    "to the equilibrium": ({"tol": 1e-10, "settle_steps": 5000, "adaptive": True}, minimise),
+    "to the equilibrium": (
+        {"tol": 1e-10, "settle_steps": 5000, "adaptive": True, "strength": math.inf},
+        minimise,
+    ),
     "by descent": (
         {"settle_steps": SETTLE_STEPS, "settle_lr": SETTLE_LR},
         lambda energy, states: descend(energy, states, SETTLE_STEPS, SETTLE_LR),
@@ -157,7 +160,7 @@ def test_first_update_is_its_hand_written_composition(preset, settling):
     loss = opt.step(x=x, target=y)
 
     torch.testing.assert_close(loss, F.cross_entropy(by_hand(x), y).detach())
-    found = gradient(by_hand, x, y, *((default(preset, "beta"), settle) if has(preset, "beta") else ()))
+    found = gradient(by_hand, x, y, *((opt.estimator.beta, settle) if has(preset, "beta") else ()))
     for p, q, g in zip(net.parameters(), by_hand.parameters(), found, strict=True):
         q = update(q.detach(), g, lr, default(preset, "momentum"), default(preset, "nesterov"))
         q = bounded(q, default(preset, "gamma")) if has(preset, "gamma") else q

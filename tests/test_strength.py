@@ -118,6 +118,46 @@ def test_natural_gradient_observes_each_at_its_own():
 # When.
 
 
+@pytest.mark.parametrize(
+    ("solver", "beta", "strength"),
+    [
+        (mep.Sweep(), 0.01, 0.02),
+        (mep.Sweep(strength=0.3), 0.01, 0.3),
+        (mep.Local(), 0.01, None),
+        (mep.Descent(), 0.1, None),
+    ],
+    ids=str,
+)
+def test_what_is_usual(solver, beta, strength):
+    ep = mep.EquilibriumPropagation(mlp(nn.ReLU, 5, 8, 3), solver=solver)
+    assert ep.beta == beta and getattr(ep.solver, "strength", None) == strength
+
+
+@pytest.mark.parametrize(("beta", "strength"), [(0.1, 0.2), (0.25, 0.5), (3.0, 0.5)])
+def test_the_usual_strength_grows_with_beta(beta, strength):
+    """Who asks for a stronger nudge gets it; beyond 0.5 the estimate would say little of the gradient."""
+    assert mep.EquilibriumPropagation(mlp(nn.ReLU, 5, 8, 3), beta=beta).solver.strength == strength
+
+
+@pytest.mark.parametrize("depth", [2, 10, 30])
+@pytest.mark.parametrize("cost", ["cross_entropy", "mse"])
+def test_strength_bounds_what_the_answer_takes_back(depth, cost):
+    """`|dC(s) - dC(s_free)| <= L |s - s_free| = beta L |M x|`; and so one sweep is enough, or two."""
+    torch.manual_seed(depth)
+    model = mlp(nn.ReLU, *[12] * depth, 5)
+    for layer in model[::2]:
+        nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+    x, y = 5 * torch.randn(40, 12).double(), torch.randint(5, (40,))
+    target, solver = (y if cost == "cross_entropy" else nn.functional.one_hot(y, 5).double()), mep.Sweep(strength=0.02)
+    energy, found = settled(model.double(), x, target, cost, 0.1, solver)
+    with torch.no_grad():
+        _, free = free_energy(model, x)
+        now, before, nudged = energy.cost_gradient(found.point), energy.cost_gradient(free), energy.beta
+    assert (nudged > 0).all() and (nudged < 0.1).any()
+    assert ((now - before).norm(dim=1) <= 0.02 * now.norm(dim=1)).all()
+    assert (found.residual <= solver.tol).all() and found.iterations <= 2
+
+
 def test_where_examples_see_each_other_all_are_nudged_less():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 12), nn.BatchNorm1d(12), nn.Tanh(), nn.Linear(12, 3)).double()

@@ -3,7 +3,8 @@
 Settling, in every preset: without `settle_lr` the sweep solver runs, with `settle_steps` as its limit; giving
 `settle_lr` selects gradient descent on the states with that step. `adaptive=True` stops once every example's relative
 residual has been at most `tol` for `patience` iterations, `adaptive=False` runs exactly `settle_steps`; left at None it
-is True for sweeps and False for descent. `strength` limits how strongly adaptive sweeps nudge, see `mep.Sweep`.
+is True for sweeps and False for descent. `strength` limits how strongly adaptive sweeps nudge; None: in proportion to
+`beta`, see `mep.Sweep`.
 """
 
 from __future__ import annotations
@@ -25,8 +26,6 @@ from mep.solvers import Descent, Local, Sweep
 from mep.tracing import Leaves
 from mep.updates import Dion, Muon, NaturalGradient
 
-_STRENGTH = Sweep.strength
-
 
 def eqprop(
     params: ParamsT,
@@ -37,7 +36,7 @@ def eqprop(
     weight_decay: float = 0.0,
     nesterov: bool = False,
     cost: str | PerExample | type[BatchCost] = "cross_entropy",
-    beta: float = 0.1,
+    beta: float | None = None,
     energy: str = "prediction",
     phases: str = "one-sided",
     branches: str = "held",
@@ -47,7 +46,7 @@ def eqprop(
     adaptive: bool | None = None,
     tol: float = 1e-2,
     patience: int = 1,
-    strength: float = _STRENGTH,
+    strength: float | None = None,
     compile: bool = False,
     checkpoint: bool = False,
     low_memory: bool = False,
@@ -88,7 +87,7 @@ def smep(
     nesterov: bool = True,
     gamma: float = 3.0,
     cost: str | PerExample | type[BatchCost] = "cross_entropy",
-    beta: float = 0.1,
+    beta: float | None = None,
     energy: str = "prediction",
     phases: str = "one-sided",
     branches: str = "held",
@@ -98,7 +97,7 @@ def smep(
     adaptive: bool | None = None,
     tol: float = 1e-2,
     patience: int = 1,
-    strength: float = _STRENGTH,
+    strength: float | None = None,
     compile: bool = False,
     checkpoint: bool = False,
     low_memory: bool = False,
@@ -132,7 +131,7 @@ def smep_fast(
     nesterov: bool = True,
     gamma: float = 3.0,
     cost: str | PerExample | type[BatchCost] = "cross_entropy",
-    beta: float = 0.01,
+    beta: float | None = None,
     energy: str = "prediction",
     phases: str = "one-sided",
     branches: str = "held",
@@ -142,12 +141,12 @@ def smep_fast(
     adaptive: bool | None = None,
     tol: float = 1e-1,
     patience: int = 1,
-    strength: float = _STRENGTH,
+    strength: float | None = None,
     compile: bool = False,
     checkpoint: bool = False,
     low_memory: bool = False,
 ) -> EPOptimizer:
-    """`smep` with a looser tolerance, a weaker nudge and fewer steps: for prototyping.
+    """`smep` with a looser tolerance and fewer steps: for prototyping.
 
     Takes the arguments of `smep`. One or two sweeps a step suffice.
     """
@@ -171,7 +170,7 @@ def sdmep(
     dion_threshold: int = 8192,
     gamma: float = 3.0,
     cost: str | PerExample | type[BatchCost] = "cross_entropy",
-    beta: float = 0.1,
+    beta: float | None = None,
     energy: str = "prediction",
     phases: str = "one-sided",
     branches: str = "held",
@@ -181,7 +180,7 @@ def sdmep(
     adaptive: bool | None = None,
     tol: float = 1e-2,
     patience: int = 1,
-    strength: float = _STRENGTH,
+    strength: float | None = None,
     compile: bool = False,
     checkpoint: bool = False,
     low_memory: bool = False,
@@ -228,7 +227,7 @@ def O1MemoryEPv2(
     nesterov: bool = True,
     gamma: float = 3.0,
     cost: str | PerExample | type[BatchCost] = "cross_entropy",
-    beta: float = 0.1,
+    beta: float | None = None,
     energy: str = "prediction",
     phases: str = "one-sided",
     branches: str = "held",
@@ -277,7 +276,7 @@ def natural_ep(
     use_diagonal_fisher: bool = False,
     orthogonalise: bool = False,
     cost: str | PerExample | type[BatchCost] = "cross_entropy",
-    beta: float = 0.1,
+    beta: float | None = None,
     phases: str = "one-sided",
     branches: str = "held",
     leaves: Leaves = (),
@@ -286,7 +285,7 @@ def natural_ep(
     adaptive: bool | None = None,
     tol: float = 1e-2,
     patience: int = 1,
-    strength: float = _STRENGTH,
+    strength: float | None = None,
     compile: bool = False,
 ) -> EPOptimizer:
     """Natural-gradient EP: equilibrium propagation, and a Fisher matrix from the settled states.
@@ -351,7 +350,7 @@ def local_ep(
     weight_decay: float = 0.0,
     nesterov: bool = False,
     cost: str | PerExample | type[BatchCost] = "cross_entropy",
-    beta: float = 0.1,
+    beta: float | None = None,
     phases: str = "one-sided",
     leaves: Leaves = (),
     tol: float = 1e-2,
@@ -429,9 +428,15 @@ def _sgd(
 
 
 def _solver(
-    energy: str, steps: int, settle_lr: float | None, adaptive: bool | None, tol: float, patience: int, strength: float
+    energy: str,
+    steps: int,
+    settle_lr: float | None,
+    adaptive: bool | None,
+    tol: float,
+    patience: int,
+    strength: float | None,
 ) -> Solver:
-    if strength != _STRENGTH and (settle_lr is not None or adaptive is False):
+    if strength is not None and (settle_lr is not None or adaptive is False):
         Sweep(strength=strength)  # refuses what is no strength at all
         raise ArgumentError(f"strength={strength!r} does something only for sweeps with adaptive=True.")
     if settle_lr is not None:

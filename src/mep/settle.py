@@ -135,6 +135,8 @@ class Solver(ABC):
     patience: int
     adaptive: bool
 
+    usual_beta: ClassVar[float] = 0.1
+    """The nudging strength of an estimator that is given none: enough to stand out from rounding and tolerance."""
     beta_limited = False
     """Whether a smaller beta makes an equilibrium easier to reach."""
     gives_up: ClassVar[bool] = False
@@ -160,6 +162,10 @@ class Solver(ABC):
     @abstractmethod
     def advance(self, energy: Energy, iterate: Iterate, active: Tensor | None) -> Iterate:
         """The next iterate; where `active` ([batch], None for all) is False, an example stays where it is."""
+
+    def for_beta(self, beta: float) -> Solver:
+        """The same for nudges of at most this strength: what was left to it is chosen."""
+        return self
 
     def way_out(self, energy: Energy, point: Point) -> str:
         """What to do where this has diverged from a point."""

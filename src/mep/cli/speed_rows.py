@@ -37,12 +37,14 @@ RECIPES = (
     Recipe("Backprop + SGD, compiled", "sgd", {"compile": True}),
     MUON,
     *(Recipe(f"EqProp tol {tol:g}", "eqprop", {"tol": tol}) for tol in SWEEP_TOLERANCES),
+    Recipe("EqProp beta 0.1", "eqprop", {"beta": 0.1}),
     Recipe("EqProp, compiled", "eqprop", {"compile": True}),
     *(
         Recipe(f"Descent {steps}", "eqprop", {"settle_steps": steps, "settle_lr": SETTLE_LR}, "descent")
         for steps in (10, 30)
     ),
     Recipe("SMEP", "smep", {}),
+    Recipe("SMEP, compiled", "smep", {"compile": True}),
     Recipe("SMEP-fast", "smep_fast", {}),
     Recipe("SDMEP", "sdmep", {}),
     Recipe("NaturalEP", "natural_ep", {}),
@@ -66,8 +68,8 @@ def choose(
 ) -> tuple[Recipe, ...]:
     """The yardstick; the recipes whose preset or label is among `only`, or all, but not among `without`; the `added`.
 
-    >>> [recipe.label for recipe in choose(["smep", "Descent 10"], added=["eqprop beta=0.01"])]
-    ['Backprop + SGD', 'Descent 10', 'SMEP', 'EqProp beta=0.01']
+    >>> [recipe.label for recipe in choose(["sdmep", "Descent 10"], added=["eqprop beta=0.5"])]
+    ['Backprop + SGD', 'Descent 10', 'SDMEP', 'EqProp beta=0.5']
     """
     for flag, names in (("--only", only), ("--without", without)):
         for name in names:

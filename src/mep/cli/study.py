@@ -24,7 +24,7 @@ class Settings:
     """Which networks are settled, and how."""
 
     depths: tuple[int, ...] = (5, 10, 20, 50, 100, 200)  # hidden layers: from shallow to hopeless
-    betas: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3, 1.0)  # around the default, 0.1
+    betas: tuple[float, ...] = (0.001, 0.01, 0.03, 0.1, 0.3, 1.0)  # around the default, 0.01
     width: int = 32  # enough for digits; what matters here is depth
     batch_size: int = 64  # enough for the worst of them to mean something
     train_steps: int = 100  # of Adam and backprop: the loss has left its plateau, where there is a way

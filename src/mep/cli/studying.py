@@ -31,7 +31,7 @@ FAMILIES = (
     ("residual", "relu", "torch"),
     ("residual", "gelu", "torch"),
 )
-COMMON_DEPTH, COMMON_BETA = 20, 0.1
+COMMON_DEPTH, COMMON_BETA = 20, 0.01
 """Where one of the two varies, the other one is this, or the nearest that was asked for."""
 
 

@@ -30,7 +30,7 @@ class Settings:
     model: str = "mlp"  # the model of the benchmarks
     cost: str = "cross_entropy"  # the usual one for classes
     batch_size: int = 16  # enough for BatchNorm, few enough for finite differences
-    betas: tuple[float, ...] = (0.1, 0.03, 0.01)  # the default of training, and two on the way to the limit
+    betas: tuple[float, ...] = (0.1, 0.03, 0.01)  # on the way to the limit, down to the default of training
     branches: str = "held"  # the default of training
     leaves: tuple[str, ...] = ()  # modules to keep whole
     samples: int = 2  # the largest coordinate of every parameter, and one more

@@ -31,7 +31,7 @@ from mep.estimators.phases import SettledPhase, estimate_of, next_beta, settle_p
 from mep.estimators.program import Setting
 from mep.estimators.programs import Programs
 from mep.estimators.recall import Recall, check_indices
-from mep.estimators.settings import check_settings
+from mep.estimators.settings import check_settings, check_solver
 from mep.layout import per_example
 from mep.nodes import Held
 from mep.settle import Known, Result, Settled, Solver, settle
@@ -52,9 +52,10 @@ class EquilibriumPropagation:
     Args:
         model: any module that `mep.trace` can read. It is not changed.
         cost: "cross_entropy", "mse", or a function of `(output, target)` that returns one number per example.
-        beta: the largest nudging strength. Where the equilibrium of an example is out of reach it is nudged less, and
-            where examples see each other (batch normalisation in training) all are, kept over the steps and raised
-            again slowly; the estimate says which.
+        beta: the largest nudging strength; None is 0.01 for sweeps and `mep.Local`, 0.1 for descent. Where the
+            equilibrium of an example is out of reach, or its answer strong, it is nudged less; where examples see each
+            other (batch normalisation in training) all are, kept over the steps and raised again slowly. The estimate
+            says which.
         solver: `mep.Sweep(...)` (the default for "prediction") or `mep.Descent(...)` (for "hopfield").
         energy: "prediction" or "hopfield".
         phases: "one-sided" or "centered".
@@ -94,7 +95,7 @@ class EquilibriumPropagation:
         self,
         model: nn.Module,
         cost: str | PerExample | type[BatchCost] = "cross_entropy",
-        beta: float = 0.1,
+        beta: float | None = None,
         solver: Solver | None = None,
         energy: str = "prediction",
         phases: str = "one-sided",
@@ -109,7 +110,6 @@ class EquilibriumPropagation:
         self.model = model
         self.cost = cost
         self._cost = make_cost(cost)
-        self.beta = beta
         self.coupling = make_coupling(energy)
         self.phases = phases
         self.branches = branches
@@ -117,9 +117,12 @@ class EquilibriumPropagation:
         self.diagnostics = diagnostics
         self.observe = observe
         self.solver = solver or (Sweep() if energy == "prediction" else _HOPFIELD_SOLVER)
+        check_solver(self.solver)
+        self.beta = self.solver.usual_beta if beta is None else beta
         self.compile, self.checkpoint = compile, checkpoint
         check_settings(self)
-        self._reach = float(beta)
+        self.solver = self.solver.for_beta(self.beta)
+        self._reach = float(self.beta)
         self._known = Known()
         self._recall = Recall()
         self._trace()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -91,7 +92,7 @@ def estimate_of(loss: Tensor, beta: float, phases: Sequence[SettledPhase], diagn
     left = max(e.left_branch(s.point) for _, e, s in phases) if diagnostics else None
     return Estimate(
         loss=loss,
-        residual=torch.stack([s.residual for s in settled]).amax(0),
+        residual=reduce(torch.maximum, [s.residual for s in settled]),
         iterations=max(s.iterations for s in settled),
         beta=beta if betas is None else float(betas.min()),
         result=unsettled[0] if unsettled else Result.CONVERGED,

@@ -86,7 +86,7 @@ class Program:
 
     def __call__(self, x: Any, cost: BatchCost, beta: float, known: Known) -> Found | None:
         """The step, or None if something in it is not finite, or an example is nudged less in only one phase."""
-        largest = self.setting.solver.strength
+        largest = self.setting.solver.largest
         most = higher(known.most, largest)
         numbers, loss, residual, betas, *found = self.run(*self._tensors(x, cost, beta, float(known.gain or 0), most))
         finite, gain, worst, soon, weakest, apart, *unsettled = numbers.tolist()

@@ -106,7 +106,7 @@ class Programs:
         if not graph.is_affine_when_held:
             return min(_rounded(needed), most), 0
         whole = min(_usual(self.whole) if self.whole else 1, most)
-        return whole, min(_rounded(max(needed - whole, 1)), most - whole)
+        return whole, min(_rounded(needed - whole), most - whole) if needed > whole else 0
 
     def _at_hand(self, key: Key, graph: Graph, sweeps: int, late: int) -> Program | None:
         """The program of so many sweeps, or one of more if it is dear; None if there is none."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mep.errors import ArgumentError
 from mep.estimators.contrast import CONTRASTS
@@ -15,6 +15,12 @@ if TYPE_CHECKING:
     from mep.estimators.equilibrium import EquilibriumPropagation
 
 _CALL = "EquilibriumPropagation"
+
+
+def check_solver(solver: Any) -> None:
+    """Refuse what is no solver."""
+    if not isinstance(solver, Solver):
+        raise ArgumentError(f"{_CALL}(solver={solver!r}): must be a mep.Sweep, mep.Descent, ...")
 
 
 def check_settings(ep: EquilibriumPropagation) -> None:
@@ -38,8 +44,6 @@ def _check_values(ep: EquilibriumPropagation) -> None:
         raise ArgumentError(f"{_CALL}(observe={ep.observe!r}): must be callable, as update.observe.")
     if ep.observe is not None and energy != "prediction":
         raise ArgumentError(f"{_CALL}(observe=...): energy={energy!r} has no errors to observe.")
-    if not isinstance(ep.solver, Solver):
-        raise ArgumentError(f"{_CALL}(solver={ep.solver!r}): must be a mep.Sweep, mep.Descent, ...")
     if ep.solver.prediction_only and energy != "prediction":
         raise ArgumentError(
             f"{type(ep.solver).__name__} does not settle energy={energy!r}. Use solver=mep.Descent(...)."

@@ -14,7 +14,7 @@ from mep.energy import Energy, State, relative_residual
 from mep.graph import Point
 from mep.layout import per_example
 from mep.nodes import Node, displaced
-from mep.solvers.output import expands, next_error, output_residual, quotients
+from mep.solvers.output import expands, mean_gain, next_error, output_residual
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ class Network:
         assert nudge is not None
         wanted = nudge.cost.gradient(s)
         residual = output_residual(error, wanted, s)
-        _, self.gain = quotients(error, self.free - s, energy.beta)
+        self.gain = mean_gain(error, self.free - s, energy.beta)
         loud = ~(residual <= tol)
         if not loud.any():
             return replace(cell, residual=residual)

@@ -75,6 +75,7 @@ class Local(Solver):
     adaptive: bool = True
     schedule: str = "there and back"
 
+    usual_beta = 0.01  # errors are carried as such, not as differences of states: little bias, and no digits lost
     prediction_only = True
     beta_limited = True
 

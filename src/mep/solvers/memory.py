@@ -27,8 +27,8 @@ class Memory:
     """The examples that are still settling (`rows`, None for all) and all that is known about their outputs.
 
     `question`: dC/ds at the free output; `first`: the error to begin with; `trials`: those of the last of so many
-    `sweeps`, oldest first; `strengths`: `beta <x, M x> / <x, x>` of the first, of all examples; `gains`: their matrices
-    M, once they were asked for.
+    `sweeps`, oldest first; `strengths`: `beta |M x| / |x|` of the first, of all examples; `gains`: their matrices M,
+    once they were asked for.
     """
 
     answers: Answers

@@ -72,14 +72,17 @@ def expands(question: Tensor, error: Tensor, wanted: Tensor, residual: Tensor) -
     return bool((missed > _EXPANDS * torch.maximum(asked, asked.mean())).any())
 
 
-def quotients(x: Tensor, shift: Tensor, beta: Strength) -> tuple[Tensor, Tensor]:
-    """`beta <x, M x> / <x, x>` of every example, and the mean of `<x, M x> / <x, x>` with weights `<x, x>`.
+def sizes(x: Tensor, shift: Tensor, beta: Strength) -> Tensor:
+    """`beta |M x| / |x|` of every example; `shift` is `beta M x`."""
+    return torch.copysign(example_norm(shift, len(x)) / example_norm(x, len(x)), beta)
 
-    `shift` is `beta M x`.
-    """
-    x, shift = x.reshape(len(x), -1), shift.reshape(len(x), -1)
-    both, square = torch.linalg.vecdot(x, shift), torch.linalg.vecdot(x, x)
-    return both / square, (both / beta).sum() / square.sum()
+
+def mean_gain(x: Tensor, shift: Tensor, beta: Strength) -> Tensor:
+    """The mean of `<x, M x> / <x, x>` over the examples, with weights `<x, x>`; `shift` is `beta M x`."""
+    if isinstance(beta, Tensor):
+        shift, beta = shift / spread(beta, shift), 1.0
+    x = x.flatten()
+    return shift.flatten().dot(x) / (beta * x.dot(x))
 
 
 def first_error(energy: Energy, free: Tensor, wanted: Tensor, known: Known, most: Strength = math.inf) -> Tensor:

@@ -1,9 +1,9 @@
 """How strongly each example is nudged: less than asked where its equilibrium is far away, or out of reach.
 
-The strength of a nudge is `beta k L`, with k the gain of the example, `<x, M x> / <x, x>`, and L the smoothness of the
-cost (no eigenvalue of its Hessian is larger). To first order it is the fraction of the cost's gradient that the output
-takes back by answering, were the cost everywhere as curved as that: the bias of the estimate, and what makes settling
-slow.
+The strength of a nudge is `beta k L`, with k the gain of the example, `|M x| / |x|` for the output error x, and L the
+smoothness of the cost (no eigenvalue of its Hessian is larger). The answer takes back no more than that fraction of the
+cost's gradient, `|dC(s - beta M x) - dC(s)| <= L beta |M x|`: it is the bias of the estimate, and makes settling slow.
+A network that is not affine shows `<x, M x> / <x, x>`, which is less, before any state has moved.
 
 Where examples do not see each other the nudged energy is a sum over them, each with a beta of its own, and their scaled
 errors, on which the contrast is built, are those of their own equilibria. So one hard example need not weaken the rest.
@@ -66,7 +66,7 @@ def within_reach(cost: BatchCost, strength: Tensor, most: Strength) -> Tensor | 
     if smoothness is None:
         return None
     away, may_look = weakest(most, _AWAY), not isinstance(most, Tensor)
-    if may_look and bool(strength.abs().max() * smoothness <= away):
+    if may_look and float(strength.abs().max()) * smoothness <= away:
         return None
     found = torch.where(strength < 0, away, most) / (smoothness * strength.abs())
     is_too_strong = (found < 1) & (found > 0)  # no gain at all, or none that is a number, is not

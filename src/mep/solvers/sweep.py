@@ -35,10 +35,11 @@ from mep.solvers.checkpointed import Checkpointed, Forgotten
 from mep.solvers.memory import Answers, Memory
 from mep.solvers.output import (
     first_error,
+    mean_gain,
     next_error,
-    quotients,
     require_prediction,
     rescaled,
+    sizes,
     solved_error,
     wanted_error,
 )
@@ -47,6 +48,8 @@ from mep.solvers.strength import SOON, are_separate, higher, is_late, lower
 from mep.solvers.walks import Walks, worst_residual
 from mep.solvers.weakening import limited, may_weaken, relieved
 
+_STRONGEST, _GAIN = 0.5, 2.0
+"""The usual limits of an example's strength: as it is, and in units of beta."""
 _PATIENCE = 4
 """After so many sweeps examples tell their whole gain."""
 
@@ -68,7 +71,9 @@ class Sweep(Solver):
         history: how many sweeps the next output error is inferred from; 0 is plain iteration.
         strength: the largest `beta k L` of an example, with its gain k and the smoothness L of the cost (0.5 for
             cross-entropy, 2 / outputs for squared errors); one that answers more strongly is nudged less. It estimates
-            the bias of its gradient. `math.inf`: as asked wherever there is an equilibrium.
+            the bias of its gradient. None: 0.5, and no more than `2 beta` for an estimator of that beta, so that an
+            example is nudged as asked unless its gain exceeds `2 / L`. `math.inf`: as asked wherever there is an
+            equilibrium.
 
     Only for `energy="prediction"`. Where branches are held and all nodes are affine, the examples that are hard to
     settle tell their whole gain in one of the sweeps; if they have no more outputs than `settle_steps`, a nudge toward
@@ -85,8 +90,9 @@ class Sweep(Solver):
     patience: int = 1
     adaptive: bool = True
     history: int = 4
-    strength: float = 0.5
+    strength: float | None = None
 
+    usual_beta = 0.01  # errors are carried as such, not as differences of states: little bias, and no digits lost
     prediction_only = True
     beta_limited = True
     gives_up = True
@@ -95,12 +101,20 @@ class Sweep(Solver):
         super().__post_init__()
         if not (isinstance(self.history, int) and self.history >= 0):
             raise ArgumentError(f"Sweep(history={self.history!r}): must be an integer >= 0.")
-        if not (isinstance(self.strength, (int, float)) and self.strength > 0):
+        if self.strength is not None and not (isinstance(self.strength, (int, float)) and self.strength > 0):
             raise ArgumentError(f"Sweep(strength={self.strength!r}): must be a positive number; math.inf for no limit.")
+
+    def for_beta(self, beta: float) -> Sweep:
+        return self if self.strength is not None else replace(self, strength=min(_STRONGEST, _GAIN * beta))
+
+    @property
+    def largest(self) -> float:
+        """The largest strength."""
+        return _STRONGEST if self.strength is None else self.strength
 
     def start(self, energy: Energy, point: Point, known: Known) -> Iterate:
         """The free equilibrium: every error is zero and the nudge unanswered."""
-        return self._start(energy, point, replace(known, most=higher(known.most, self.strength)))
+        return self._start(energy, point, replace(known, most=higher(known.most, self.largest)))
 
     def _start(self, energy: Energy, point: Point, known: Known) -> Iterate:
         """As `start`, with `known.most` as the largest strength."""
@@ -115,7 +129,7 @@ class Sweep(Solver):
         if energy.is_affine:
             answers = (Checkpointed if isinstance(point, Forgotten) else Response)(energy, point)
         else:
-            answers = Walks(energy, point, most if weakens else None, math.isfinite(self.strength))
+            answers = Walks(energy, point, most if weakens else None, math.isfinite(self.largest))
         memory = Memory(answers, nudge.cost, free, question, first)
         return Iterate(point, free.new_ones(energy.batch), most=most if weakens else None, memory=memory)
 
@@ -137,7 +151,7 @@ class Sweep(Solver):
         if not energy.is_affine and (moved.memory.sweeps > 1 or float(moved.residual.min()) <= self.tol):
             moved = self.certify(energy, moved)
         if moved.most and moved.memory.sweeps == SOON and is_late(moved.worst, self.tol):
-            moved.most = lower(moved.most, self.strength)
+            moved.most = lower(moved.most, self.largest)
         if is_first or not (self.adaptive and self.history):
             return moved
         return relieved(moved, iterate.residual, self.tol, self.settle_steps)
@@ -174,8 +188,9 @@ class Sweep(Solver):
         memory = memory if factor is None else memory.retold(factor)
         found = iterate.gain
         if not memory.trials:
-            strengths, found = quotients(x, memory.free - output, memory.beta)
-            memory = replace(memory, strengths=strengths)
+            shift = memory.free - output
+            found = mean_gain(x, shift, memory.beta)
+            memory = replace(memory, strengths=sizes(x, shift, memory.beta))
         memory = memory.tried((x, output, memory.cost.gradient(output)), self.history)
         residual = memory.put(iterate.residual, memory.residual)
         return replace(iterate, residual=residual, memory=memory, gain=found, exact=False, weakened=factor is not None)
