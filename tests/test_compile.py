@@ -162,7 +162,7 @@ def test_rare_steps_that_sweep_often_do_not_count(uncompiled):
     _, quick = pair(mlp, seed=6)
     for x, y in batches(6, count=4):
         quick.step(x=x, target=y)
-    for rare, made in ((2, 0), (1, 1)):
+    for rare, made in ((3, 0), (2, 1)):
         needed(quick, [7] * rare + [2] * (20 - rare))
         quick.step(x=x, target=y)
         assert len(quick.estimator.programs) == made
@@ -174,6 +174,7 @@ def test_what_does_not_settle_is_done_without(uncompiled):
     for x, y in batches(6):
         for opt in (plain, quick):
             opt.step(x=x, target=y)
+    counted = len(quick.estimator.programs.needed)
     for scale in (3.0, 10.0):
         x, y = next(batches(7, count=1))
         for opt in (plain, quick):
@@ -181,6 +182,8 @@ def test_what_does_not_settle_is_done_without(uncompiled):
                 opt.model[4].weight.mul_(scale)
             opt.step(x=x, target=y)
             assert opt.last.converged
+        assert len(quick.estimator.programs.needed) == counted + 1, "a step that is made twice counts once"
+        counted += 1
         assert plain.last.iterations == quick.last.iterations
         assert plain.last.beta == pytest.approx(quick.last.beta)
         assert_equal_states(plain, quick, rtol=1e-6, atol=1e-7)

@@ -23,7 +23,7 @@ _KINDS = 64
 """So many kinds of step, by shapes and plain inputs, are remembered."""
 _RECENT = 64
 """So many steps tell how often the next may have to sweep."""
-_RARE = 20
+_RARE = 10
 """One step in so many may need more than a program does, and is made twice: dear, but so is a sweep in every step."""
 _SWEEPS = (1, 2, 3, 4, 6)
 """The numbers of sweeps that programs are made for: few, since each takes seconds to compile, or minutes."""
@@ -47,6 +47,8 @@ class Programs:
         """After how many sweeps most examples had settled: only programs tell."""
         self.needed: deque[int] = deque(maxlen=_RECENT)
         """How many sweeps steps have needed."""
+        self._at_least = 0
+        """How many a step needs that a program has just tried in vain."""
         self._seen: dict[Key, tuple[int, Tensor]] = {}
         """How many steps were made without a program, and an output of theirs; the latest last."""
         self._programs: dict[tuple[Key, int, int], Program] = {}
@@ -75,11 +77,11 @@ class Programs:
         found = program(x, cost, beta, known)
         if found is None:
             return None
-        settles = not self.setting.solver.adaptive or found.worst <= self.setting.solver.tol
         self.whole.append(found.whole)
-        self.needed.append(found.sweeps if settles else found.sweeps + 1)
-        if not settles:
+        if self.setting.solver.adaptive and found.worst > self.setting.solver.tol:
+            self._at_least = found.sweeps + 1
             return None
+        self.needed.append(found.sweeps)
         for buffer, value in found.buffers:
             buffer.copy_(value)
         return found
@@ -91,7 +93,8 @@ class Programs:
             self._seen[key] = steps + 1, torch.zeros_like(energy.output(settled.point))
             if len(self._seen) > _KINDS:
                 del self._seen[next(iter(self._seen))]
-        self.needed.append(settled.iterations)
+        self.needed.append(max(settled.iterations, self._at_least))
+        self._at_least = 0
 
     def _sweeps(self, graph: Graph) -> tuple[int, int] | None:
         """How many to make of all examples, and then of the worst: what steps of late have needed, but for a few.
