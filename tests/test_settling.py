@@ -221,6 +221,28 @@ def test_patience_asks_for_consecutive_quiet_iterations(make):
     assert [iterations(p) - iterations(1) for p in (2, 3, 6)] == [1, 2, 5]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_who_is_exactly_at_the_tolerance_has_settled(dtype):
+    """In the dtype of residuals 0.01 may be more than 0.01: then nobody would be active, and nobody settled."""
+    at = torch.tensor([0.01, 0.01, 0.01], dtype=dtype)
+    left = [torch.full((3,), 0.5, dtype=dtype), torch.cat([at[:2], at.new_tensor([0.5])]), at]
+
+    class Rounded(mep.Sweep):
+        def start(self, energy, point, known):
+            return Iterate(point, left.pop(0))
+
+        def advance(self, energy, iterate, active):
+            assert active is None or active.any()
+            return Iterate(iterate.point, left.pop(0))
+
+        def certify(self, energy, iterate):
+            return iterate
+
+    energy, free = free_energy(nn.Linear(2, 2), torch.ones(3, 2))
+    found = settle(energy, free, Rounded(5))
+    assert (found.result, found.iterations) == (Result.CONVERGED, 2)
+
+
 def test_patience_starts_again_after_a_loud_iteration():
     model, x, y = MODELS["mlp tanh"].build("mse", batch=1)
     steps = [

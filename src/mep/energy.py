@@ -28,7 +28,7 @@ from mep.activations import Kink
 from mep.cost import BatchCost
 from mep.errors import ArgumentError
 from mep.graph import Graph, Point
-from mep.layout import by_example
+from mep.layout import accurate, by_example
 from mep.nodes import Held, Node, Strength, displaced, magnitude, spread
 
 State = dict[str, Tensor]
@@ -232,8 +232,11 @@ def inside_box(node: Node, mu: Tensor) -> Tensor:
 
 
 def example_norm(tensor: Tensor, batch: int) -> Tensor:
-    """The Euclidean norm over everything but the examples: [batch]. Rows of one example must be neighbours."""
-    return torch.linalg.vector_norm(by_example(tensor, batch), dim=1)
+    """The Euclidean norm over everything but the examples, [batch], in float32 at least.
+
+    Rows of one example must be neighbours.
+    """
+    return torch.linalg.vector_norm(by_example(tensor, batch), dim=1, dtype=accurate(tensor))
 
 
 def relative_residual(side: Tensor, other: Tensor, state: Tensor, batch: int, box: Box = FREE) -> Tensor:

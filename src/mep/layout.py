@@ -31,6 +31,11 @@ def by_example(t: Tensor, batch: int) -> Tensor:
     return (t.permute(0, 2, 3, 1) if layout(t) is torch.channels_last else t).reshape(batch, -1)
 
 
+def accurate(t: Tensor) -> torch.dtype:
+    """The dtype in which sums over t shall be made and told: half precision is not enough to compare them."""
+    return torch.promote_types(t.dtype, torch.float32)
+
+
 def per_example(values: Tensor, like: Tensor) -> Tensor:
     """One value an example ([batch]) spread over the rows of a state, ready to broadcast."""
     rows = values if len(like) == len(values) else values.repeat_interleave(len(like) // len(values))

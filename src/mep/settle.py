@@ -182,12 +182,13 @@ def settle(energy: Energy, point: Point, solver: Solver, known: Known = Known())
     active: Tensor | None = None  # an example that has settled rests, until another one disturbs it
     quiet: Tensor | None = None
     course: list[float] = []
+    tol = _rounded(solver.tol, iterate.residual.dtype)
     for iterations in range(solver.settle_steps + 1):
         worst = iterate.worst
         if solver.adaptive and (iterations > 0 or iterate.exact):
-            if solver.patience == 1 and worst <= solver.tol:
+            if solver.patience == 1 and worst <= tol:
                 break
-            active = iterate.residual > solver.tol
+            active = iterate.residual > tol
             if solver.patience > 1:
                 quiet = torch.where(active, 0, 1 if quiet is None else quiet + 1)
                 active = quiet < solver.patience
@@ -201,6 +202,11 @@ def settle(energy: Energy, point: Point, solver: Solver, known: Known = Known())
             break
         iterate = solver.advance(energy, iterate, active)
     return _judged(energy, solver, solver.certify(energy, iterate), iterations, known)
+
+
+def _rounded(tol: float, dtype: torch.dtype) -> float:
+    """The tolerance as residuals of that dtype are compared with it, one by one or the worst of them."""
+    return torch.tensor(tol, dtype=dtype).item()
 
 
 def _is_too_slow(solver: Solver, course: list[float], has_kinks: bool) -> bool:
@@ -219,7 +225,7 @@ def _judged(energy: Energy, solver: Solver, iterate: Iterate, iterations: int, k
     worst = iterate.worst
     if iterate.diverging or not math.isfinite(worst):
         result = Result.DIVERGED
-    elif worst <= solver.tol:
+    elif worst <= _rounded(solver.tol, iterate.residual.dtype):
         result = Result.CONVERGED
     elif not solver.adaptive:
         result = Result.FIXED_STEPS

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from mep.layout import by_example
+from mep.layout import accurate, by_example
 from mep.solvers.output import no_autocast
 
 
@@ -18,8 +18,7 @@ class Gram:
         self.units = units = output.shape[1]
         self.every = torch.eye(units, dtype=output.dtype, device=output.device).repeat(examples, 1)
         """An output error for every example and unit, [examples * units, units]."""
-        exact = torch.promote_types(output.dtype, torch.float32)
-        self.sum = output.new_zeros(examples, units, units, dtype=exact)
+        self.sum = output.new_zeros(examples, units, units, dtype=accurate(output))
 
     def add(self, error: Tensor) -> None:
         """Those of one node, [examples * units, ...]."""

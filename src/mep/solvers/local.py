@@ -26,6 +26,7 @@ from torch import Tensor
 from mep.energy import Energy
 from mep.errors import ArgumentError
 from mep.graph import Point
+from mep.layout import accurate
 from mep.nodes import Node
 from mep.settle import Iterate, Known, Solver
 from mep.solvers.cells import Cell, Network
@@ -94,7 +95,7 @@ class Local(Solver):
             )
         free, nudge, question = energy.output(point), energy.nudge, wanted_error(energy, point)
         assert nudge is not None
-        unanswered = free.new_ones(energy.batch)
+        unanswered = free.new_ones(energy.batch, dtype=accurate(free))
         quiet, cells = torch.zeros_like(unanswered), {}
         for node in energy.graph.nodes:
             mu, residual = point.predictions.get(node.name), unanswered if node.name == energy.graph.output else quiet

@@ -17,6 +17,7 @@ from mep.cost import BatchCost
 from mep.energy import Energy, example_norm
 from mep.errors import ArgumentError
 from mep.graph import Point
+from mep.layout import accurate
 from mep.nodes import Strength, spread, weakest
 from mep.settle import Known, Solver
 from mep.solvers.anderson import mix
@@ -55,7 +56,7 @@ def output_residual(error: Tensor, wanted: Tensor, output: Tensor) -> Tensor:
     """As `relative_residual`, per row; a cost gradient that cannot be told from rounding counts as zero."""
     rows = torch.stack([error - wanted, error, wanted, output])
     violated, one, two, size = torch.linalg.vector_norm(
-        rows if rows.ndim == 3 else rows.reshape(*rows.shape[:2], -1), dim=2
+        rows if rows.ndim == 3 else rows.reshape(*rows.shape[:2], -1), dim=2, dtype=accurate(rows)
     )
     limits = torch.finfo(output.dtype)
     return violated / torch.maximum(torch.maximum(one, two), size.mul_(10 * limits.eps)).add_(limits.tiny)

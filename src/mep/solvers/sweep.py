@@ -29,7 +29,7 @@ from torch import Tensor
 from mep.energy import Energy
 from mep.errors import ArgumentError
 from mep.graph import Point
-from mep.layout import per_example
+from mep.layout import accurate, per_example
 from mep.settle import Iterate, Known, Solver
 from mep.solvers.checkpointed import Checkpointed, Forgotten
 from mep.solvers.memory import Answers, Memory
@@ -131,7 +131,9 @@ class Sweep(Solver):
         else:
             answers = Walks(energy, point, most if weakens else None, math.isfinite(self.largest))
         memory = Memory(answers, nudge.cost, free, question, first)
-        return Iterate(point, free.new_ones(energy.batch), most=most if weakens else None, memory=memory)
+        return Iterate(
+            point, free.new_ones(energy.batch, dtype=accurate(free)), most=most if weakens else None, memory=memory
+        )
 
     def advance(self, energy: Energy, iterate: Iterate, active: Tensor | None) -> Iterate:
         """One sweep."""
