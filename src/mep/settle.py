@@ -10,7 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -204,6 +204,7 @@ def settle(energy: Energy, point: Point, solver: Solver, known: Known = Known())
     return _judged(energy, solver, solver.certify(energy, iterate), iterations, known)
 
 
+@cache
 def _rounded(tol: float, dtype: torch.dtype) -> float:
     """The tolerance as residuals of that dtype are compared with it, one by one or the worst of them."""
     return torch.tensor(tol, dtype=dtype).item()

@@ -71,6 +71,8 @@ def _alike(
     while left := [m for m in multiples if m not in found or not _is_same(found[m].energy.beta, m * strength)]:
         multiple = left[0]
         found[multiple] = settle(nudge(energy, cost, multiple * strength), free.point, solver, known)
+        if len(multiples) == 1:
+            break
         strength = magnitude(found[multiple].energy.beta)
         if len(found) == len(multiples) and any(settled.result is not Result.CONVERGED for settled in found.values()):
             break

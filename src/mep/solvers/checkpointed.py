@@ -25,10 +25,11 @@ from mep.energy import Energy, State
 from mep.errors import ArgumentError
 from mep.graph import Point
 from mep.layout import per_example
-from mep.nodes import Held, Node, displaced, of_rows
+from mep.nodes import Held, Node, Strength, displaced, of_rows
 from mep.solvers.gram import Gram, in_parts
 from mep.solvers.output import Answer
 from mep.solvers.response import OnDemand, multiplications
+from mep.solvers.strength import limited
 
 Forces = dict[str, Tensor | None]
 Visit = tuple[Node, Any, Tensor | None]
@@ -54,8 +55,8 @@ class Forgotten(Point):
 class Checkpointed:
     """The output error of the last sweep, and walks that tell the rest. `free` is what `Forgotten` left."""
 
-    def __init__(self, energy: Energy, free: Point):
-        self.energy, self.free = energy, free
+    def __init__(self, energy: Energy, free: Point, most: Strength | None = None):
+        self.energy, self.free, self.most = energy, free, most
         self.parts = max(2, round(len(energy.graph.nodes) ** (1 / 3)))
         self.narrows = self.weakens = len([value for value in energy.inputs.values() if isinstance(value, Tensor)]) == 1
 
@@ -64,8 +65,11 @@ class Checkpointed:
         free = self.energy.output(self.free)
         if rows is None:
             self._set(x)
-            moved, self.work = self._moved()
-            return Answer(x, displaced(free, moved, self.energy.beta))
+            (moved, self.work), factor = self._moved(), None
+            if self.narrows and self.most is not None:
+                self.energy, factor = limited(self.energy, x, moved, self.most)
+            self.most = None
+            return Answer(x, displaced(free, moved, self.energy.beta), factor)
         self._set(self.x.index_copy(0, rows, x))
         moved, _ = self._of(rows, x)._moved()
         return Answer(x, displaced(free.index_select(0, rows), moved, of_rows(self.energy.beta, rows)))

@@ -27,8 +27,7 @@ class Memory:
     """The examples that are still settling (`rows`, None for all) and all that is known about their outputs.
 
     `question`: dC/ds at the free output; `first`: the error to begin with; `trials`: those of the last of so many
-    `sweeps`, oldest first; `strengths`: `beta |M x| / |x|` of the first, of all examples; `gains`: their matrices M,
-    once they were asked for.
+    `sweeps`, oldest first; `gains`: the matrices M, once they were asked for.
     """
 
     answers: Answers
@@ -38,7 +37,6 @@ class Memory:
     first: Tensor
     trials: tuple[Trial, ...] = ()
     sweeps: int = 0
-    strengths: Tensor | None = None
     rows: Tensor | None = None
     gains: Tensor | None = None
 

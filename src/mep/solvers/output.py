@@ -73,11 +73,6 @@ def expands(question: Tensor, error: Tensor, wanted: Tensor, residual: Tensor) -
     return bool((missed > _EXPANDS * torch.maximum(asked, asked.mean())).any())
 
 
-def sizes(x: Tensor, shift: Tensor, beta: Strength) -> Tensor:
-    """`beta |M x| / |x|` of every example; `shift` is `beta M x`."""
-    return torch.copysign(example_norm(shift, len(x)) / example_norm(x, len(x)), beta)
-
-
 def mean_gain(x: Tensor, shift: Tensor, beta: Strength) -> Tensor:
     """The mean of `<x, M x> / <x, x>` over the examples, with weights `<x, x>`; `shift` is `beta M x`."""
     if isinstance(beta, Tensor):

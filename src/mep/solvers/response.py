@@ -20,10 +20,10 @@ from torch import Tensor
 from mep.energy import Energy, State
 from mep.graph import Point
 from mep.layout import per_example
-from mep.nodes import Node, displaced, of_rows
+from mep.nodes import Node, Strength, displaced, of_rows
 from mep.solvers.gram import Gram, in_parts
 from mep.solvers.output import Answer
-from mep.solvers.strength import are_separate
+from mep.solvers.strength import are_separate, limited
 
 
 class Response:
@@ -35,10 +35,11 @@ class Response:
     Args:
         energy: nudged, of an affine graph.
         free: its free equilibrium; a lean one will do.
+        most: the largest strength, to which the first answer limits nudges; None if there is no limit.
     """
 
-    def __init__(self, energy: Energy, free: Point):
-        self.energy, self.free = energy, free
+    def __init__(self, energy: Energy, free: Point, most: Strength | None = None):
+        self.energy, self.free, self.most = energy, free, most
         self._errors: State = {}
         self.arriving: State = {}
         self.scale: Tensor | None = None
@@ -53,7 +54,7 @@ class Response:
 
     def answer(self, x: Tensor, rows: Tensor | None, active: Tensor | None) -> Answer:
         """What follows the output error x of these rows (None: all)."""
-        energy = self.energy
+        energy, factor = self.energy, None
         free, saved = energy.output(self.free), self.free.saved
         if rows is None:
             self._errors = self.arriving = {}  # the old ones are gone before there are new ones
@@ -63,6 +64,9 @@ class Response:
                 energy, self.free
             )
             self.scale = None
+            if self.narrows and self.most is not None:
+                self.energy, factor = limited(energy, x, moved[energy.graph.output], self.most)
+            self.most = None
         else:
             free, saved = free.index_select(0, rows), energy.graph.rows(saved, rows)
             errors = self._pulled(saved, x)
@@ -72,8 +76,8 @@ class Response:
                     known[name].index_copy_(0, rows, value)
             if self.scale is not None:
                 self.scale = self.scale.index_fill(0, rows, 1)
-        beta = energy.beta if rows is None else of_rows(energy.beta, rows)
-        return Answer(x, displaced(free, moved[energy.graph.output], beta))
+        beta = self.energy.beta if rows is None else of_rows(self.energy.beta, rows)
+        return Answer(x, displaced(free, moved[energy.graph.output], beta), factor)
 
     def gains(self, rows: Tensor) -> Tensor:
         """`M = sum_n A_n A_n^T` of these examples: one backward walk, from every unit of the output.

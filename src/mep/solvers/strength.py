@@ -11,6 +11,8 @@ errors, on which the contrast is built, are those of their own equilibria. So on
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -65,14 +67,23 @@ def within_reach(cost: BatchCost, strength: Tensor, most: Strength) -> Tensor | 
     smoothness = cost.smoothness
     if smoothness is None:
         return None
-    away, may_look = weakest(most, _AWAY), not isinstance(most, Tensor)
-    if may_look and float(strength.abs().max()) * smoothness <= away:
+    size, away, may_look = strength.abs(), weakest(most, _AWAY), not isinstance(most, Tensor)
+    if may_look and float(size.max()) * smoothness <= away:
         return None
-    found = torch.where(strength < 0, away, most) / (smoothness * strength.abs())
-    is_too_strong = (found < 1) & (found > 0)  # no gain at all, or none that is a number, is not
+    limit = away if away is most else torch.where(strength < 0, away, most)
+    excess = size * (smoothness / limit)
+    is_too_strong = (excess > 1) & (excess < math.inf)  # what is no number says nothing
     if may_look and not is_too_strong.any():
         return None
-    return torch.where(is_too_strong, _MARGIN * found, 1)
+    return torch.where(is_too_strong, _MARGIN / excess, 1)
+
+
+def limited(energy: Energy, x: Tensor, moved: Tensor, most: Strength) -> tuple[Energy, Tensor | None]:
+    """With less of a nudge for the examples that answer x too strongly, by `-beta moved`; and by which factors."""
+    assert energy.nudge is not None
+    gain = example_norm(moved, len(x)) / example_norm(x, len(x))
+    factor = within_reach(energy.nudge.cost, energy.nudge.beta * gain, most)
+    return energy if factor is None else weaker(energy, factor), factor
 
 
 def alike(first: State, second: State, output: str, batch: int, most: Strength) -> Tensor | None:

@@ -39,14 +39,13 @@ from mep.solvers.output import (
     next_error,
     require_prediction,
     rescaled,
-    sizes,
     solved_error,
     wanted_error,
 )
 from mep.solvers.response import Response
 from mep.solvers.strength import SOON, are_separate, higher, is_late, lower
 from mep.solvers.walks import Walks, worst_residual
-from mep.solvers.weakening import limited, may_weaken, relieved
+from mep.solvers.weakening import is_out_of_reach, may_weaken, relieved
 
 _STRONGEST, _GAIN = 0.5, 2.0
 """The usual limits of an example's strength: as it is, and in units of beta."""
@@ -127,7 +126,8 @@ class Sweep(Solver):
         first = first_error(energy, free, question, known, most) if self.history else question
         answers: Answers
         if energy.is_affine:
-            answers = (Checkpointed if isinstance(point, Forgotten) else Response)(energy, point)
+            kind = Checkpointed if isinstance(point, Forgotten) else Response
+            answers = kind(energy, point, most if weakens else None)
         else:
             answers = Walks(energy, point, most if weakens else None, math.isfinite(self.largest))
         memory = Memory(answers, nudge.cost, free, question, first)
@@ -146,8 +146,8 @@ class Sweep(Solver):
                 memory = memory.weakened(factor)
         is_first = not memory.trials
         moved = self._swept(replace(iterate, memory=memory), self._error(memory, active), active)
-        if is_first and self.adaptive:
-            moved = limited(moved)
+        if is_first and self.adaptive and not may_weaken(moved):
+            moved.out_of_reach = is_out_of_reach(moved)
         if energy.is_affine and moved.worst > self.tol:
             moved = self._rescaled(moved)
         if not energy.is_affine and (moved.memory.sweeps > 1 or float(moved.residual.min()) <= self.tol):
@@ -175,8 +175,6 @@ class Sweep(Solver):
                 iterate = replace(iterate, memory=iterate.memory.narrowed(worst, worst))
             active = iterate.memory.mine(iterate.residual > self.tol) if sweep and rests else None
             iterate = self._swept(iterate, self._error(iterate.memory, active), active)
-            if not sweep and may_weaken(iterate):
-                iterate = limited(iterate)
             iterate = self._rescaled(iterate)
             if sweep + 1 == SOON and iterate.most is not None:
                 iterate = self.certify(energy, iterate)  # so that it tells who is late
@@ -188,11 +186,7 @@ class Sweep(Solver):
         memory: Memory = iterate.memory
         x, output, factor = memory.answers.answer(x, memory.rows, active)
         memory = memory if factor is None else memory.retold(factor)
-        found = iterate.gain
-        if not memory.trials:
-            shift = memory.free - output
-            found = mean_gain(x, shift, memory.beta)
-            memory = replace(memory, strengths=sizes(x, shift, memory.beta))
+        found = iterate.gain if memory.trials else mean_gain(x, memory.free - output, memory.beta)
         memory = memory.tried((x, output, memory.cost.gradient(output)), self.history)
         residual = memory.put(iterate.residual, memory.residual)
         return replace(iterate, residual=residual, memory=memory, gain=found, exact=False, weakened=factor is not None)

@@ -1,4 +1,4 @@
-"""Who is nudged less, and when: after the first sweep those that answer too strongly, later those that stall."""
+"""Who is nudged less after a sweep: those that stall. Those that answer too strongly were so by the first answer."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from mep.settle import Iterate
 from mep.solvers.memory import Memory
 from mep.solvers.output import expands, is_toward
-from mep.solvers.strength import stalled, within_reach
+from mep.solvers.strength import stalled
 
 
 def may_weaken(iterate: Iterate) -> bool:
@@ -18,21 +18,11 @@ def may_weaken(iterate: Iterate) -> bool:
     return iterate.most is not None and iterate.memory.answers.weakens
 
 
-def limited(iterate: Iterate) -> Iterate:
-    """After the first sweep: with less of a nudge for the examples that answer too strongly.
-
-    Walks have seen to that before any state has moved. Where nobody can be nudged less than others, an answer that is
-    far too strong says that all must be.
-    """
+def is_out_of_reach(iterate: Iterate) -> bool:
+    """Where nobody can be nudged less than others: whether a first answer was so strong that all must be."""
     memory: Memory = iterate.memory
-    if not may_weaken(iterate):
-        x, _, wanted = memory.trials[0]
-        iterate.out_of_reach = expands(memory.question, x, wanted, iterate.residual)
-        return iterate
-    if memory.walks:
-        return iterate
-    assert memory.strengths is not None and iterate.most is not None
-    return _weakened(iterate, within_reach(memory.cost, memory.strengths, iterate.most))
+    x, _, wanted = memory.trials[0]
+    return expands(memory.question, x, wanted, iterate.residual)
 
 
 def relieved(iterate: Iterate, before: Tensor, tol: float, sweeps: int) -> Iterate:
