@@ -8,6 +8,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 
 from mep.cli.figure import COLOURS, GREY, save
 from mep.cli.study_table import family
@@ -52,7 +53,11 @@ def _draw(axes: Axes, rows: list[dict[str, Any]], over: str, key: str) -> None:
             points = [r[over] for r in known], [r[key] for r in known]
             axes.plot(*points, style, color=colour, marker="o", fillstyle=fill, markersize=4, linewidth=1.2)
     axes.set_xscale("log")
-    axes.set_yscale("log")
+    if key == "sweeps":
+        axes.set_ylim(0)
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    else:
+        axes.set_yscale("log")
     places = sorted({row[over] for row in rows})
     axes.set_xticks(places, [f"{place:g}" for place in places])
     axes.minorticks_off()
