@@ -2,7 +2,7 @@
 
     mep bench
     mep bench --data mnist --folder data/mnist --seconds 60
-    mep bench --only smep --only eqprop --add "eqprop tol=0.1 beta=0.01" --name tolerance
+    mep bench --only smep --only eqprop --add "eqprop tol=0.1 beta=0.5" --name tolerance
     mep bench speed --help
 
 Writes a record (JSON) and a picture (PNG); `mep plot` draws the picture again, `mep report` makes Markdown of it.

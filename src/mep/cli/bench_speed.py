@@ -2,10 +2,10 @@
 
     mep bench speed
     mep bench speed --model mlp256 --model cnn --only eqprop --threads 1 --no-compile
-    mep bench speed --model package.module:factory --batch-size 64 --add "eqprop beta=0.01" --name mine
+    mep bench speed --model package.module:factory --batch-size 64 --add "eqprop beta=0.5" --name mine
 
 Writes a record (JSON) and a picture (PNG); `mep plot` draws the picture again, `mep report` makes Markdown of it. All
-of it takes about eighteen minutes on two cores, most of that to compile; Ctrl-C keeps the models that are done.
+of it takes about thirteen minutes on two cores, most of that to compile; Ctrl-C keeps the models that are done.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def speed(
     ] = None,
     only: Annotated[list[str] | None, typer.Option(help="Only this preset or label; may be repeated.")] = None,
     without: Annotated[list[str] | None, typer.Option(help="Leave this one out; may be repeated.")] = None,
-    add: Annotated[list[str] | None, typer.Option(help='Add a variant: "eqprop beta=0.01"; may be repeated.')] = None,
+    add: Annotated[list[str] | None, typer.Option(help='Add a variant: "eqprop beta=0.5"; may be repeated.')] = None,
     no_compile: Annotated[bool, typer.Option("--no-compile", help="Leave out what is compiled.")] = False,
     rounds: Annotated[int, typer.Option(min=2, help="Turns of each recipe, at most.")] = _D.rounds,
     seconds: Annotated[

@@ -81,7 +81,7 @@ def mean_gain(x: Tensor, shift: Tensor, beta: Strength) -> Tensor:
     return shift.flatten().dot(x) / (beta * x.dot(x))
 
 
-def first_error(energy: Energy, free: Tensor, wanted: Tensor, known: Known, most: Strength = math.inf) -> Tensor:
+def first_error(energy: Energy, free: Tensor, wanted: Tensor, known: Known, most: Strength | None = None) -> Tensor:
     """The error to try first: what follows if `-beta gain` times it is the answer, for a nudge toward the target.
 
     Where that is stronger than `most`, the nudge of most examples will be weakened to it.
@@ -91,7 +91,7 @@ def first_error(energy: Energy, free: Tensor, wanted: Tensor, known: Known, most
     if known.gain is None or not (_is_compiled(known.gain) or (0 < known.gain < math.inf and is_toward(nudge.beta))):
         return wanted
     k = spread(nudge.beta, free) * known.gain
-    if nudge.cost.smoothness is not None:
+    if most is not None and nudge.cost.smoothness is not None:
         k = weakest(k, most / nudge.cost.smoothness)
     found = first_output(nudge.cost, free, wanted, k)
     return wanted if found is None else found

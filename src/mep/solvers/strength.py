@@ -52,10 +52,10 @@ def is_late(worst: float, tol: float) -> bool:
     return worst > max(_STALLED, tol)
 
 
-def weaker(energy: Energy, factor: Tensor) -> Energy:
-    """The energy with `factor` ([batch]) times as strong a nudge."""
+def weaker(energy: Energy, factor: Tensor | None) -> Energy:
+    """The energy with `factor` ([batch], None for 1) times as strong a nudge."""
     assert energy.nudge is not None
-    return nudge(energy, energy.nudge.cost, energy.nudge.beta * factor)
+    return energy if factor is None else nudge(energy, energy.nudge.cost, energy.nudge.beta * factor)
 
 
 def within_reach(cost: BatchCost, strength: Tensor, most: Strength) -> Tensor | None:
@@ -83,7 +83,7 @@ def limited(energy: Energy, x: Tensor, moved: Tensor, most: Strength) -> tuple[E
     assert energy.nudge is not None
     gain = example_norm(moved, len(x)) / example_norm(x, len(x))
     factor = within_reach(energy.nudge.cost, energy.nudge.beta * gain, most)
-    return energy if factor is None else weaker(energy, factor), factor
+    return weaker(energy, factor), factor
 
 
 def alike(first: State, second: State, output: str, batch: int, most: Strength) -> Tensor | None:

@@ -122,18 +122,16 @@ class Sweep(Solver):
         assert nudge is not None and known.most is not None
         weakens = self.adaptive and bool(self.history) and not energy.kinks
         weakens = weakens and (isinstance(point, Forgotten) or are_separate(energy, point))
-        most = known.most if weakens else math.inf
+        most = known.most if weakens else None
         first = first_error(energy, free, question, known, most) if self.history else question
         answers: Answers
         if energy.is_affine:
             kind = Checkpointed if isinstance(point, Forgotten) else Response
-            answers = kind(energy, point, most if weakens else None)
+            answers = kind(energy, point, most)
         else:
-            answers = Walks(energy, point, most if weakens else None, math.isfinite(self.largest))
+            answers = Walks(energy, point, most, math.isfinite(self.largest))
         memory = Memory(answers, nudge.cost, free, question, first)
-        return Iterate(
-            point, free.new_ones(energy.batch, dtype=accurate(free)), most=most if weakens else None, memory=memory
-        )
+        return Iterate(point, free.new_ones(energy.batch, dtype=accurate(free)), most=most, memory=memory)
 
     def advance(self, energy: Energy, iterate: Iterate, active: Tensor | None) -> Iterate:
         """One sweep."""

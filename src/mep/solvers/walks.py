@@ -57,16 +57,13 @@ class Walks:
         before, factor = self.sent, None
         self.sent, self.resting = self._back(x, active)
         if self.most is not None and self.answers == 0:
-            self._weaken(self._within_reach(x, self.most))
+            self.energy = weaker(self.energy, self._within_reach(x, self.most))
         elif self.most is not None and self.like_first and self.answers == 1:
             factor = self._taken_back(before, self.most)
-            self._weaken(factor)
+            self.energy = weaker(self.energy, factor)
         self.answers += 1
         self.point, self.errors = self._forward()
         return Answer(self.sent[self.energy.graph.output], self.energy.output(self.point), factor)
-
-    def _weaken(self, factor: Tensor | None) -> None:
-        self.energy = self.energy if factor is None else weaker(self.energy, factor)
 
     def _within_reach(self, x: Tensor, most: Strength) -> Tensor | None:
         """By the gain `<x, M x> / |x|^2 = sum_n |A_n^T x|^2 / |x|^2` of every example."""
