@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from mep.cost import PerExample, make_cost
-from mep.energy import Energy, make_coupling, nudge
+from mep.energy import Box, Energy, Free, make_coupling, nudge
 from mep.nodes import Held
 from mep.settle import Solver, settle
 from mep.tracing import trace, trace_activations, trace_kinks
@@ -304,11 +304,19 @@ def free_energy(model: nn.Module, x, reading: str = "held", leaves=()):
 
 @torch.no_grad()
 def settled(model: nn.Module, x, target, cost, beta: float, solver: Solver, reading: str = "held", leaves=()):
-    """Where the solver settles, and on which energy: nudged so, or less; a Hopfield network settles freely first."""
+    """The nudged energy, and where the solver settles; a Hopfield network settles freely first."""
     energy, point = free_energy(model, x, reading, leaves)
+    free = None
     if reading == "hopfield":
         point = settle(energy, point, solver).point
-    cost = make_cost(cost)
-    nudged = nudge(energy, cost(energy.output(point), target), beta)
-    found = settle(nudged, point, solver)
-    return found.energy, found
+        forces = energy.forces(point)
+        boxes = {node.name: node.box for node in energy.graph.states}
+        free = {name: Free(s, leftover(s, forces[name], boxes[name])) for name, s in energy.state(point).items()}
+    nudged = nudge(energy, make_cost(cost)(energy.output(point), target), beta, free)
+    return nudged, settle(nudged, point, solver)
+
+
+def leftover(s: Tensor, force: Tensor, box: Box) -> Tensor:
+    """The force on a state, without what a face of its box holds back."""
+    low, high = box
+    return force.masked_fill(((s <= low) & (force > 0)) | ((s >= high) & (force < 0)), 0)

@@ -94,19 +94,62 @@ def forces(total, states):
     return {n: torch.zeros_like(s) if g is None else g for (n, s), g in zip(states.items(), found, strict=True)}
 
 
-def residual(predict, total, states, coupling="prediction", boxes=None):
+def residual(predict, total, states):
     """|dF/ds| / max of the two sides that balance at equilibrium, the worst node of every example.
 
-    The sides are the error s - mu and the pull of the children; for Hopfield the state and all that pulls on it.
+    The sides are the error s - mu and the pull of the children.
     """
     found, mus = [], predict(states)
     for name, g in forces(total, states).items():
         s = states[name]
-        side = s - mus[name].detach() if coupling == "prediction" else s
-        low, high = (boxes or {}).get(name, FREE)
-        free = g.masked_fill(((s <= low) & (g > 0)) | ((s >= high) & (g < 0)), 0)
+        side = s - mus[name].detach()
         scale = torch.stack([_norm(side), _norm(side - g), 10 * torch.finfo(s.dtype).eps * _norm(s)]).amax(0)
-        found.append(_norm(free) / scale)
+        found.append(_norm(g) / scale)
+    return torch.stack(found).amax(0)
+
+
+def swept_residual(predict, output, cost, target, beta, states):
+    """`|S_n - delta_n|` over the larger of the two, the worst node of every example: what a sweep would change.
+
+    `delta_n = (mu_n - s_n) / beta` are the errors, and `S_n = sum_c J_c^T S_c` those that backpropagation of dC/ds_out
+    finds where the states are.
+    """
+    leaves = {n: s.detach().clone().requires_grad_() for n, s in states.items()}
+    with torch.enable_grad():
+        mus = predict(leaves)
+        (gradient,) = torch.autograd.grad(cost(leaves[output], target).sum(), [leaves[output]])
+        swept = {n: torch.zeros_like(s) for n, s in states.items()}
+        for _ in states:  # each time the errors come one node further
+            total = sum((swept[n] * mu).sum() for n, mu in mus.items())
+            pulled = torch.autograd.grad(total, list(leaves.values()), retain_graph=True, allow_unused=True)
+            swept = {n: torch.zeros_like(states[n]) if g is None else g for n, g in zip(states, pulled, strict=True)}
+            swept[output] = swept[output] + gradient
+    found = []
+    for n, mu in mus.items():
+        delta = (mu.detach() - states[n]) / _per_example(beta, mu)
+        scale = torch.maximum(_norm(swept[n]), _norm(delta)).clamp_min(torch.finfo(mu.dtype).tiny)
+        found.append(_norm(swept[n] - delta) / scale)
+    return torch.stack(found).amax(0)
+
+
+def _per_example(beta, like):
+    return beta.view(-1, *[1] * (like.ndim - 1)) if torch.is_tensor(beta) and beta.ndim else beta
+
+
+def residual_in_boxes(total, states, free, leftovers, beta, boxes):
+    """The same of a Hopfield energy whose free equilibrium `free` was left with forces on its states.
+
+    `total` has them as a constant part. The sides are the state and where its force would put it in its box, both less
+    the free state. What a side may be off by rounding adds to both, and what was left over, in units of the nudge.
+    """
+    found = []
+    for name, g in forces(total, states).items():
+        s = states[name]
+        side, other = s - free[name], (s - g).clamp(*boxes[name]) - free[name]
+        unknown = torch.finfo(s.dtype).eps * _norm(s) + abs(beta) * _norm(leftovers[name])
+        scale = torch.maximum(_norm(side), _norm(other))
+        has_signal = scale > 10 * torch.finfo(s.dtype).eps * _norm(s)
+        found.append(torch.where(has_signal, (_norm(side - other) + unknown) / (scale + unknown), 0))
     return torch.stack(found).amax(0)
 
 

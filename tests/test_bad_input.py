@@ -84,6 +84,10 @@ def trained(preset, model=None, **given):
     return opt
 
 
+SHORT = {mep.O1MemoryEPv2: {"settle_lr": 0.03}}
+"""Of a batch normalisation with random features descent with the usual step runs away after a few updates."""
+
+
 def assert_refused(opt, x, y, error, *words):
     """Neither `step` nor a call of the estimator changes anything, and the message holds all the words."""
     before = snapshot(opt)
@@ -165,7 +169,7 @@ def test_what_torch_itself_refuses_changes_nothing_either(preset, name):
 def test_bad_batch_may_come_first(preset, first):
     """The first batch is also the one on which the graph is checked."""
     model = net()
-    opt = preset(model.parameters(), model=model) if first else trained(preset)
+    opt = preset(model.parameters(), model=model) if first else trained(preset, **SHORT.get(preset, {}))
     assert_refused(opt, X, Y + 1, mep.InputError)
     assert_refused(opt, spoilt(X, NAN), Y, mep.InputError)
     assert torch.isfinite(opt.step(x=X, target=Y))
@@ -176,7 +180,7 @@ def test_training_continues_as_if_a_bad_batch_had_never_come(preset, bad):
     def trained_on(*names):
         torch.manual_seed(0)
         model = net()
-        opt = preset(model.parameters(), model=model)
+        opt = preset(model.parameters(), model=model, **SHORT.get(preset, {}))
         for seed, name in enumerate(names):
             if name is None:
                 x, y = batch(len([n for n in names[:seed] if n is None]))
@@ -296,11 +300,10 @@ BAD_SETTINGS = {
     "energy": ("predictive", None),
     "phases": ("both", "centred", None),
     "branches": ("loose", None),
-    "settle_steps": (0, -3, 2.5, "10", None),
+    "settle_steps": (0, -3, 2.5, "10"),
     "settle_lr": (0, -0.1, math.nan, math.inf, "0.2"),
     "tol": (0, -1e-2, math.nan, math.inf, "0.01"),
     "patience": (0, -1, 1.5),
-    "strength": (0, -0.1, math.nan, "0.5"),
 }
 
 
@@ -320,8 +323,8 @@ def test_setting_out_of_range_is_refused_by_name_and_value(preset, value):
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: mep.Sweep(history=-1),
-        lambda: mep.Sweep(history=1.5),
+        lambda: mep.Sweep(settle_steps=0),
+        lambda: mep.Sweep(patience=1.5),
         lambda: mep.Sweep(tol=-1),
         lambda: mep.Descent(momentum=1.0),
         lambda: mep.Descent(momentum=-0.1),
@@ -382,7 +385,7 @@ def test_model_that_is_frozen_later_is_refused(preset):
 
 def test_every_error_is_a_mep_error():
     public = (getattr(mep, name) for name in mep.__all__)
-    errors = [e for e in public if isinstance(e, type) and issubclass(e, Exception)]
+    errors = [e for e in public if isinstance(e, type) and issubclass(e, Exception) and not issubclass(e, Warning)]
     assert len(errors) > 5 and all(issubclass(e, mep.MepError) for e in errors)
 
 

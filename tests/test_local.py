@@ -12,7 +12,7 @@ from torch import nn
 import mep
 from mep.cost import make_cost
 from mep.energy import nudge
-from mep.settle import Known, Result
+from mep.settle import Result, Start
 from mep.solvers.local import SCHEDULES
 
 SEPARABLE = [name for name, case in MODELS.items() if not case.mixes_examples]
@@ -29,9 +29,9 @@ def begun(model, x, y, beta, solver, rounds, leaves=()):
     energy, point = free_energy(model, x, leaves=leaves)
     cost = make_cost("cross_entropy")
     nudged = nudge(energy, cost(energy.output(point), y), beta)
-    iterate = solver.start(nudged, point, Known())
+    iterate = solver.init(nudged, point, Start())
     for _ in range(rounds):
-        iterate = solver.advance(nudged, iterate, None)
+        iterate = solver.step(nudged, iterate, None)
     return nudged, iterate
 
 
@@ -47,7 +47,7 @@ def test_a_turn_depends_on_nothing_beyond_the_neighbourhood(name, rounds):
     model, x, y = case.build()
     solver = mep.Local(tol=1e-12, schedule="together")
     energy, iterate = begun(model, x, y, 0.1, solver, rounds + 2, case.leaves)
-    graph, network = energy.graph, iterate.memory
+    graph, network = energy.graph, iterate.state
     called = [node for node in graph.nodes if network.calls(energy, node)]
     assert len(called) > 1 or len(graph.nodes) == 1
 
@@ -90,7 +90,7 @@ def test_the_poison_would_be_noticed():
     energy, iterate = begun(model, x, y, 0.1, solver, 4)
     first, middle, last = energy.graph.nodes
     for neighbour, attribute in ((first, "value"), (last, "error")):
-        blind = iterate.memory.copy()
+        blind = iterate.state.copy()
         blind.stale.add(middle.name)
         blind.mail.add(middle.name)
         blind.messages.clear()
@@ -198,9 +198,9 @@ def test_quiet_nodes_are_not_computed(monkeypatch):
     calls = counted(monkeypatch, energy)
     for k in range(1, len(names) + 1):
         calls.clear()
-        iterate = solver.advance(energy, iterate, None)
+        iterate = solver.step(energy, iterate, None)
         heard = names[len(names) - k :]  # k nodes have heard of the target, and one may act on a state below it
-        assert {name for name, cell in iterate.memory.cells.items() if cell.error is not None} == set(heard)
+        assert {name for name, cell in iterate.state.cells.items() if cell.error is not None} == set(heard)
         assert set(calls) == set(heard[2:])
         assert iterate.residual.min() == 1
 
@@ -211,9 +211,9 @@ def test_once_all_are_quiet_nothing_is_computed(monkeypatch):
     solver = mep.Local(tol=1e-3)
     energy, iterate = begun(model, x, y, 0.1, solver, 10)
     assert iterate.residual.max() <= 1e-3
-    calls, turns = counted(monkeypatch, energy), Counter(iterate.memory.turns)
-    again = solver.advance(energy, iterate, None)
-    assert not calls and again.memory.turns == turns
+    calls, turns = counted(monkeypatch, energy), Counter(iterate.state.turns)
+    again = solver.step(energy, iterate, None)
+    assert not calls and again.state.turns == turns
     assert torch.equal(again.residual, iterate.residual)
 
 
@@ -225,7 +225,7 @@ def test_a_change_below_the_tolerance_goes_no_further(monkeypatch):
     for tol in (1e-2, 1e-8):
         energy, iterate = begun(model, x, y, 0.1, mep.Local(tol=tol), 12)
         assert iterate.residual.max() <= tol
-        turns[tol] = iterate.memory.turns
+        turns[tol] = iterate.state.turns
     assert all(turns[1e-2][node.name] < turns[1e-8][node.name] for node in energy.graph.nodes)
 
 
@@ -242,17 +242,20 @@ def test_nothing_has_converged_before_the_first_layer_heard_of_the_target(schedu
 
 
 @pytest.mark.parametrize("schedule", ["there and back", "together"])
-def test_a_smaller_beta_is_found_where_the_nudge_is_too_strong(schedule):
+def test_a_nudge_too_strong_to_settle_is_reported_and_the_default_beta_settles(schedule):
     torch.manual_seed(0)
     model = mlp(nn.ReLU, 16, *[32] * 8, 3).double()
     for p in model.parameters():
         if p.ndim == 2:
             nn.init.kaiming_normal_(p, nonlinearity="relu")
     x, y = 3 * torch.randn(8, 16).double(), torch.randint(3, (8,))
-    ep = mep.EquilibriumPropagation(model, "mse", beta=5.0, solver=mep.Local(schedule=schedule))
-    found, estimate = ep.gradients(x, torch.nn.functional.one_hot(y, 3).double())
+    target = nn.functional.one_hot(y, 3).double()
+    given = {"solver": mep.Local(schedule=schedule), "on_unsettled": "raise"}
+    with pytest.raises((mep.errors.NotConvergedError, mep.DivergedError), match="Nothing was changed"):
+        mep.EquilibriumPropagation(model, "mse", beta=5.0, **given).gradients(x, target)
+    found, estimate = mep.EquilibriumPropagation(model, "mse", **given).gradients(x, target)
     assert estimate.converged and 0 < estimate.beta < 5.0
-    exact = backprop(model, COSTS["mse"].value(call(model, x), nn.functional.one_hot(y, 3).double()).mean())
+    exact = backprop(model, COSTS["mse"].value(call(model, x), target).mean())
     first = model[0].weight
     assert nn.functional.cosine_similarity(found[first].flatten(), exact[first].flatten(), dim=0) > 0.9
 
@@ -281,7 +284,7 @@ def test_every_node_knows_its_own_residual():
     torch.manual_seed(0)
     model, x, y = mlp(nn.ReLU, 6, 4, 4, 3).double(), 3 * torch.randn(256, 6).double(), torch.randint(3, (256,))
     energy, iterate = begun(model, x, y, 2.0, mep.Local(tol=3e-2), 20)
-    network = iterate.memory
+    network = iterate.state
     assert not network.has_news
     for name, true in energy.residuals(network.gathered(energy)[0]).items():
         torch.testing.assert_close(network.cells[name].residual, true, rtol=1e-6, atol=1e-10)

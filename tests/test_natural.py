@@ -344,7 +344,7 @@ def test_preset_is_its_recipe():
     before = {p: p.detach().clone() for p in net.parameters()}
     opt = mep.natural_ep(net.parameters(), model=net, weight_decay=0.2)
     opt.step(x=x, target=y)
-    assert opt.estimator.solver == mep.Sweep(strength=0.02) and opt.estimator.beta == 0.01
+    assert opt.estimator.solver == mep.Sweep() and opt.estimator.beta is None
     gradients, natural = {}, {}
     for layer in layers_of(net):
         moments = averaged(opt, layer.weight)

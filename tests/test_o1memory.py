@@ -152,7 +152,8 @@ def gradients_by_autograd(model, x, y, branches):
 
 
 def optimizer(model, branches="held", **given):
-    return O1MemoryEPv2(model.parameters(), model=model, branches=branches, **{"settle_steps": STEPS, **given})
+    given = {"settle_steps": STEPS, "beta": BETA, **given}
+    return O1MemoryEPv2(model.parameters(), model=model, branches=branches, **given)
 
 
 def settle(opt, x, y):

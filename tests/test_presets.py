@@ -133,7 +133,7 @@ OPTIONS = {mep.sdmep: {"dion_threshold": DION_THRESHOLD}}
 SETTLE_STEPS, SETTLE_LR = 12, 0.2
 SETTLINGS = {
     "to the equilibrium": (
-        {"tol": 1e-10, "settle_steps": 5000, "adaptive": True, "strength": math.inf},
+        {"tol": 1e-10, "settle_steps": 5000, "adaptive": True},
         minimise,
     ),
     "by descent": (
@@ -156,7 +156,8 @@ def test_first_update_is_its_hand_written_composition(preset, settling):
     lr = default(preset, "lr")
     before = [p.detach().clone() for p in net.parameters()]
 
-    opt = preset(net.parameters(), model=net, **(given if has(preset, "beta") else {}), **OPTIONS.get(preset, {}))
+    given = {"beta": 0.05, **given} if has(preset, "beta") else {}
+    opt = preset(net.parameters(), model=net, **given, **OPTIONS.get(preset, {}))
     loss = opt.step(x=x, target=y)
 
     torch.testing.assert_close(loss, F.cross_entropy(by_hand(x), y).detach())
@@ -216,7 +217,6 @@ KEYWORDS = {
     "adaptive": ((False, True), {"settle_steps": 10}),
     "tol": ((1e-1, 1e-4), {}),
     "patience": ((1, 3), {}),
-    "strength": ((1e-4, 0.5), {}),
     "rank_fraction": ((0.1, 0.5), {"dion_threshold": 0}),
     "dion_threshold": ((0, 1000), {}),
     "schedule": (("together", "forward"), {"tol": 0.1}),
@@ -249,8 +249,13 @@ def trained(preset, **given):
     return [*(p.detach() for p in net.parameters()), torch.tensor([opt.last.iterations, opt.last.beta])]
 
 
-SAME_RESULT = {"compile": "test_compile.py", "low_memory": "test_memory.py", "checkpoint": "test_memory.py"}
-"""What changes only the price of a step, and where that is tested."""
+SAME_RESULT = {
+    "compile": "test_compile.py",
+    "low_memory": "test_memory.py",
+    "checkpoint": "test_memory.py",
+    "on_unsettled": "test_settling.py",
+}
+"""What changes only the price of a step, or what is said of it, and where that is tested."""
 
 
 @pytest.mark.parametrize("table", [KEYWORDS, MORE_VALUES], ids=["sweep", "descent"])
@@ -353,9 +358,9 @@ def test_patience_that_would_do_nothing_is_refused(preset, settle_lr, adaptive):
         preset(net.parameters(), model=net, settle_lr=settle_lr, adaptive=adaptive, patience=5)
 
 
-@pytest.mark.parametrize("settle_lr,adaptive", [(0.2, None), (0.2, True), (None, False)])
-@pytest.mark.parametrize("preset", [p for p in PRESETS if has(p, "strength")])
-def test_strength_that_would_limit_nothing_is_refused(preset, settle_lr, adaptive):
+@pytest.mark.parametrize("preset", [p for p in PRESETS if sweeps(p)])
+def test_a_removed_argument_is_refused_with_the_new_way(preset):
     net = small_net()
-    with pytest.raises(mep.ArgumentError, match=r"strength=0.1.*adaptive=True"):
-        preset(net.parameters(), model=net, settle_lr=settle_lr, adaptive=adaptive, strength=0.1)
+    with pytest.raises(mep.ArgumentError, match=r"strength=\.\.\.\) is gone.*beta") as raised:
+        preset(net.parameters(), model=net, strength=0.1)
+    assert isinstance(raised.value, TypeError)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from cases import without_compiler
 from rich.console import Console
-from test_profile import PAUSE, slow_down
+from test_profile import PAUSE, empty_columns, slow_down, strong
 from torch import nn
 from torch.nn import functional as F
 from typer.testing import CliRunner
@@ -21,7 +21,7 @@ from mep.cli.meters import PeakMemory, Work
 from mep.cli.profile_rows import Recipe
 from mep.cli.speed_display import Display
 from mep.cli.speed_figure import draw
-from mep.cli.speed_resources import attainable, resources, seasoned
+from mep.cli.speed_resources import attainable, resources
 from mep.cli.speed_rows import MUON, RECIPES, SGD, ChannelsLast, choose, suited
 from mep.cli.speed_table import show
 from mep.cli.speed_time import SETTLED, UNTIL_COMPILED, Contender
@@ -51,13 +51,11 @@ def batches(count=2):
 
 
 def taken(recipe, model=None, data=None):
-    model, data = model or network(*WIDTHS), data or batches()
-    return resources(recipe, seasoned(recipe, model, data[0], "cross_entropy"), model, data, "cross_entropy")
+    return resources(recipe, model or network(*WIDTHS), data or batches(), "cross_entropy")
 
 
-def contending(recipe):
-    model, data = network(*WIDTHS), batches()
-    contender = Contender(recipe, seasoned(recipe, model, data[0], "cross_entropy"), model, data, "cross_entropy")
+def contending(recipe, model=None):
+    contender = Contender(recipe, model or network(*WIDTHS), batches(), "cross_entropy")
     contender.warm()
     return contender
 
@@ -161,13 +159,6 @@ def test_what_the_first_step_alone_takes_does_not_count(monkeypatch):
     assert taken(TIGHT) == before
 
 
-def test_state_that_the_steps_make_does_not_count():
-    """Whether momentum is there already or is made under the meter."""
-    model = network(*WIDTHS)
-    fresh = SGD.build(model, "cross_entropy").state_dict()
-    assert resources(SGD, fresh, model, batches(), "cross_entropy")["memory"] == taken(SGD)["memory"]
-
-
 def test_a_compiled_recipe_has_the_work_of_the_same_recipe():
     plain, compiled = (taken(recipe) for recipe in (SGD, Recipe("", "sgd", {"compile": True})))
     assert compiled == {"flops": plain["flops"], "memory": None, "bytes": None}
@@ -204,17 +195,6 @@ def test_compiled_backprop_is_backprop():
     assert torch.equal(*found)
 
 
-def test_a_contender_goes_on_from_its_state():
-    """A beta that was found to be within reach is raised slowly, not sought anew."""
-    model, data = network(*WIDTHS), batches()
-    state = seasoned(TIGHT, model, data[0], "cross_entropy")
-    state["estimator"]["reach"] = 1e-3
-    contender = Contender(TIGHT, state, model, data, "cross_entropy")
-    contender.warm()
-    contender.turn(0)
-    assert 1e-3 < contender.optimizer.last.beta < 2e-3
-
-
 def test_turns_are_taken_from_another_start_each_round():
     order = []
     turns = [lambda number, place=place: order.append((number, place)) for place in range(3)]
@@ -230,25 +210,35 @@ def test_ratios_are_those_of_neighbours():
     assert found["seconds"]["median"] == (9 + 20) / 2
 
 
-def test_settling_is_told_of_the_steps_that_are_timed():
+def test_settling_is_that_of_the_steps_that_are_timed():
     contender = contending(Recipe("", "eqprop", {"tol": 1e-3, "beta": 0.05}))
     assert contender.settled()["sweeps"] is None  # the steps before the first turn do not count
     contender.turn(0)
     found, estimate = contender.settled(), contender.optimizer.last
     assert found.keys() == set(SETTLED)
     assert 0 < found["residual"] <= found["residual_max"] <= 1e-3
-    assert found["converged"] == 1 and found["beta"] == estimate.beta == 0.05 and 1 <= found["sweeps"] <= 5
+    assert found["settled"] == 1 and found["beta"] == estimate.beta == 0.05 and 1 <= found["sweeps"] <= 5
     assert contender.unsettled is None
     backprop = contending(SGD)
     backprop.turn(0)
     assert backprop.settled() == dict.fromkeys(SETTLED) and backprop.unsettled is None
 
 
-def test_how_steps_end_that_do_not_settle_is_told():
+def test_where_beta_is_chosen_it_is_the_median_over_the_examples():
+    contender = contending(Recipe("", "eqprop", {}), strong(network(*WIDTHS)))
+    contender.batches = contender.batches[:1]
+    contender.turn(0)
+    estimate = contender.optimizer.last
+    assert estimate.betas.min() < estimate.betas.max()
+    assert contender.settled()["beta"] == float(estimate.betas.median())
+
+
+@pytest.mark.filterwarnings("error::mep.errors.NotConvergedWarning")
+def test_steps_that_do_not_settle_are_counted_and_not_warned_of():
     options = {"tol": 1e-9, "settle_steps": 2, "settle_lr": 0.1, "adaptive": True}
     limited = contending(Recipe("", "eqprop", options))
     limited.turn(0)
-    assert (limited.settled()["converged"], limited.unsettled) == (0, "step limit")
+    assert (limited.settled()["settled"], limited.unsettled) == (0, "step limit")
 
 
 def test_steps_before_the_first_turn_do_not_make_the_machine_look_busy(monkeypatch):
@@ -482,6 +472,11 @@ def test_the_record_is_whole(timed):
     for row in model["rows"]:
         assert row["error"] is None and len(row["times"]) == 1 and row["flops"] > 0
         assert all((row[field] is None) == (row["preset"] in ("sgd", "torch_muon")) for field in SETTLED)
+        assert row["beta"] == row["options"].get("beta", row["beta"])
+
+
+def test_no_column_is_empty(timed):
+    assert empty_columns(timed[1]) == []
 
 
 def test_tables_and_pictures_come_from_the_record_alone(timed, tmp_path):
@@ -511,7 +506,7 @@ def test_what_did_not_settle_or_suit_is_marked(timed):
     record = json.loads((timed[0] / "speed.json").read_text())
     (first,) = record["models"]
     second = copy.deepcopy(first)
-    first["rows"][-1] |= {"converged": 0.5, "unsettled": "step limit"}
+    first["rows"][-1] |= {"settled": 0.5, "unsettled": "step limit"}
     second["rows"].pop()
     record["models"] = [first, second]
     text = shown(record)

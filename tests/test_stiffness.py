@@ -84,8 +84,8 @@ def test_an_unknown_step_is_half_of_the_largest():
     found = ended(energy, point, settle_steps=60, settle_lr=None)
     expected = ended(energy, point, settle_steps=60, settle_lr=lr)
     assert found.result is expected.result is Result.FIXED_STEPS
-    for name, error in expected.errors.items():
-        torch.testing.assert_close(found.errors[name], error, rtol=0, atol=0)
+    for name, s in expected.point.values.items():
+        torch.testing.assert_close(found.point.values[name], s, rtol=0, atol=0)
 
 
 @torch.no_grad()
@@ -94,9 +94,10 @@ def test_what_diverged_tells_a_step_that_does_not():
     energy, point = nudged(model, x, y)
     largest = largest_step(energy, point, MOMENTUM)
     assert largest < 0.15
-    assert f"below {largest:.2g}" in mep.Descent().way_out(energy, point)
+    assert f"below {largest:.2g}" in mep.Descent().failure_hint(energy, point)
     for lr in (None, 0.5 * largest):
-        assert mep.Descent(settle_lr=lr).way_out(energy, point) == "a smaller beta, or mep.Sweep."
+        hint = mep.Descent(settle_lr=lr).failure_hint(energy, point)
+        assert hint == "more settle_steps, a smaller beta, or mep.Sweep."
 
 
 @torch.no_grad()

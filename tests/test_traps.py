@@ -252,12 +252,12 @@ def test_labels_are_smoothed_only_on_request(preset):
 @pytest.mark.parametrize("energy", ["prediction", "hopfield"])
 @pytest.mark.parametrize("cost", ["cross_entropy", "mse"])
 def test_float64_model_stays_float64(energy, cost):
-    """A residual of 1e-10 cannot be reached through an energy in float32."""
+    """A residual of 1e-8 cannot be reached through an energy in float32."""
     model = small(nn.ReLU)
     x, y = torch.randn(BATCH, 4).double(), labels() if cost == "cross_entropy" else torch.randn(BATCH, 3).double()
-    solver = mep.Descent(5000, tol=1e-10, adaptive=True, settle_lr=0.3)
-    estimate = mep.EquilibriumPropagation(model, cost, energy=energy, solver=solver)(x, y)
-    assert estimate.converged and estimate.residual.max() <= 1e-10
+    solver = mep.Descent(5000, tol=1e-8, adaptive=True, settle_lr=0.3)
+    estimate = mep.EquilibriumPropagation(model, cost, beta=0.1, energy=energy, solver=solver)(x, y)
+    assert estimate.converged and estimate.residual.max() <= 1e-8
     found = [estimate.loss, estimate.residual, *(p.grad for p in model.parameters())]
     assert {t.dtype for t in found} == {torch.float64}
 
@@ -311,7 +311,7 @@ def test_residual_waits_for_the_signal(steps):
     estimate = ep(torch.randn(BATCH, 4).double(), labels())
     arrived = steps >= len(layers)
     assert bool(model[0].weight.grad.any()) == arrived
-    assert arrived or (estimate.residual == 1).all()
+    assert arrived or estimate.residual.min() > 0.999
     assert arrived == estimate.converged
 
 

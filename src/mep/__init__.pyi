@@ -7,6 +7,8 @@ from .errors import (
     DivergedError,
     InputError,
     MepError,
+    NotConvergedError,
+    NotConvergedWarning,
     ParameterError,
     TraceError,
 )
@@ -36,6 +38,8 @@ __all__ = [
     "MepError",
     "Muon",
     "NaturalGradient",
+    "NotConvergedError",
+    "NotConvergedWarning",
     "O1MemoryEPv2",
     "ParameterError",
     "Result",

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from mep.layout import in_dtype
-from mep.nodes import Held, Local, Node, Strength, displaced
+from mep.nodes import Beta, Held, Local, Node, displaced
 from mep.ops import Op, Ref, has_hooks
 from mep.steps import AveragePool, Key, Pointwise, Pool, Reshape, Step
 from mep.weighted_steps import Convolution, LayerNorm, Linear
@@ -37,6 +37,8 @@ class Chain(Node):
     def __init__(self, steps: Sequence[Step], **fields: Any):
         super().__init__(**fields)
         self.steps = tuple(steps)
+
+    can_replace_rows = True
 
     @property
     def is_affine_when_held(self) -> bool:
@@ -77,7 +79,7 @@ class Chain(Node):
                 arriving, t = t, step.push(kept, t)
         return t, arriving if self.parameters else None
 
-    def moved(self, saved: Any, arriving: Tensor, beta: Strength) -> Any:
+    def moved(self, saved: Any, arriving: Tensor, beta: Beta) -> Any:
         return saved._replace(kept=[*saved.kept[:-1], displaced(saved.kept[-1], arriving, beta)])
 
     def rows(self, saved: Any, index: Tensor) -> Any:

@@ -15,7 +15,6 @@ from torch import Tensor
 from mep.errors import ArgumentError, InputError
 
 PerExample = Callable[[Tensor, Tensor], Tensor]
-Curvature = tuple[Tensor, Tensor | None]
 
 
 class BatchCost(ABC):
@@ -26,8 +25,10 @@ class BatchCost(ABC):
         target: what the cost expects.
     """
 
-    narrows = True
-    """Whether `of` is there: row i of the target belongs to example i."""
+    @property
+    def narrows(self) -> bool:
+        """Whether `of` is there: row i of the target belongs to example i."""
+        return type(self).of is not BatchCost.of
 
     @property
     def smoothness(self) -> float | Tensor | None:
@@ -42,15 +43,8 @@ class BatchCost(ABC):
     def gradient(self, output: Tensor) -> Tensor:
         """d value.sum() / d output, in the shape of `output`."""
 
-    def curvature(self, output: Tensor, gradient: Tensor) -> Curvature | None:
-        """`(d, p)` if the Hessian of every example is `diag(d) - p p^T` (p may be None); None if it is not known.
-
-        `gradient` is that at the same output: often it tells the Hessian too.
-        """
-        return None
-
     def of(self, rows: Tensor) -> BatchCost:
-        """The cost of some of the examples."""
+        """The cost of some of the examples; a cost without it is evaluated for all of them in every sweep."""
         raise NotImplementedError
 
     def parts(self) -> dict[str, Tensor]:
@@ -84,10 +78,6 @@ class SquaredError(BatchCost):
     def gradient(self, output: Tensor) -> Tensor:
         """2 (s - y) / features."""
         return (output - self.target).mul_(2 / self.features)
-
-    def curvature(self, output: Tensor, gradient: Tensor) -> Curvature | None:
-        """2 / features."""
-        return (torch.full_like(output, 2 / self.features), None) if output.ndim == 2 else None
 
     def of(self, rows: Tensor) -> BatchCost:
         return _copy(self, target=self.target.index_select(0, rows))
@@ -146,13 +136,6 @@ class CrossEntropy(BatchCost):
         p = p.sub_(self.target) if self.total is None else p.mul_(self.total).sub_(self.target)
         return p.div_(self.positions) if self.positions > 1 else p
 
-    def curvature(self, output: Tensor, gradient: Tensor) -> Curvature | None:
-        """`t (diag(p) - p p^T)` with p = softmax(s), for a target that sums to t."""
-        if output.ndim != 2:
-            return None
-        p = gradient + self.target
-        return p, p if self.total is None else p / self.total.sqrt().clamp_min(torch.finfo(p.dtype).tiny)
-
     def of(self, rows: Tensor) -> BatchCost:
         labels = None if self.labels is None else self.labels.index_select(0, rows)
         total = None if self.total is None else self.total.index_select(0, rows)
@@ -161,8 +144,6 @@ class CrossEntropy(BatchCost):
 
 class Custom(BatchCost):
     """Any differentiable function of `(output, target)` that returns one number per example."""
-
-    narrows = False
 
     def __init__(self, function: PerExample, output: Tensor, target: Tensor):
         self.function, self.target = function, target

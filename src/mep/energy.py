@@ -11,6 +11,11 @@ Two couplings, `prediction` and `hopfield`, differ only in `e`; both pull a stat
 | hopfield   | 1/2 \|s\|^2 - <s, mu> | s                 | in a box |
 
 The force on a state is local: `dF/ds_n = (s_n - mu_n) - sum_c J_c^T tension_c`, minus `-beta dC/ds` at the output.
+
+The residual of a state says how far it is from equilibrium *in units of the nudge*: the two sides that balance there,
+both over beta, differ by no more than that fraction of the larger one (`Energy.residuals`). A residual relative to the
+states themselves would call any weak nudge settled before anything has moved.
+
 Sources: Scellier and Bengio 2017 (arXiv:1602.05179), eq. 3 to 6; Whittington and Bogacz 2017 for `prediction`.
 """
 
@@ -28,8 +33,8 @@ from mep.activations import Kink
 from mep.cost import BatchCost
 from mep.errors import ArgumentError
 from mep.graph import Graph, Point
-from mep.layout import accurate, by_example
-from mep.nodes import Held, Node, Strength, displaced, magnitude, spread
+from mep.layout import accurate, by_example, select_examples
+from mep.nodes import Beta, Held, Node, displaced, of_rows, spread
 
 State = dict[str, Tensor]
 Box = tuple[float, float]
@@ -50,7 +55,7 @@ class Prediction:
         """-de/dmu."""
         return s - mu
 
-    def balance(self, s: Tensor, mu: Tensor, pull: Tensor) -> tuple[Tensor, Tensor]:
+    def sides(self, s: Tensor, mu: Tensor, pull: Tensor, free: Free | None, box: Box) -> tuple[Tensor, Tensor]:
         """The two sides that are equal at equilibrium: the error, and the pull of the children."""
         return s - mu, pull
 
@@ -69,9 +74,14 @@ class Hopfield:
         """-de/dmu."""
         return s
 
-    def balance(self, s: Tensor, mu: Tensor, pull: Tensor) -> tuple[Tensor, Tensor]:
-        """The two sides that are equal at equilibrium: the state, and all its input."""
-        return s, mu + pull
+    def sides(self, s: Tensor, mu: Tensor, pull: Tensor, free: Free | None, box: Box) -> tuple[Tensor, Tensor]:
+        """The two sides that are equal at equilibrium: the state, and all its input moved into the box.
+
+        With a nudge, both as they differ from the free state: else the response to a weak one would drown.
+        """
+        if free is None:
+            return s, (mu + pull).clamp(*box)
+        return s - free.state, (mu + pull + free.leftover).clamp(*box) - free.state
 
 
 Coupling = Prediction | Hopfield
@@ -86,11 +96,25 @@ def make_coupling(name: str) -> Coupling:
 
 
 @dataclass(frozen=True)
+class Free:
+    """One state of the free equilibrium from which a nudged phase starts, and the force that was left on it there."""
+
+    state: Tensor
+    leftover: Tensor
+
+
+@dataclass(frozen=True)
 class Nudge:
-    """`beta C(s_out)`."""
+    """`beta C(s_out)`, and the free equilibrium by node where that is not the forward pass.
+
+    The free phase of such an energy ends with some force left. It is taken as a constant part of the nudged energy,
+    `-<leftover, s>`, whose free equilibrium is then exactly where the free phase ended. Else the contrast would divide
+    it by beta.
+    """
 
     cost: BatchCost
-    beta: Strength
+    beta: Beta
+    free: Mapping[str, Free] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,7 +129,7 @@ class Energy:
     nudge: Nudge | None = None
 
     @property
-    def beta(self) -> Strength:
+    def beta(self) -> Beta:
         """The nudging strength, 0 for the free energy."""
         return self.nudge.beta if self.nudge else 0.0
 
@@ -151,7 +175,7 @@ class Energy:
         return sum(float(left) for left, _ in held.departures) / units if units else 0.0
 
     def value(self, point: Point) -> Tensor:
-        """`E(s)`, or `F(s)` when nudged: [batch]."""
+        """`E(s)`, or `F(s)` when nudged, without the leftover of the free phase: [batch]."""
         total = torch.zeros(self.batch, dtype=self.output(point).dtype, device=self.output(point).device)
         for name, mu in point.predictions.items():
             total = total + self.coupling.energy(point.values[name], mu).reshape(self.batch, -1).sum(1)
@@ -166,6 +190,31 @@ class Energy:
     def cost_gradient(self, point: Point) -> Tensor | None:
         """dC/ds_out, without beta; None when there is no nudge."""
         return self.nudge.cost.gradient(self.output(point)) if self.nudge else None
+
+    def wanted_error(self, point: Point) -> Tensor:
+        """`dC/ds_out` at the point: the output's error at equilibrium."""
+        assert self.nudge is not None, "the free equilibrium of the prediction energy is the forward walk"
+        return self.nudge.cost.gradient(self.output(point))
+
+    def errors_back(self, saved: Mapping[str, Any], x: Tensor, like: Mapping[str, Any]) -> State:
+        """Errors carried back from the output's, x: `delta_n = sum_c J_c^T delta_c` of every state.
+
+        `saved` is a point's, or some rows of it; `like` has the shapes of the states that nothing arrives at.
+        """
+        errors: State = {}
+
+        def transmit(node: Node, force: Tensor | None) -> Tensor | None:
+            if node.name == self.graph.output:
+                force = x
+            if node.owns_state:
+                if force is None:
+                    shape = like[node.name].shape
+                    force = x.new_zeros(shape[0] * len(x) // self.batch, *shape[1:])
+                errors[node.name] = force
+            return force
+
+        self.graph.pull(saved, None, transmit)
+        return errors
 
     def pulls(self, point: Point) -> State:
         """What each state is pulled by: `sum_c J_c^T tension_c`, and `-beta dC/ds` at the output."""
@@ -185,25 +234,47 @@ class Energy:
     def forces(self, point: Point, pulls: Mapping[str, Tensor] | None = None) -> State:
         """dF/ds_n of every state, in closed form."""
         pulls = self.pulls(point) if pulls is None else pulls
-        return {name: point.values[name] - mu - pulls[name] for name, mu in point.predictions.items()}
+        return {name: self.force(name, point.values[name], mu, pulls[name]) for name, mu in point.predictions.items()}
+
+    def force(self, name: str, s: Tensor, mu: Tensor, pull: Tensor) -> Tensor:
+        """dF/ds of one state."""
+        free = self.free_of(name)
+        return s - mu - pull if free is None else s - mu - pull - free.leftover
+
+    def free_of(self, name: str) -> Free | None:
+        """The free equilibrium of one state, where the nudge has noted it."""
+        return self.nudge.free[name] if self.nudge and self.nudge.free else None
 
     def residuals(self, point: Point, pulls: Mapping[str, Tensor] | None = None) -> State:
-        """The relative residual of every state: {node: [batch]}, see `relative_residual`.
-
-        An example whose nudge cannot be told from the rounding of the output has nothing to settle.
-        """
+        """The residual of every state, in units of the nudge: {node: [batch]}, see `relative_residual`."""
         pulls = self.pulls(point) if pulls is None else pulls
-        found = {}
-        for node in self.graph.states:
-            s = point.values[node.name]
-            sides = self.coupling.balance(s, point.predictions[node.name], pulls[node.name])
-            found[node.name] = relative_residual(*sides, s, self.batch, node.box)
-        gradient = self.cost_gradient(point)
-        if gradient is not None:
-            nudge = example_norm(gradient, self.batch) * magnitude(self.beta)
-            felt = nudge > 10 * rounding(self.output(point), self.batch)
-            found = {name: residual * felt for name, residual in found.items()}
-        return found
+        return {
+            name: self.residual(name, point.values[name], mu, pulls[name]) for name, mu in point.predictions.items()
+        }
+
+    def residual(self, name: str, s: Tensor, mu: Tensor, pull: Tensor) -> Tensor:
+        """That of one state, as far as it can be told: with the rounding of the state, and what the free phase left.
+
+        The leftover shifts both equilibria: alike for a weak nudge, so that it counts beside the response to the whole
+        of dC/ds, and enters here times beta; but the free one alone where a strong nudge fixes the other.
+        """
+        free, batch = self.free_of(name), self.batch
+        side, other = self.coupling.sides(s, mu, pull, free, self.graph.by_name[name].box)
+        if self.nudge is None:
+            return relative_residual(side, other, batch)
+        unknown = rounding(s, batch)
+        if free is not None:
+            share = torch.as_tensor(self.beta).abs().clamp(max=1)
+            unknown = unknown + share * example_norm(free.leftover, batch)
+        return relative_residual(side, other, batch, unknown, 10 * rounding(s, batch))
+
+    def has_nothing_to_settle(self, free: Point, size: Tensor | None = None) -> Tensor:
+        """Which examples have a cost gradient at the free output that is no more than its rounding: [batch].
+
+        `size` is its norm, if that is known.
+        """
+        size = example_norm(self.wanted_error(free), self.batch) if size is None else size
+        return size <= 10 * rounding(self.output(free), self.batch)
 
     def parameter_gradient(
         self, point: Point, errors: Mapping[str, Tensor] | None, weight: float, nodes: Sequence[Node] | None = None
@@ -212,18 +283,39 @@ class Energy:
 
         `errors` are the scaled ones, (mu - s) / beta, where they are known.
         """
-        if errors is not None:
-            return self.graph.contract(point, errors, weight, nodes)
-        tension, scale = self.coupling.tension, self.beta if self.nudge else 1.0
-        assert not isinstance(scale, Tensor), "who reckons with tensors knows the errors"
-        names = [node.name for node in (self.graph.states if nodes is None else nodes)]
-        tensions = {n: tension(point.values[n], point.predictions[n]) for n in names}
-        return self.graph.contract(point, tensions, -weight / scale, nodes)
+        if errors is None:
+            names = [node.name for node in (self.graph.states if nodes is None else nodes)]
+            errors = {n: -self.coupling.tension(point.values[n], point.predictions[n]) for n in names}
+            if self.nudge:
+                errors = {n: e / spread(self.beta, e) for n, e in errors.items()}
+        return self.graph.contract(point, errors, weight, nodes)
+
+    def select(self, rows: Tensor) -> Energy:
+        """The nudged energy of some of the examples, [rows]; their branches are those of the whole batch.
+
+        Only where examples are independent, no noise is drawn, and the cost has its `of`.
+        """
+        assert self.nudge is not None
+        held, nudge = self.held, self.nudge
+        inputs = {n: v.index_select(0, rows) if _has_rows(v, self.batch) else v for n, v in self.inputs.items()}
+        some = Held(
+            hold_branches=held.hold_branches,
+            recording=False,
+            branches={key: select_examples(t, rows, self.batch) for key, t in held.branches.items()},
+            # What is clamped needs no vjp within a sweep.
+            clamped={n: (select_examples(mu, rows, self.batch), None) for n, (mu, _) in held.clamped.items()},
+        )
+        nudge = replace(nudge, cost=nudge.cost.of(rows), beta=of_rows(nudge.beta, rows))
+        return replace(self, inputs=inputs, held=some, batch=len(rows), nudge=nudge)
 
 
-def nudge(energy: Energy, cost: BatchCost, beta: Strength) -> Energy:
+def _has_rows(value: Any, batch: int) -> bool:
+    return isinstance(value, Tensor) and value.ndim > 0 and len(value) == batch
+
+
+def nudge(energy: Energy, cost: BatchCost, beta: Beta, free: Mapping[str, Free] | None = None) -> Energy:
     """The energy plus `beta` times the cost at the output: just another energy."""
-    return replace(energy, nudge=Nudge(cost, beta))
+    return replace(energy, nudge=Nudge(cost, beta, free))
 
 
 def inside_box(node: Node, mu: Tensor) -> Tensor:
@@ -239,24 +331,31 @@ def example_norm(tensor: Tensor, batch: int) -> Tensor:
     return torch.linalg.vector_norm(by_example(tensor, batch), dim=1, dtype=accurate(tensor))
 
 
-def relative_residual(side: Tensor, other: Tensor, state: Tensor, batch: int, box: Box = FREE) -> Tensor:
-    """`|side - other| / max(|side|, |other|)` of one node, per example: 0 at equilibrium, 1 before a signal arrives.
+def example_dot(a: Tensor, b: Tensor, batch: int) -> Tensor:
+    """The inner product over everything but the examples, [batch], in float32 at least."""
+    a, b = by_example(a, batch), by_example(b, batch)
+    return torch.linalg.vecdot(a, b) if accurate(a) is a.dtype else torch.linalg.vecdot(a.float(), b.float())
 
-    At equilibrium the two sides are equal: `s - mu` and the pull of the children. What a face of the box holds back
-    does not count. Where nothing pulls at all, a side as small as the rounding of the state counts as zero.
+
+def relative_residual(
+    side: Tensor, other: Tensor, batch: int, unknown: Tensor | None = None, floor: Tensor | None = None
+) -> Tensor:
+    """`|side - other| / max(|side|, |other|)` of one node, [batch].
+
+    It is 0 at equilibrium, and 1 where a signal has just arrived. `unknown` ([batch]) is added to the difference: what
+    it may be off by rounding; where the sides drown in that the residual tends to 1. Where nothing arrives at all,
+    both sides are zero and the node does not count yet; `floor` is what then passes for zero.
     """
-    force = side - other
-    low, high = box
-    if low > -math.inf:
-        force = torch.where((state <= low) & (force > 0), 0, force)
-    if high < math.inf:
-        force = torch.where((state >= high) & (force < 0), 0, force)
-    violated, one, two, size = (example_norm(t, batch) for t in (force, side, other, state))
-    limits = torch.finfo(state.dtype)
-    floor = torch.where(two == 0, 10 * limits.eps * size, limits.tiny)
-    return violated / torch.maximum(torch.maximum(one, two), floor).add_(limits.tiny)
+    violated, one, two = (example_norm(t, batch) for t in (side - other, side, other))
+    larger = torch.maximum(one, two)
+    if unknown is not None:
+        violated, larger = violated + unknown, larger + unknown
+    residual = violated / larger.add_(torch.finfo(violated.dtype).tiny)
+    idle = two == 0
+    idle = idle & (one == 0 if floor is None else one <= floor)
+    return residual.masked_fill(idle, 0)
 
 
 def rounding(state: Tensor, batch: int) -> Tensor:
-    """How far a state may be off by rounding: ten units in the last place, [batch]."""
-    return example_norm(state, batch).mul_(10 * torch.finfo(state.dtype).eps)
+    """How far a state may be off by rounding: a unit in the last place of each number, [batch]."""
+    return example_norm(state, batch).mul_(torch.finfo(state.dtype).eps)

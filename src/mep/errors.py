@@ -1,5 +1,11 @@
 """Every error that `mep` raises on purpose: what was asked, why it cannot be, what to do."""
 
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
 
 class MepError(Exception):
     """The base of all of them: `except MepError` catches what this library refuses, and nothing else."""
@@ -27,3 +33,47 @@ class DivergedError(MepError, ArithmeticError):
 
 class DataError(MepError, ValueError):
     """A data set is missing, incomplete or corrupt."""
+
+
+class NotConvergedError(MepError, RuntimeError):
+    """Some example did not settle (`on_unsettled="raise"`); nothing was written."""
+
+
+class RemovedArgumentError(ArgumentError, TypeError):
+    """An argument of an earlier version; the message has the new way."""
+
+
+class NotConvergedWarning(UserWarning):
+    """Some example did not settle (`on_unsettled="warn"`); its estimate was used."""
+
+
+_Call = TypeVar("_Call", bound=Callable[..., Any])
+
+
+def removed_arguments(**new_ways: str) -> Callable[[_Call], _Call]:
+    """A decorator of functions and classes: the arguments named here raise, with the new way as the message.
+
+    Example:
+        >>> @removed_arguments(size="Pass width and height.")
+        ... def draw(width): ...
+        >>> draw(size=3)
+        Traceback (most recent call last):
+            ...
+        mep.errors.RemovedArgumentError: draw(size=...) is gone. Pass width and height.
+    """
+
+    def decorate(call: _Call) -> _Call:
+        plain: Any = call.__init__ if isinstance(call, type) else call  # type: ignore[misc]
+
+        @functools.wraps(plain)
+        def checked(*args: Any, **kwargs: Any) -> Any:
+            for name in new_ways.keys() & kwargs.keys():
+                raise RemovedArgumentError(f"{call.__name__}({name}=...) is gone. {new_ways[name]}")
+            return plain(*args, **kwargs)
+
+        if not isinstance(call, type):
+            return cast(_Call, checked)
+        call.__init__ = checked  # type: ignore[misc]
+        return call
+
+    return decorate

@@ -52,7 +52,9 @@ class Graph:
         self.is_affine_when_held = all(n.clamped or n.is_affine_when_held for n in self.nodes)
         """Whether no Jacobian changes while the branches are held: pointwise pieces and linear layers only."""
         self.is_separable: bool | None = None
-        """Whether examples do not see each other; None until somebody has looked."""
+        """Whether no Jacobian couples two examples; None until checked."""
+        self.selects: dict[int, bool] = {}
+        """Size of batch -> whether some of its examples can be evaluated without the others, where that was tried."""
         self.snapshot = Snapshot(self.model)
 
     def _last_read(self) -> dict[str, list[str]]:

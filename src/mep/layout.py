@@ -6,6 +6,8 @@ fast, and convolutions are never slower. An operation on two layouts is slower t
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -45,3 +47,34 @@ def per_example(values: Tensor, like: Tensor) -> Tensor:
 def rows_of(t: Tensor, index: Tensor) -> Tensor:
     """Some rows of a tensor, in its layout."""
     return as_laid_out(t.index_select(0, index), t)
+
+
+def replace_rows_(whole: Any, some: Any, rows: Tensor, batch: int) -> None:
+    """Write the rows of some examples of `batch` into a tensor, or into all tensors of a nest of tuples and lists.
+
+    Example:
+        >>> whole = torch.zeros(3), [torch.zeros(6), 5]
+        >>> replace_rows_(whole, (torch.ones(1), [torch.ones(2), 5]), torch.tensor([1]), batch=3)
+        >>> whole
+        (tensor([0., 1., 0.]), [tensor([0., 0., 1., 1., 0., 0.]), 5])
+    """
+    if isinstance(whole, Tensor):
+        whole.index_copy_(0, _all_rows(rows, len(whole) // batch), some)
+    elif isinstance(whole, (tuple, list)):
+        for one, other in zip(whole, some, strict=True):
+            replace_rows_(one, other, rows, batch)
+
+
+def _all_rows(rows: Tensor, each: int) -> Tensor:
+    """The rows of examples that have so many each, one after another."""
+    return rows if each == 1 else (rows.unsqueeze(1) * each + torch.arange(each, device=rows.device)).flatten()
+
+
+def select_examples(t: Tensor, rows: Tensor, batch: int) -> Tensor:
+    """The rows of some examples of `batch`, in the layout of `t`; an example may have several rows, one after another.
+
+    Example:
+        >>> select_examples(torch.arange(6), torch.tensor([2, 0]), batch=3)
+        tensor([4, 5, 0, 1])
+    """
+    return rows_of(t, _all_rows(rows, len(t) // batch))

@@ -26,7 +26,7 @@ from mep.layout import as_laid_out, per_example
 from mep.ops import Op, has_hooks
 from mep.snapshot import Buffers, Noise, generators, set_generators
 
-Strength = float | Tensor
+Beta = float | Tensor
 """A nudging strength: a number, a tensor without dimensions where a step is compiled for any, or one each: [batch]."""
 
 WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -133,13 +133,16 @@ class Node:
         """
         raise NotImplementedError
 
-    def moved(self, saved: Any, arriving: Tensor, beta: Strength) -> Any:
+    def moved(self, saved: Any, arriving: Tensor, beta: Beta) -> Any:
         """`saved` after `weighted_input` has moved by `-beta * arriving`."""
         raise NotImplementedError
 
     def rows(self, saved: Any, index: Tensor) -> Any:
         """`saved` of some of the examples."""
         raise NotImplementedError
+
+    can_replace_rows = False
+    """Whether `saved` consists of tensors whose rows are the examples, see `mep.layout.replace_rows_`."""
 
 
 class Local(Node):
@@ -242,7 +245,7 @@ def _grad(output: Tensor, inputs: Sequence[Tensor], force: Tensor) -> Sequence[T
     return torch.autograd.grad(output, inputs, force, retain_graph=True, allow_unused=True)
 
 
-def displaced(mu: Tensor, error: Tensor, beta: Strength) -> Tensor:
+def displaced(mu: Tensor, error: Tensor, beta: Beta) -> Tensor:
     """`mu - beta error`."""
     strength = spread(beta, error)
     if isinstance(strength, Tensor):
@@ -250,24 +253,14 @@ def displaced(mu: Tensor, error: Tensor, beta: Strength) -> Tensor:
     return torch.add(mu, error, alpha=-strength)
 
 
-def spread(beta: Strength, like: Tensor) -> Strength:
+def spread(beta: Beta, like: Tensor) -> Beta:
     """A strength ready to be multiplied with a state."""
-    return per_example(beta, like).to(like.dtype) if isinstance(beta, Tensor) and beta.ndim else beta
+    if not isinstance(beta, Tensor):
+        return beta
+    return (per_example(beta, like) if beta.ndim else beta).to(like.dtype)
 
 
-def magnitude(beta: Strength) -> Strength:
-    """The strength, whether toward the target or away from it."""
-    return beta.abs() if isinstance(beta, Tensor) else abs(beta)
-
-
-def weakest(one: Strength, other: Strength) -> Strength:
-    """The lesser of two strengths, which are not negative."""
-    if isinstance(one, Tensor):
-        return one.clamp(max=other)
-    return other.clamp(max=one) if isinstance(other, Tensor) else min(one, other)
-
-
-def of_rows(beta: Strength, rows: Tensor) -> Strength:
+def of_rows(beta: Beta, rows: Tensor) -> Beta:
     """The strength of some of the examples."""
     return beta.index_select(0, rows) if isinstance(beta, Tensor) and beta.ndim else beta
 

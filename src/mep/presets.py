@@ -3,8 +3,8 @@
 Settling, in every preset: without `settle_lr` the sweep solver runs, with `settle_steps` as its limit; giving
 `settle_lr` selects gradient descent on the states with that step. `adaptive=True` stops once every example's relative
 residual has been at most `tol` for `patience` iterations, `adaptive=False` runs exactly `settle_steps`; left at None it
-is True for sweeps and False for descent. `strength` limits how strongly adaptive sweeps nudge; None: in proportion to
-`beta`, see `mep.Sweep`.
+is True for sweeps and False for descent. `settle_steps` left at None is 100 for adaptive sweeps, else 30.
+`on_unsettled` says what a step does with examples that did not settle, see `mep.EquilibriumPropagation`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.optim.optimizer import ParamsT
 
 from mep.constraints import spectral_bound
 from mep.cost import BatchCost, PerExample
-from mep.errors import ArgumentError, ParameterError
+from mep.errors import ArgumentError, ParameterError, removed_arguments
 from mep.estimators import Backprop, EquilibriumPropagation
 from mep.estimators.inputs import check_model
 from mep.optimizer import EPOptimizer
@@ -26,7 +26,10 @@ from mep.solvers import Descent, Local, Sweep
 from mep.tracing import Leaves
 from mep.updates import Dion, Muon, NaturalGradient
 
+_STRENGTH = "No nudge is weakened any more: beta is used as given. beta=None chooses one for each example."
 
+
+@removed_arguments(strength=_STRENGTH)
 def eqprop(
     params: ParamsT,
     model: nn.Module,
@@ -41,12 +44,12 @@ def eqprop(
     phases: str = "one-sided",
     branches: str = "held",
     leaves: Leaves = (),
-    settle_steps: int = 30,
+    settle_steps: int | None = None,
     settle_lr: float | None = None,
     adaptive: bool | None = None,
     tol: float = 1e-2,
     patience: int = 1,
-    strength: float | None = None,
+    on_unsettled: str = "warn",
     compile: bool = False,
     checkpoint: bool = False,
     low_memory: bool = False,
@@ -58,7 +61,7 @@ def eqprop(
         model: the model.
         lr, momentum, weight_decay, nesterov: as in `torch.optim.SGD`.
         cost, beta, energy, phases, branches, leaves, compile, checkpoint: as in `mep.EquilibriumPropagation`.
-        settle_steps, settle_lr, adaptive, tol, patience, strength: how to settle, see `mep.presets`.
+        settle_steps, settle_lr, adaptive, tol, patience, on_unsettled: how to settle, see `mep.presets`.
         low_memory: as in `mep.EPOptimizer`.
 
     Example:
@@ -69,14 +72,25 @@ def eqprop(
         >>> opt.last.iterations <= 4, float(opt.last.residual.max()) <= 1e-2
         (True, True)
     """
-    solver = _solver(energy, settle_steps, settle_lr, adaptive, tol, patience, strength)
+    solver = _solver(energy, settle_steps, settle_lr, adaptive, tol, patience)
     estimator = EquilibriumPropagation(
-        model, cost, beta, solver, energy, phases, branches, leaves, compile=compile, checkpoint=checkpoint
+        model,
+        cost,
+        beta,
+        solver,
+        energy,
+        phases,
+        branches,
+        leaves,
+        compile=compile,
+        checkpoint=checkpoint,
+        on_unsettled=on_unsettled,
     )
     update = _sgd("eqprop", _listed(params, model), lr, momentum, weight_decay, nesterov)
     return EPOptimizer(estimator, update, low_memory=low_memory)
 
 
+@removed_arguments(strength=_STRENGTH)
 def smep(
     params: ParamsT,
     model: nn.Module,
@@ -92,12 +106,12 @@ def smep(
     phases: str = "one-sided",
     branches: str = "held",
     leaves: Leaves = (),
-    settle_steps: int = 30,
+    settle_steps: int | None = None,
     settle_lr: float | None = None,
     adaptive: bool | None = None,
     tol: float = 1e-2,
     patience: int = 1,
-    strength: float | None = None,
+    on_unsettled: str = "warn",
     compile: bool = False,
     checkpoint: bool = False,
     low_memory: bool = False,
@@ -110,17 +124,28 @@ def smep(
         lr, momentum, weight_decay, nesterov: as in `mep.Muon`.
         gamma: the bound, see `mep.spectral_bound`.
         cost, beta, energy, phases, branches, leaves, compile, checkpoint: as in `mep.EquilibriumPropagation`.
-        settle_steps, settle_lr, adaptive, tol, patience, strength: how to settle, see `mep.presets`.
+        settle_steps, settle_lr, adaptive, tol, patience, on_unsettled: how to settle, see `mep.presets`.
         low_memory: as in `mep.EPOptimizer`.
     """
-    solver = _solver(energy, settle_steps, settle_lr, adaptive, tol, patience, strength)
+    solver = _solver(energy, settle_steps, settle_lr, adaptive, tol, patience)
     estimator = EquilibriumPropagation(
-        model, cost, beta, solver, energy, phases, branches, leaves, compile=compile, checkpoint=checkpoint
+        model,
+        cost,
+        beta,
+        solver,
+        energy,
+        phases,
+        branches,
+        leaves,
+        compile=compile,
+        checkpoint=checkpoint,
+        on_unsettled=on_unsettled,
     )
     update = Muon(_listed(params, model), lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov)
     return EPOptimizer(estimator, update, [spectral_bound(gamma)], low_memory)
 
 
+@removed_arguments(strength=_STRENGTH)
 def smep_fast(
     params: ParamsT,
     model: nn.Module,
@@ -141,7 +166,7 @@ def smep_fast(
     adaptive: bool | None = None,
     tol: float = 1e-1,
     patience: int = 1,
-    strength: float | None = None,
+    on_unsettled: str = "warn",
     compile: bool = False,
     checkpoint: bool = False,
     low_memory: bool = False,
@@ -150,14 +175,25 @@ def smep_fast(
 
     Takes the arguments of `smep`. One or two sweeps a step suffice.
     """
-    solver = _solver(energy, settle_steps, settle_lr, adaptive, tol, patience, strength)
+    solver = _solver(energy, settle_steps, settle_lr, adaptive, tol, patience)
     estimator = EquilibriumPropagation(
-        model, cost, beta, solver, energy, phases, branches, leaves, compile=compile, checkpoint=checkpoint
+        model,
+        cost,
+        beta,
+        solver,
+        energy,
+        phases,
+        branches,
+        leaves,
+        compile=compile,
+        checkpoint=checkpoint,
+        on_unsettled=on_unsettled,
     )
     update = Muon(_listed(params, model), lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov)
     return EPOptimizer(estimator, update, [spectral_bound(gamma)], low_memory)
 
 
+@removed_arguments(strength=_STRENGTH)
 def sdmep(
     params: ParamsT,
     model: nn.Module,
@@ -175,12 +211,12 @@ def sdmep(
     phases: str = "one-sided",
     branches: str = "held",
     leaves: Leaves = (),
-    settle_steps: int = 30,
+    settle_steps: int | None = None,
     settle_lr: float | None = None,
     adaptive: bool | None = None,
     tol: float = 1e-2,
     patience: int = 1,
-    strength: float | None = None,
+    on_unsettled: str = "warn",
     compile: bool = False,
     checkpoint: bool = False,
     low_memory: bool = False,
@@ -201,9 +237,19 @@ def sdmep(
         >>> [tuple(state["right_factor"].shape) for state in opt.state.values() if "right_factor" in state]
         [(100, 10)]
     """
-    solver = _solver(energy, settle_steps, settle_lr, adaptive, tol, patience, strength)
+    solver = _solver(energy, settle_steps, settle_lr, adaptive, tol, patience)
     estimator = EquilibriumPropagation(
-        model, cost, beta, solver, energy, phases, branches, leaves, compile=compile, checkpoint=checkpoint
+        model,
+        cost,
+        beta,
+        solver,
+        energy,
+        phases,
+        branches,
+        leaves,
+        compile=compile,
+        checkpoint=checkpoint,
+        on_unsettled=on_unsettled,
     )
     update = Dion(
         _listed(params, model),
@@ -237,6 +283,7 @@ def O1MemoryEPv2(
     adaptive: bool = False,
     tol: float = 1e-2,
     patience: int = 1,
+    on_unsettled: str = "warn",
     low_memory: bool = False,
 ) -> EPOptimizer:
     """`smep` that settles by gradient descent with closed-form forces: its memory does not grow with `settle_steps`.
@@ -254,11 +301,14 @@ def O1MemoryEPv2(
         15
     """
     solver = _descent(settle_steps, settle_lr, adaptive, tol, patience)
-    estimator = EquilibriumPropagation(model, cost, beta, solver, energy, phases, branches, leaves)
+    estimator = EquilibriumPropagation(
+        model, cost, beta, solver, energy, phases, branches, leaves, on_unsettled=on_unsettled
+    )
     update = Muon(_listed(params, model), lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov)
     return EPOptimizer(estimator, update, [spectral_bound(gamma)], low_memory)
 
 
+@removed_arguments(strength=_STRENGTH)
 def natural_ep(
     params: ParamsT,
     model: nn.Module,
@@ -280,12 +330,12 @@ def natural_ep(
     phases: str = "one-sided",
     branches: str = "held",
     leaves: Leaves = (),
-    settle_steps: int = 30,
+    settle_steps: int | None = None,
     settle_lr: float | None = None,
     adaptive: bool | None = None,
     tol: float = 1e-2,
     patience: int = 1,
-    strength: float | None = None,
+    on_unsettled: str = "warn",
     compile: bool = False,
 ) -> EPOptimizer:
     """Natural-gradient EP: equilibrium propagation, and a Fisher matrix from the settled states.
@@ -300,7 +350,7 @@ def natural_ep(
             use_diagonal_fisher, orthogonalise: as in `mep.NaturalGradient`. Some weight decay is the default: steps
             this long fit a small training set at once.
         cost, beta, phases, branches, leaves, compile: as in `mep.EquilibriumPropagation`.
-        settle_steps, settle_lr, adaptive, tol, patience, strength: how to settle, see `mep.presets`.
+        settle_steps, settle_lr, adaptive, tol, patience, on_unsettled: how to settle, see `mep.presets`.
 
     Example:
         >>> import torch, mep
@@ -326,7 +376,7 @@ def natural_ep(
         use_diagonal_fisher=use_diagonal_fisher,
         orthogonalise=orthogonalise,
     )
-    solver = _solver("prediction", settle_steps, settle_lr, adaptive, tol, patience, strength)
+    solver = _solver("prediction", settle_steps, settle_lr, adaptive, tol, patience)
     estimator = EquilibriumPropagation(
         model,
         cost,
@@ -337,6 +387,7 @@ def natural_ep(
         leaves=leaves,
         observe=update.observe,
         compile=compile,
+        on_unsettled=on_unsettled,
     )
     return EPOptimizer(estimator, update)
 
@@ -355,6 +406,7 @@ def local_ep(
     leaves: Leaves = (),
     tol: float = 1e-2,
     schedule: str = "there and back",
+    on_unsettled: str = "warn",
     low_memory: bool = False,
 ) -> EPOptimizer:
     """Strictly local equilibrium propagation: nodes that see only their neighbours, and `torch.optim.SGD`.
@@ -366,7 +418,7 @@ def local_ep(
         params: the parameters to train, or groups of them; they must be the model's.
         model: the model.
         lr, momentum, weight_decay, nesterov: as in `torch.optim.SGD`.
-        cost, beta, phases, leaves: as in `mep.EquilibriumPropagation`.
+        cost, beta, phases, leaves, on_unsettled: as in `mep.EquilibriumPropagation`.
         tol, schedule: as in `mep.Local`.
         low_memory: as in `mep.EPOptimizer`.
 
@@ -379,7 +431,9 @@ def local_ep(
         True
     """
     solver = Local(tol=tol, schedule=schedule)
-    estimator = EquilibriumPropagation(model, cost, beta, solver, phases=phases, leaves=leaves)
+    estimator = EquilibriumPropagation(
+        model, cost, beta, solver, phases=phases, leaves=leaves, on_unsettled=on_unsettled
+    )
     update = _sgd("local_ep", _listed(params, model), lr, momentum, weight_decay, nesterov)
     return EPOptimizer(estimator, update, low_memory=low_memory)
 
@@ -428,29 +482,21 @@ def _sgd(
 
 
 def _solver(
-    energy: str,
-    steps: int,
-    settle_lr: float | None,
-    adaptive: bool | None,
-    tol: float,
-    patience: int,
-    strength: float | None,
+    energy: str, steps: int | None, settle_lr: float | None, adaptive: bool | None, tol: float, patience: int
 ) -> Solver:
-    if strength is not None and (settle_lr is not None or adaptive is False):
-        Sweep(strength=strength)  # refuses what is no strength at all
-        raise ArgumentError(f"strength={strength!r} does something only for sweeps with adaptive=True.")
     if settle_lr is not None:
-        return _descent(steps, settle_lr, bool(adaptive), tol, patience)
+        return _descent(30 if steps is None else steps, settle_lr, bool(adaptive), tol, patience)
     if energy != "prediction":
         raise ArgumentError(f"energy={energy!r} settles by descent: give settle_lr, for instance settle_lr=0.3.")
     adaptive = adaptive is not False
     _check_patience(patience, adaptive)
-    return Sweep(settle_steps=steps, tol=tol, patience=patience, adaptive=adaptive, strength=strength)
+    steps = (100 if adaptive else 30) if steps is None else steps
+    return Sweep(settle_steps=steps, tol=tol, patience=patience, adaptive=adaptive)
 
 
-def _descent(steps: int, settle_lr: float, adaptive: bool, tol: float, patience: int) -> Solver:
+def _descent(settle_steps: int, settle_lr: float, adaptive: bool, tol: float, patience: int) -> Solver:
     _check_patience(patience, adaptive)
-    return Descent(steps, tol, patience, adaptive, settle_lr)
+    return Descent(settle_steps, tol, patience, adaptive, settle_lr)
 
 
 def _check_patience(patience: int, adaptive: bool) -> None:

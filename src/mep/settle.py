@@ -1,6 +1,6 @@
-"""Settling: go to an equilibrium of an energy, and say how near one came. The only settling loop.
+"""Settling: go to an equilibrium of an energy, and measure how near. The only settling loop.
 
-A solver proposes the next point; the loop counts, measures, lets each example stop on its own, and judges.
+A solver proposes the next point; the loop counts, lets each example stop on its own, and judges by the residuals alone.
 """
 
 from __future__ import annotations
@@ -9,20 +9,16 @@ import enum
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from mep.energy import Energy, State
+from mep.energy import Energy, State, example_dot, example_norm
 from mep.errors import ArgumentError
 from mep.graph import Point
-from mep.nodes import Strength
-
-_SEEN, _LATE = 4, 6
-"""The pace of settling is judged by its last few iterations, once there were some more."""
 
 
 class Result(str, enum.Enum):
@@ -34,10 +30,8 @@ class Result(str, enum.Enum):
     """`adaptive=False`: exactly `settle_steps`, and some example is still above the tolerance."""
     STEP_LIMIT = "reached the step limit"
     """`settle_steps` did not suffice for some example."""
-    OUT_OF_REACH = "nudge too strong for the equilibrium to be reached"
-    """The iteration expands: only a smaller beta helps."""
     DIVERGED = "diverged"
-    """The forces grow without bound."""
+    """The forces grow without bound, or are not finite."""
     BACKPROP = "exact: backpropagation, nothing to settle"
     """The estimator does not settle."""
 
@@ -46,72 +40,107 @@ class Result(str, enum.Enum):
 
 
 @dataclass(frozen=True)
-class Known:
-    """What earlier steps taught a solver, None where nothing: it decides where settling begins, not where it ends.
+class Response:
+    """How the free equilibrium responds to the cost, to first order in beta: the same for every beta.
 
-    `gain`: how far the output moves when an error is injected there, `<x, M x> / <x, x>`, the mean over the examples.
-    `errors`: the scaled errors of the same examples at an earlier equilibrium, 0 where there is none. `look_from`: the
-    iteration before which no residual need be measured, safely below where settling has ended of late. `most`: the
-    strength of nudges at which examples settle without delay, see `mep.solvers.strength`.
+    A backward walk at the free point gives backpropagation's errors, `A_n^T x` with `x = dC/ds_out` and
+    `A_n = ds_out/ds_n`. Where Jacobians are constant a forward walk gives the output's response `M x`,
+    `M = sum_n A_n A_n^T`, too.
+
+    Attributes:
+        batch: the number of examples.
+        error: x, in the shape of the output.
+        errors: backpropagation's errors of all states; None where they are not kept (`checkpoint=True`). A solver may
+            empty it, and `arriving`, once they are replaced, so that their memory is free: pass a `copy` to keep them.
+        shift: `M x`; None where Jacobians may change.
+        arriving: how far the weighted inputs move, see `Graph.push`; None without `shift` or `errors`.
     """
 
-    gain: Strength | None = None
+    batch: int
+    error: Tensor
     errors: State | None = None
-    look_from: int = 0
-    most: Strength | None = None
+    shift: Tensor | None = None
+    arriving: State | None = None
 
-    def after(self, iterations: int, gain: Tensor | None, most: Strength | None = None) -> Known:
-        """What is known after a settling that ended then: the first look follows down at once, and up slowly.
+    def copy(self) -> Response:
+        """The same tensors in dictionaries of their own."""
+        errors, arriving = (None if state is None else dict(state) for state in (self.errors, self.arriving))
+        return replace(self, errors=errors, arriving=arriving)
 
-        Where no strength was limited, what was known of that remains.
-        """
-        safe = 3 * iterations // 4
-        look_from = safe if safe < self.look_from else self.look_from + (safe - self.look_from + 7) // 8
-        return Known(None if gain is None else float(gain), None, look_from, self.most if most is None else most)
+    @cached_property
+    def size(self) -> Tensor:
+        """`|x|` of every example, [batch], never zero."""
+        size = example_norm(self.error, self.batch)
+        return size.add_(torch.finfo(size.dtype).tiny)
+
+    @cached_property
+    def gain(self) -> Tensor:
+        """`k = <x, M x> / <x, x> = sum_n |A_n^T x|^2 / |x|^2` of every example, [batch]."""
+        if self.shift is not None:
+            return example_dot(self.error, self.shift, self.batch) / self.size.square()
+        assert self.errors is not None
+        return torch.stack([example_norm(e, self.batch) for e in self.errors.values()]).div(self.size).square().sum(0)
+
+    @property
+    def group_gain(self) -> Tensor:
+        """The same of all examples together, one number."""
+        size = self.size.square()
+        return (self.gain * size).sum() / size.sum()
+
+    @property
+    def amplification(self) -> Tensor:
+        """`|M x| / |x|`, which is k at least, where M x is known; else k: [batch]."""
+        if self.shift is None:
+            return self.gain
+        return example_norm(self.shift, self.batch) / self.size
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a solver may begin with: it decides how soon settling ends, not where.
+
+    `response`: that of the free equilibrium, if it was computed already. `errors`: scaled errors of the same examples
+    at an earlier equilibrium, 0 where there is none; only for solvers that recall.
+    """
+
+    response: Response | None = None
+    errors: State | None = None
 
 
 @dataclass(frozen=True)
 class Settled:
     """Where settling ended.
 
-    `energy` is that whose equilibrium it is: the one asked for, or with a weaker nudge for some examples. `residual` is
-    `[batch]`, the largest relative residual over the nodes (see `mep.energy.relative_residual`); `errors` are the
-    scaled errors `(mu - s) / beta` of every node, where the solver works with them. `known` is what the next step may
-    begin with; `turns`: how often each node was computed, where the solver counts.
+    `residual` is `[batch]`, that of the worst node (`Energy.residuals`); `errors` are the scaled errors `(mu - s) /
+    beta` of every node, where the solver works with them. `counts`: the iterations of every example, [batch]; `turns`:
+    how often each node was computed, where the solver counts.
     """
 
-    energy: Energy
     point: Point
     residual: Tensor
     iterations: int
     result: Result
+    counts: Tensor
     errors: Mapping[str, Tensor] | None = None
-    known: Known = Known()
     turns: Mapping[str, int] | None = None
 
 
 @dataclass
 class Iterate:
-    """A point on the way. `memory` is the solver's own; `point` and `errors` may lag behind it until `certify`.
+    """A point on the way.
 
-    `residual` may be a lower bound as long as it exceeds the tolerance, or until it is `exact`. `out_of_reach`: the
-    iteration expands, and a smaller beta would help; `diverging`: it runs away for good. `gain` and `most` as in
-    `Known`, `turns` as in `Settled`, and `energy` where it is not the one asked for. `weakened`: some example has just
-    been nudged less, so that how settling went before says nothing of how it will go on.
+    `residual` may be a lower bound as long as it exceeds the tolerance, or until it is `exact`. `point`, `errors` and
+    `turns`, as in `Settled`, may lag behind until `finalize`. `diverging`: the forces grow without bound. `state` is
+    the solver's own.
     """
 
-    point: Point
     residual: Tensor
+    point: Point
     errors: Mapping[str, Tensor] | None = None
-    out_of_reach: bool = False
-    diverging: bool = False
-    exact: bool = False
-    gain: Tensor | None = None
-    most: Strength | None = None
     turns: Mapping[str, int] | None = None
-    energy: Energy | None = None
-    weakened: bool = False
-    memory: Any = None
+    diverging: bool = False
+    exact: bool = True
+    state: Any = field(default=None, repr=False)
 
     @cached_property
     def worst(self) -> float:
@@ -121,11 +150,13 @@ class Iterate:
 
 @dataclass(frozen=True)
 class Solver(ABC):
-    """One algorithm for going to an equilibrium.
+    """One algorithm for going to an equilibrium: `init`, then `step` until settled, then `finalize`.
+
+    A solver never changes the energy, and so neither beta: an example that it cannot settle is reported.
 
     Args:
         settle_steps: the largest number of iterations, or with `adaptive=False` the exact one.
-        tol: an example has settled when its relative residual is at most this.
+        tol: an example has settled when its residual is at most this.
         patience: ... in this many consecutive iterations.
         adaptive: stop when every example has settled.
     """
@@ -135,16 +166,14 @@ class Solver(ABC):
     patience: int
     adaptive: bool
 
-    usual_beta: ClassVar[float] = 0.1
-    """The nudging strength of an estimator that is given none: enough to stand out from rounding and tolerance."""
-    beta_limited = False
-    """Whether a smaller beta makes an equilibrium easier to reach."""
-    gives_up: ClassVar[bool] = False
-    """Whether settling ends as soon as it is too slow to reach `tol` within `settle_steps`."""
+    largest_default_beta: ClassVar[float] = 0.1
+    """The largest beta that an estimator chooses by itself, and the bias that it allows, see `mep.estimators.beta`."""
     prediction_only: ClassVar[bool] = False
     """Whether it settles the energy "prediction" alone."""
-    recalls = False
-    """Whether it begins at an earlier equilibrium of the same examples, if there is one."""
+    uses_response: ClassVar[bool] = False
+    """Whether it begins with the response of the free equilibrium, which it computes itself if it is not given."""
+    recalls: ClassVar[bool] = False
+    """Whether it can begin at an earlier equilibrium of the same examples."""
 
     def __post_init__(self) -> None:
         name = type(self).__name__
@@ -156,89 +185,76 @@ class Solver(ABC):
             raise ArgumentError(f"{name}(tol={self.tol!r}): must lie between 0 and 1.")
 
     @abstractmethod
-    def start(self, energy: Energy, point: Point, known: Known) -> Iterate:
-        """The first iterate, at `point`."""
+    def init(self, energy: Energy, point: Point, start: Start) -> Iterate:
+        """The first iterate, at the free equilibrium `point`."""
 
     @abstractmethod
-    def advance(self, energy: Energy, iterate: Iterate, active: Tensor | None) -> Iterate:
-        """The next iterate; where `active` ([batch], None for all) is False, an example stays where it is."""
+    def step(self, energy: Energy, iterate: Iterate, active: Tensor | None) -> Iterate:
+        """The next iterate; where `active` ([batch], None for all) is False, an example may stay where it is."""
 
-    def for_beta(self, beta: float) -> Solver:
-        """The same for nudges of at most this strength: what was left to it is chosen."""
-        return self
-
-    def way_out(self, energy: Energy, point: Point) -> str:
-        """What to do where this has diverged from a point."""
-        return "a smaller beta, or mep.Sweep."
-
-    def certify(self, energy: Energy, iterate: Iterate) -> Iterate:
-        """The same iterate with its point, its errors and its exact residual, where `advance` was content with less."""
+    def finalize(self, energy: Energy, iterate: Iterate) -> Iterate:
+        """The same iterate with its point, its errors and its exact residual, where `step` was content with less."""
         return iterate
 
+    def failure_hint(self, energy: Energy, point: Point) -> str:
+        """What to do where this has diverged, or not settled, from a point."""
+        return "a smaller beta (beta=None chooses one for each example), or more settle_steps."
 
-def settle(energy: Energy, point: Point, solver: Solver, known: Known = Known()) -> Settled:
-    """Run `solver` on `energy` from `point` until every example has settled or the steps are used up."""
-    iterate = solver.start(energy, point, known)
-    active: Tensor | None = None  # an example that has settled rests, until another one disturbs it
-    quiet: Tensor | None = None
-    course: list[float] = []
-    tol = _rounded(solver.tol, iterate.residual.dtype)
+
+def settle(energy: Energy, point: Point, solver: Solver, start: Start = Start()) -> Settled:
+    """Run `solver` on `energy` from `point` until every example has settled or the steps are used up.
+
+    Whether an example has anything to settle is judged once, at `point`, by the cost gradient alone: on the way a state
+    may well pass where that vanishes.
+    """
+    size = start.response.size if start.response else None
+    idle = energy.has_nothing_to_settle(point, size) if energy.nudge else None
+    iterate = _without(idle, solver.init(energy, point, start))
+    tol = rounded(solver.tol, iterate.residual.dtype)
+    active: Tensor | None = None  # all of them
+    calm: Tensor | None = None
+    counts: Tensor | None = None  # all alike
     for iterations in range(solver.settle_steps + 1):
-        worst = iterate.worst
         if solver.adaptive and (iterations > 0 or iterate.exact):
-            if solver.patience == 1 and worst <= tol:
+            if solver.patience == 1 and iterate.worst <= tol:
                 break
-            active = iterate.residual > tol
+            active = ~(iterate.residual <= tol)
             if solver.patience > 1:
-                quiet = torch.where(active, 0, 1 if quiet is None else quiet + 1)
-                active = quiet < solver.patience
+                calm = torch.where(active, 0, 1 if calm is None else calm + 1)
+                active = calm < solver.patience
                 if not active.any():
                     break
-        if iterate.weakened:
-            course.clear()
-        course.append(worst)
-        hopeless = iterate.out_of_reach or not math.isfinite(worst) or _is_too_slow(solver, course, bool(energy.kinks))
-        if iterations == solver.settle_steps or hopeless:
+        if iterations == solver.settle_steps or iterate.diverging or not math.isfinite(iterate.worst):
             break
-        iterate = solver.advance(energy, iterate, active)
-    return _judged(energy, solver, solver.certify(energy, iterate), iterations, known)
+        if active is not None:
+            counts = active + (torch.full_like(active, iterations, dtype=torch.long) if counts is None else counts)
+        iterate = _without(idle, solver.step(energy, iterate, active))
+    if counts is None:
+        counts = iterate.residual.new_full((energy.batch,), iterations, dtype=torch.long)
+    last = solver.finalize(energy, iterate)
+    last = last if last.residual is iterate.residual else _without(idle, last)
+    return _judged(solver, last, iterations, counts)
 
 
 @cache
-def _rounded(tol: float, dtype: torch.dtype) -> float:
+def rounded(tol: float, dtype: torch.dtype) -> float:
     """The tolerance as residuals of that dtype are compared with it, one by one or the worst of them."""
     return torch.tensor(tol, dtype=dtype).item()
 
 
-def _is_too_slow(solver: Solver, course: list[float], has_kinks: bool) -> bool:
-    """Whether the worst residual falls so slowly of late that it would not reach `tol` in the iterations left.
-
-    Where units come to rest at kinks it falls in fits and starts, and says nothing of the kind.
-    """
-    if has_kinks or not (solver.gives_up and solver.adaptive and len(course) > _SEEN + _LATE):
-        return False
-    best, before = min(course), min(course[:-_LATE])
-    left = solver.settle_steps + 1 - len(course)
-    return best > solver.tol and math.log(solver.tol / best) < left / _LATE * math.log(best / before)
+def _without(idle: Tensor | None, iterate: Iterate) -> Iterate:
+    """With a residual of zero where there is nothing to settle."""
+    if idle is not None:
+        iterate.residual = iterate.residual.masked_fill(idle, 0)
+    return iterate
 
 
-def _judged(energy: Energy, solver: Solver, iterate: Iterate, iterations: int, known: Known) -> Settled:
+def _judged(solver: Solver, iterate: Iterate, iterations: int, counts: Tensor) -> Settled:
     worst = iterate.worst
     if iterate.diverging or not math.isfinite(worst):
         result = Result.DIVERGED
-    elif worst <= _rounded(solver.tol, iterate.residual.dtype):
+    elif worst <= rounded(solver.tol, iterate.residual.dtype):
         result = Result.CONVERGED
-    elif not solver.adaptive:
-        result = Result.FIXED_STEPS
     else:
-        result = Result.OUT_OF_REACH if iterate.out_of_reach else Result.STEP_LIMIT
-    return Settled(
-        iterate.energy or energy,
-        iterate.point,
-        iterate.residual,
-        iterations,
-        result,
-        iterate.errors,
-        known.after(iterations, iterate.gain, iterate.most),
-        iterate.turns,
-    )
+        result = Result.STEP_LIMIT if solver.adaptive else Result.FIXED_STEPS
+    return Settled(iterate.point, iterate.residual, iterations, result, counts, iterate.errors, iterate.turns)

@@ -58,6 +58,8 @@ class Pointwise(Step):
         if not (activation.piecewise and held.hold_branches):
             y = activation.value(h)
             return y, (h, y)
+        if held.departures is None and (x0 := held.branches.get(self.key)) is not None:
+            return activation.held(h, x0), (x0, x0)
         is_first = self.key not in held.branches
         y = held.on_branch(self.key, activation, h)
         if is_first and activation.box and activation.homogeneous:

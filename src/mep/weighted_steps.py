@@ -69,6 +69,9 @@ class Convolution(Native):
         n = len(module.stride)
         self.convolve = getattr(F, f"conv{n}d")
         self.geometry = (module.stride, module.padding, module.dilation, False, [0] * n, module.groups)
+        # On processors without AVX-512 oneDNN (torch 2.13) writes beyond its buffers in the backward of a convolution
+        # with a kernel of one pixel, a stride, and fewer channels than it vectorises, if channels are last.
+        self.keeps_layout = max(module.kernel_size) > 1 or max(module.stride) == 1 or module.in_channels >= 8
 
     def value(self, h: Tensor, held: Held) -> tuple[Tensor, Any]:
         h = self._in_layout(h)
@@ -86,6 +89,8 @@ class Convolution(Native):
 
     def _backward(self, h: Tensor, g: Tensor, mask: tuple[bool, ...]) -> Sequence[Tensor]:
         h, weight = (in_dtype(t, g.dtype) for t in (h, self.module.weight))
+        if not self.keeps_layout:
+            h, g = h.contiguous(), g.contiguous()
         return aten.convolution_backward(g, h, weight, [self.module.out_channels], *self.geometry, list(mask))
 
 

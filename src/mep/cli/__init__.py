@@ -11,6 +11,8 @@ mep report runs/bench/mnist5k.json
 
 from __future__ import annotations
 
+import sys
+import warnings
 from types import ModuleType
 from typing import Annotated, Any
 
@@ -22,22 +24,35 @@ except ImportError as error:
 
 import mep
 from mep.cli import bench, bench_speed, plot, profile, report, study, train, verify
-from mep.errors import MepError
+from mep.errors import MepError, NotConvergedWarning
 
 
 class TidyErrors(TyperGroup):
-    """Shows an expected error as its message alone; any other exception is a bug and keeps its traceback."""
+    """Shows an expected error or warning as its message alone; any other exception is a bug and keeps its traceback."""
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command; 2 is the exit code of a refusal, 130 that of Ctrl-C."""
         try:
-            return super().invoke(ctx)
+            with warnings.catch_warnings():
+                warnings.showwarning = _show_warning
+                return super().invoke(ctx)
         except MepError as error:
-            typer.secho("Error", fg="red", bold=True, err=True, nl=False)
-            typer.echo(f": {error}", err=True)
+            _show("Error", "red", str(error))
             raise typer.Exit(2) from error
         except KeyboardInterrupt:
             raise typer.Exit(130) from None
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *where: Any, **others: Any) -> None:
+    if issubclass(category, NotConvergedWarning):
+        _show("Warning", "yellow", str(message))
+    else:
+        sys.stderr.write(warnings.formatwarning(message, category, *where[:2]))
+
+
+def _show(kind: str, colour: str, message: str) -> None:
+    typer.secho(kind, fg=colour, bold=True, err=True, nl=False)
+    typer.echo(f": {message}", err=True)
 
 
 app = typer.Typer(

@@ -40,7 +40,7 @@ class Backprop:
         loss.backward()
         for update in self.updates:
             update.step()
-        self.last = Estimate(loss.detach(), residual=None, iterations=0, beta=0.0, result=Result.BACKPROP)
+        self.last = Estimate(loss.detach(), residual=None, iterations=0, result=Result.BACKPROP)
         return self.last.loss
 
     @torch.no_grad()

@@ -49,7 +49,9 @@ def bench(
     model: Annotated[str, typer.Option(help="mlp, cnn, or yours: package.module:factory.")] = _D.model,
     cost: Annotated[str, typer.Option(help="cross_entropy or mse.")] = _D.cost,
     batch_size: Annotated[int, typer.Option(min=1, help="Examples a step.")] = _D.batch_size,
-    seconds: Annotated[float | None, typer.Option(min=0.01, help=f"Of training each. Default: {_D.seconds}.")] = None,
+    seconds: Annotated[
+        float | None, typer.Option(min=0.01, help=f"Training time of each. Default: {_D.seconds}.")
+    ] = None,
     seeds: Annotated[int | None, typer.Option(min=1, help=f"Runs of each. Default: {_D.seeds}.")] = None,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = _D.threads,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = _D.device,
@@ -59,7 +61,7 @@ def bench(
     add: Annotated[list[str] | None, typer.Option(help='Add a variant: "eqprop tol=0.1"; may be repeated.')] = None,
     quick: Annotated[bool, typer.Option("--quick", help="A smoke test: 1 second, one seed.")] = False,
     out: Annotated[Path, typer.Option(help="The folder for record and picture.")] = Path("runs/bench"),
-    name: Annotated[str | None, typer.Option(help="Their name. Default: that of the data.")] = None,
+    name: Annotated[str | None, typer.Option(help="The name of both. Default: that of the data.")] = None,
 ) -> None:
     """Compare, unless a command follows; see the head of this file."""
     if ctx.invoked_subcommand is not None:

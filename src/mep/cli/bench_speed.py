@@ -65,10 +65,10 @@ def speed(
     no_compile: Annotated[bool, typer.Option("--no-compile", help="Leave out what is compiled.")] = False,
     rounds: Annotated[int, typer.Option(min=2, help="Turns of each recipe, at most.")] = _D.rounds,
     seconds: Annotated[
-        float, typer.Option(min=0, help="Of turns for each model and number of threads; 5 rounds at least.")
+        float, typer.Option(min=0, help="For the turns of one model and number of threads; 5 rounds at least.")
     ] = _D.seconds,
     compile_seconds: Annotated[
-        float, typer.Option(min=0, help="That a recipe may take to compile; else it fails.")
+        float, typer.Option(min=0, help="For compiling a recipe; one that takes longer fails.")
     ] = _D.compile_seconds,
     threads: Annotated[
         list[int] | None, typer.Option(min=1, help="CPU threads; may be repeated. Default: 1, and all.")
@@ -77,11 +77,11 @@ def speed(
     folder: Annotated[str | None, typer.Option(help="Where the files of mnist or fashion-mnist are.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="For all models. Default: each its own.")] = None,
     cost: Annotated[str, typer.Option(help="cross_entropy or mse.")] = _D.cost,
-    train_steps: Annotated[int, typer.Option(min=0, help="Steps of Adam before.")] = _D.train_steps,
+    train_steps: Annotated[int, typer.Option(min=0, help="Steps of Adam before measuring.")] = _D.train_steps,
     batches: Annotated[int, typer.Option(min=1, help="Batches to step on.")] = _D.batches,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = _D.device,
     out: Annotated[Path, typer.Option(help="The folder for record and picture.")] = Path("runs/bench"),
-    name: Annotated[str, typer.Option(help="Their name.")] = "speed",
+    name: Annotated[str, typer.Option(help="The name of both.")] = "speed",
 ) -> None:
     """Time; see the head of this file."""
     numbers = tuple(dict.fromkeys(threads or (*_D.threads, os.cpu_count() or 1)))

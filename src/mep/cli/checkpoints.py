@@ -12,7 +12,7 @@ from mep.cli.files import write_atomically
 from mep.errors import MepError
 
 FORMAT = "mep train checkpoint"
-VERSION = 1
+VERSION = 2
 CONTENTS = {"settings", "data", "run", "random"}
 
 

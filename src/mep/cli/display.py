@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from mep.cli.layout import share
 from mep.cli.run import Run
 
 REFRESH = 0.2  # seconds between readings of the loss: the only times that a step waits for the device
@@ -60,7 +61,11 @@ class Display:
 
 
 def describe(line: dict[str, Any]) -> str:
-    """The figures of a line of history that exist, in words."""
+    """The figures of a line of history that exist, in words; the share that settled only where some did not.
+
+    >>> describe({"loss": 0.5, "sweeps": 1.25, "settled": 0.75})
+    'loss 0.5000  sweeps 1.2  settled 75%'
+    """
     formats = {
         "loss": "loss {:.4f}",
         "train_accuracy": "train {:.1f}%",
@@ -68,4 +73,7 @@ def describe(line: dict[str, Any]) -> str:
         "residual": "residual {:.1e}",
         "sweeps": "sweeps {:.1f}",
     }
-    return "  ".join(form.format(line[key]) for key, form in formats.items() if line.get(key) is not None)
+    figures = [form.format(line[key]) for key, form in formats.items() if line.get(key) is not None]
+    if line.get("settled") not in (None, 1):
+        figures.append(f"settled {share(line['settled'])}")
+    return "  ".join(figures)

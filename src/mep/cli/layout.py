@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
 from rich import box
@@ -17,16 +18,40 @@ def output(markdown: bool = False) -> Console:
 
 
 def print_table(console: Console, titles: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Print a table; its first column is text, the others are numbers."""
+    """Print a table; its first column is text, the others are numbers.
+
+    On a terminal, columns that do not fit stand in a table below, beside the first column once more.
+    """
+    rows = list(rows)
     if not console.is_terminal:
         console.print(markdown_table(titles, rows), markup=False, highlight=False, soft_wrap=True)
         return
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for place, title in enumerate(titles):
-        table.add_column(title, justify="right" if place else "left", no_wrap=True)
-    for row in rows:
-        table.add_row(*row)
-    console.print(table, markup=False)
+    widths = [max(map(len, column)) for column in zip(titles, *rows, strict=True)]
+    for places in columns_that_fit(widths, console.width):
+        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        for place in places:
+            table.add_column(titles[place], justify="right" if place else "left", no_wrap=True)
+        for row in rows:
+            table.add_row(*(row[place] for place in places))
+        console.print(table, markup=False)
+
+
+def columns_that_fit(widths: Sequence[int], available: int) -> list[list[int]]:
+    """The places of the columns of each table, if no table is to be wider than what is available.
+
+    Every table has column 0. A column of width w takes w + 2, and a table one more.
+
+    >>> columns_that_fit([5, 10, 10, 10], available=32)
+    [[0, 1, 2], [0, 3]]
+    """
+    tables, free = [[0]], available - widths[0] - 3
+    for place, width in enumerate(widths[1:], start=1):
+        if width + 2 > free and len(tables[-1]) > 1:
+            tables.append([0])
+            free = available - widths[0] - 3
+        tables[-1].append(place)
+        free -= width + 2
+    return tables
 
 
 def print_text(console: Console, text: str) -> None:
@@ -34,6 +59,15 @@ def print_text(console: Console, text: str) -> None:
     if not console.is_terminal:
         text = f"\n{text}"
     console.print(text, style="dim", markup=False, highlight=False, soft_wrap=not console.is_terminal)
+
+
+def share(fraction: float) -> str:
+    """A share in percent, rounded down: 100% are all of them.
+
+    >>> share(1.0), share(0.99996), share(0.5)
+    ('100%', '99.9%', '50%')
+    """
+    return f"{math.floor(round(1000 * fraction, 6)) / 10:g}%"
 
 
 def warn_if_busy(console: Console, running: Iterable[float | None]) -> None:

@@ -43,13 +43,13 @@ def profile(
     model: Annotated[str, typer.Option(help="mlp, cnn, or yours: package.module:factory.")] = _D.model,
     cost: Annotated[str, typer.Option(help="cross_entropy or mse.")] = _D.cost,
     batch_size: Annotated[int, typer.Option(min=1, help="Examples a step.")] = _D.batch_size,
-    train_steps: Annotated[int, typer.Option(min=0, help="Steps of SGD before.")] = _D.train_steps,
+    train_steps: Annotated[int, typer.Option(min=0, help="Steps of SGD before measuring.")] = _D.train_steps,
     batches: Annotated[int, typer.Option(min=1, help="Batches to step on.")] = _D.batches,
     rounds: Annotated[int, typer.Option(min=2, help="Turns of each recipe, of 5 timed steps.")] = _D.rounds,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = _D.threads,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = _D.device,
     out: Annotated[Path, typer.Option(help="The folder for record and picture.")] = Path("runs/profile"),
-    name: Annotated[str | None, typer.Option(help="Their name. Default: that of the data.")] = None,
+    name: Annotated[str | None, typer.Option(help="The name of both. Default: that of the data.")] = None,
 ) -> None:
     """Measure; see the head of this file."""
     given = locals()

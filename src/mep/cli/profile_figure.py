@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -68,21 +67,22 @@ def _draw_gains(axes: Axes, rows: list[Row]) -> None:
     """Residual and gap over the number of steps, a colour for each ladder; hollow where steps bought nothing."""
     for ladder, colour in LADDERS.items():
         climbing = [row for row in rows if row["ladder"] == ladder]
+        if not climbing:
+            continue
         steps = [row["iterations"] for row in climbing]
-        gaps = [math.nan if row["gap"] is None else row["gap"] for row in climbing]
-        axes.plot(steps, gaps, color=colour, label=f"{ladder}: gap")
+        axes.plot(steps, [row["gap"] for row in climbing], color=colour, label=f"{ladder}: gap")
         axes.plot(steps, [row["residual"] for row in climbing], "--", color=colour, label=f"{ladder}: residual")
         for row in climbing:
-            if row["gap"] is not None:
-                _mark(axes, row, colour)
-    _draw_bias(axes, rows)
+            _mark(axes, row, colour)
+        _draw_bias(axes, climbing[-1], colour)
+    axes.add_line(Line2D([], [], color=GREY, marker="o", markerfacecolor="white", linestyle="", label="bought nothing"))
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlim(0.9, 33)
     axes.set_xticks(STEP_TICKS, map(str, STEP_TICKS))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.grid(alpha=0.25)
-    axes.set_xlabel("steps of settling (mean over batches)")
+    axes.set_xlabel("steps of settling (mean over examples)")
     axes.set_ylabel("gap: relative error of the gradient; residual")
     axes.set_title("What settling buys", loc="left")
 
@@ -95,10 +95,8 @@ def _mark(axes: Axes, row: Row, colour: str) -> None:
         axes.annotate(text, place, (9, -3), textcoords="offset points", bbox=plate)
 
 
-def _draw_bias(axes: Axes, rows: list[Row]) -> None:
-    """The error that beta makes, below which a smaller gap brings the gradient of the loss no nearer."""
-    biases = {row["beta"]: row["bias"] for row in rows if row["bias"] is not None}
-    for beta, bias in biases.items():
-        axes.axhline(bias, color=GREY, linewidth=0.8)
-        axes.annotate(f"bias of beta {beta:.2g}", (1, bias), (2, 4), textcoords="offset points", color=GREY)
-    axes.add_line(Line2D([], [], color=GREY, marker="o", markerfacecolor="white", linestyle="", label="bought nothing"))
+def _draw_bias(axes: Axes, row: Row, colour: str) -> None:
+    """The error that beta causes: a gap far below it brings the gradient of the loss no nearer."""
+    axes.axhline(row["bias"], color=colour, linewidth=0.8, linestyle=":")
+    text = f"{row['ladder']}: bias, median beta {row['beta']:.2g}"
+    axes.annotate(text, (1, row["bias"]), (2, 4), textcoords="offset points", color=colour)

@@ -1,14 +1,16 @@
 """What settling buys: how far from equilibrium a recipe stops, and how far its gradient is from the exact one.
 
-The exact EP gradient `g*` is that of the same contrast at the same beta, its equilibria settled to rounding in float64.
+The exact EP gradient `g*` is that of the same contrast with the same beta for every example, its equilibria settled to
+1e-9 in float64. With b the gradient by backprop:
 
-    gap  = |g - g*| / |g*|      what more settling would mend
-    bias = |g* - b| / |b|       what EP at this beta differs from backprop's gradient b, and no settling mends
+    gap  = |g - g*| / |g*|      the error that is left because settling stopped early
+    bias = |g* - b| / |b|       the error that beta causes, however long one settles
 """
 
 from __future__ import annotations
 
 import copy
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,11 +21,17 @@ from torch import Tensor, nn
 import mep
 from mep.cli.profile_rows import Recipe, estimator_of
 from mep.cli.turns import Batch
+from mep.errors import ArgumentError, NotConvergedError
+from mep.estimators.contrast import contrast
+from mep.estimators.estimate import finished
+from mep.estimators.phases import settle_phases
+from mep.settle import Result, Settled
+from mep.verification.subject import How, Subject
 
-EXACT = mep.Sweep(settle_steps=200, tol=1e-9)  # float64 has digits beyond, and float32 none
+EXACT = mep.Sweep(settle_steps=500, tol=1e-9)  # far below what float32 resolves, far above the rounding of float64
 
 COMPARED = ("cosine", "size", "first_cosine", "first_size", "gap", "bias", "backprop_cosine")
-FIELDS = ("iterations", "beta", "residual", "residual_max", *COMPARED)
+FIELDS = ("iterations", "beta", "settled", "residual", "residual_max", *COMPARED)
 
 
 @dataclass(frozen=True)
@@ -42,54 +50,90 @@ class Reference:
         backprop = mep.Backprop(model, cost)
         return cls(model, doubled, [_flat(model, backprop.gradients(*batch)[0]) for batch in doubled])
 
-    def equilibrium(self, estimator: mep.EquilibriumPropagation, beta: float, place: int) -> Tensor | None:
-        """The exact EP gradient of one batch, of the estimator's contrast; None if out of reach at this beta."""
-        exact = mep.EquilibriumPropagation(
-            self.model,
-            estimator.cost,
-            beta,
-            EXACT,
-            phases=estimator.phases,
-            branches=estimator.branches,
-            leaves=estimator.leaves,
-        )
-        gradients, estimate = exact.gradients(*self.batches[place])
-        return _flat(self.model, gradients) if estimate.converged and estimate.beta == beta else None
+    @torch.no_grad()
+    def equilibrium(self, estimator: mep.EquilibriumPropagation, betas: Tensor, place: int) -> Tensor:
+        """The exact EP gradient of one batch, of the estimator's contrast, with these betas: [batch].
+
+        Raises:
+            NotConvergedError: some example did not settle at its beta.
+            ArgumentError: there is no such reference: the energy is another one, the model draws random numbers, or the
+                gradient is zero.
+        """
+        if estimator.coupling.name != "prediction":
+            raise ArgumentError(f"energy={estimator.coupling.name!r}: only 'prediction' has an exact gradient here.")
+        how = How(estimator.cost, EXACT, estimator.branches, estimator.leaves)
+        x, target = self.batches[place]
+        subject = Subject(self.model, x, target, how, dtype=None)
+        energy, point = subject.energy()
+        if energy.held.noise:
+            raise ArgumentError(
+                f"Node {', '.join(map(repr, energy.held.noise))} draws random numbers in every step, so no two "
+                "gradients can be compared. Way out: model.eval()."
+            )
+        zeros = betas.new_zeros(energy.batch, dtype=torch.float64)
+        free = Settled(point, zeros, 0, Result.CONVERGED, zeros)
+        nudge = subject.nudged(energy, point, 1.0).nudge
+        assert nudge is not None
+        phases = settle_phases(energy, free, nudge.cost, EXACT, estimator.phases, betas.double())
+        for _, nudged, settled in phases:
+            if settled.result is not Result.CONVERGED:
+                raise NotConvergedError(
+                    f"The exact gradient is not known: {int((settled.residual > EXACT.tol).sum())} of {nudged.batch} "
+                    f"examples did not settle to {EXACT.tol:g} in float64, at beta {float(betas.min()):.3g} to "
+                    f"{float(betas.max()):.3g}. Way out: a smaller beta, or beta=None."
+                )
+        exact = _flat(subject.model, finished(contrast(phases, energy.batch)))
+        if not exact.any():
+            raise ArgumentError(
+                "The exact gradient is zero: there is nothing to compare. Way out: other weights or data."
+            )
+        return exact
 
 
 def judge(
     recipe: Recipe, model: nn.Module, batches: Sequence[Batch], reference: Reference, cost: str
 ) -> dict[str, float | None]:
-    """Means over the batches, of `residual_max` the largest; None where there is nothing to compare.
+    """Means over the batches, of `residual_max` the largest; of backprop `backprop_cosine` alone, the others None.
 
-    cosine, size: `<g, g*> / |g| |g*|` and `|g| / |g*|`; with `first_`, of the first parameter of two or more dimensions
-    alone, which a signal from the output reaches last. backprop_cosine: of g with backprop's gradient.
+    iterations: of an example, mean. beta: the median over the examples. settled: the share of the examples. cosine,
+    size: `<g, g*> / |g| |g*|` and `|g| / |g*|`; with `first_`, of the first parameter of two or more dimensions alone,
+    which a signal from the output reaches last. backprop_cosine: of g with backprop's gradient.
     """
     estimator = estimator_of(recipe.build(copy.deepcopy(model), cost))
     if estimator is None:
         return dict.fromkeys(FIELDS) | {"backprop_cosine": 1.0}
     first = first_weight(estimator.model)
-    found: list[dict[str, float | None]] = []
+    found: list[dict[str, float]] = []
     for place, batch in enumerate(batches):
         gradients, estimate = estimator.gradients(*batch)
-        gradient, backprop = _flat(estimator.model, gradients), reference.backprop[place]
-        exact = reference.equilibrium(estimator, estimate.beta, place)
-        assert estimate.residual is not None
-        settled = {"iterations": float(estimate.iterations), "beta": estimate.beta}
-        settled |= {"residual": float(estimate.residual.mean()), "residual_max": float(estimate.residual.max())}
-        found.append({**settled, **compare(gradient, exact, backprop, first)})
-    return {field: _summary(field, [one[field] for one in found]) for field in FIELDS}
+        assert estimate.residual is not None and estimate.betas is not None
+        assert estimate.counts is not None and estimate.settled is not None
+        exact = reference.equilibrium(estimator, estimate.betas, place)
+        found.append(
+            {
+                "iterations": float(estimate.counts.double().mean()),
+                "beta": estimate.median_beta,
+                "settled": float(estimate.settled.double().mean()),
+                "residual": float(estimate.residual.mean()),
+                "residual_max": float(estimate.residual.max()),
+                **compare(_flat(estimator.model, gradients), exact, reference.backprop[place], first),
+            }
+        )
+    summaries = {field: max if field == "residual_max" else statistics.fmean for field in FIELDS}
+    return {field: summary(one[field] for one in found) for field, summary in summaries.items()}
 
 
-def compare(gradient: Tensor, exact: Tensor | None, backprop: Tensor, first: slice) -> dict[str, float | None]:
+def compare(gradient: Tensor, exact: Tensor, backprop: Tensor, first: slice) -> dict[str, float]:
     """The fields `COMPARED` of one gradient, all rows flat."""
-    found: dict[str, float | None] = dict.fromkeys(COMPARED) | {"backprop_cosine": _cosine(gradient, backprop)}
-    if exact is None:
-        return found
-    for prefix, part in (("", slice(None)), ("first_", first)):
-        found[f"{prefix}cosine"] = _cosine(gradient[part], exact[part])
-        found[f"{prefix}size"] = _ratio(gradient[part], exact[part])
-    return found | {"gap": _ratio(gradient - exact, exact), "bias": _ratio(exact - backprop, backprop)}
+    return {
+        "cosine": _cosine(gradient, exact),
+        "size": _ratio(gradient, exact),
+        "first_cosine": _cosine(gradient[first], exact[first]),
+        "first_size": _ratio(gradient[first], exact[first]),
+        "gap": _ratio(gradient - exact, exact),
+        "bias": _ratio(exact - backprop, backprop),
+        "backprop_cosine": _cosine(gradient, backprop),
+    }
 
 
 def first_weight(model: nn.Module) -> slice:
@@ -100,13 +144,6 @@ def first_weight(model: nn.Module) -> slice:
             return slice(start, start + p.numel())
         start += p.numel()
     return slice(None)
-
-
-def _summary(field: str, values: list[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    if len(known) < len(values):
-        return None
-    return max(known) if field == "residual_max" else sum(known) / len(known)
 
 
 def _double(tensor: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ class Recipe(NamedTuple):
 
     def build(self, model: nn.Module, cost: str) -> optimizers.Optimizer:
         """The optimizer of all parameters of this model."""
-        return optimizers.build(self.preset, model, {"cost": cost, **self.options})
+        return optimizers.build_to_compare(self.preset, model, {"cost": cost, **self.options})
 
 
 DESCENT_STEPS = (5, 10, 15, 20, 30)

@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
-from mep.cli.layout import print_table, print_text, warn_if_busy
+from mep.cli.layout import print_table, print_text, share, warn_if_busy
 
 Record = dict[str, Any]
 Row = dict[str, Any]
@@ -25,7 +25,7 @@ def show(record: Record, console: Console) -> None:
 def show_rows(rows: Sequence[Row], console: Console) -> None:
     """Print the tables of these rows."""
     able = [row for row in rows if row["error"] is None]
-    for columns, caption in ((COST, COST_CAPTION), (GAIN, GAIN_CAPTION)):
+    for columns, caption in ((COST, COST_CAPTION), (SETTLING, SETTLING_CAPTION), (GRADIENT, GRADIENT_CAPTION)):
         console.print()
         print_table(console, list(columns), ([cell(row) for cell in columns.values()] for row in able))
         print_text(console, caption)
@@ -40,12 +40,16 @@ COST_CAPTION = (
     "of settling, of the contrast (for SGD: of backprop), of the update with its constraints, and of the rest: checks "
     "and bookkeeping."
 )
-GAIN_CAPTION = (
-    "Steps: sweeps or steps of descent. Residual: relative distance from equilibrium, mean over the examples, and at "
-    "most. Against the exact EP gradient of the same beta: cosine and relative size, of all parameters and of the "
-    "first weight alone, and gap, the relative error. Bias: the relative error of that exact gradient itself, against "
-    "backprop's; cos BP: the cosine with backprop's of what the recipe found. Bought: by what factor the steps beyond "
-    "those of the row above shrink the gap; nothing, where the gap was within the bias before."
+SETTLING_CAPTION = (
+    "Steps: sweeps of an example, or its steps of descent, mean. Beta: median over the examples; a recipe that names "
+    "none has one for each example. Settled: share of the examples whose residual came within the tolerance. Residual: "
+    "relative distance from equilibrium, mean over the examples, and the largest (at most)."
+)
+GRADIENT_CAPTION = (
+    "Cosine, Size: of the gradient, against the exact EP gradient with the same beta for every example; 1st: of the "
+    "first weight alone. Gap: relative error against that exact gradient. Bias: relative error of the exact gradient "
+    "against backprop's. cos BP: cosine of the recipe's gradient with backprop's. Bought: the factor by which the gap "
+    "is smaller than in the row above; nothing, where it was below the bias there already."
 )
 
 
@@ -74,6 +78,10 @@ def _share(*phases: str) -> Cell:
     return cell
 
 
+def _settled(row: Row) -> str:
+    return NONE if row["settled"] is None else share(row["settled"])
+
+
 def _bought(row: Row) -> str:
     if row["bought"] is None:
         return NONE
@@ -91,11 +99,16 @@ COST: dict[str, Cell] = {
     "Update": _share("update"),
     "Rest": _share("rest"),
 }
-GAIN: dict[str, Cell] = {
+SETTLING: dict[str, Cell] = {
     "Recipe": _label,
-    "Steps": _cell("iterations", "{:.1f}"),
+    "Steps": _cell("iterations", "{:.2f}"),
+    "Beta, median": _cell("beta", "{:.2g}"),
+    "Settled": _settled,
     "Residual": _cell("residual", "{:.1e}"),
     "at most": _cell("residual_max", "{:.1e}"),
+}
+GRADIENT: dict[str, Cell] = {
+    "Recipe": _label,
     "Cosine": _cell("cosine", "{:.4f}"),
     "Size": _cell("size", "{:.3f}"),
     "1st: cos": _cell("first_cosine", "{:.4f}"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -19,8 +20,8 @@ from mep.cli.backprop import Backprop
 from mep.cli.profile_rows import Recipe, estimator_of
 from mep.cli.turns import Batch, Stepper, batches_of, in_turns, relative
 
-METHODS = {"free": "_free", "settle": "_nudged", "contrast": "_contrast"}
-"""The phases of a step of EP, each with the method of the estimator that does it."""
+PHASES = ("free", "settle", "contrast")
+"""The phases of a step of EP. The first and the last are methods of the estimator; settling is what lies between."""
 TURN = 8
 UNCOUNTED = 3
 """Steps in a turn, and those at its head that fill the caches."""
@@ -32,29 +33,32 @@ class PhasedStepper(Stepper):
 
     def __init__(self, recipe: Recipe, model: nn.Module, cost: str):
         super().__init__(recipe, model, cost)
-        self._seconds: dict[str, float] = {}
+        self._times: list[float] = []
         self._update_began = 0.0
-        estimator = estimator_of(self.optimizer)
-        self._remainder = "rest" if estimator else "backprop"
-        for phase, method in METHODS.items() if estimator else ():
-            setattr(estimator, method, self._timed(phase, getattr(estimator, method)))
+        self._estimator = estimator_of(self.optimizer)
+        for method in ("_free", "_contrast") if self._estimator else ():
+            setattr(self._estimator, method, self._timed(getattr(self._estimator, method)))
         _first_update(self.optimizer).register_step_pre_hook(self._begin_update)
 
     def phases(self, x: Tensor, target: Tensor) -> dict[str, float]:
         """The seconds of every phase of one step; its constraints belong to the update."""
-        self._seconds = {}
+        self._times = []
         start = self.now()
         self.optimizer.step(x=x, target=target)
         end = self.now()
         self.put_back()
-        known = {**self._seconds, "update": end - self._update_began}
-        return {**known, self._remainder: end - start - sum(known.values())}
+        seconds = [b - a for a, b in pairwise(self._times)]
+        known = dict(zip(PHASES, seconds, strict=True)) if self._estimator else {}
+        known["update"] = end - self._update_began
+        return {**known, "rest" if self._estimator else "backprop": end - start - sum(known.values())}
 
-    def _timed(self, phase: str, method: Callable[..., Any]) -> Callable[..., Any]:
+    def _timed(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        """The method, which also notes when it begins and when it ends."""
+
         def run(*args: Any, **kwargs: Any) -> Any:
-            start = self.now()
+            self._times.append(self.now())
             found = method(*args, **kwargs)
-            self._seconds[phase] = self._seconds.get(phase, 0.0) + self.now() - start
+            self._times.append(self.now())
             return found
 
         return run

@@ -49,12 +49,13 @@ def profile(
         batches: pairs `(x, target)`. The gradients are judged on all of them, and the steps take them in turn.
         cost: "cross_entropy" or "mse".
         rounds: turns of each recipe, of 5 timed steps.
-        recipes: what to compare; backprop and SGD, the yardstick, goes before them.
+        recipes: what to compare; backprop and SGD, the yardstick, goes before them. Settling is judged by the tables
+            alone: examples that do not settle are not warned of.
         console: where to show progress, if it is a terminal.
 
     Returns:
         For each recipe its own fields, those of `judge`, `time_steps` and `climb`, and `error`: None, or why there are
-        none of them.
+        none of them. Where the exact gradient cannot be had, that is an error, too.
 
     Example:
         >>> _ = torch.manual_seed(0)
@@ -86,7 +87,7 @@ def profile(
 
 
 def climb(rows: Sequence[Row]) -> None:
-    """Say of every row of a ladder what its steps bought beyond those of the row before.
+    """Add to every row of a ladder what its steps bought beyond those of the row before.
 
     bought: the factor by which the gap fell. idle: the gap was smaller than the bias of beta before, so that the
     gradient of the loss is known no better now. Of the first row of a ladder, and of rows of none, None.
@@ -94,5 +95,5 @@ def climb(rows: Sequence[Row]) -> None:
     for row in rows:
         row.update(bought=None, idle=None)
     for before, row in pairwise(rows):
-        if row["ladder"] and row["ladder"] == before["ladder"] and None not in (row["gap"], before["gap"]):
+        if row["ladder"] and row["ladder"] == before["ladder"]:
             row.update(bought=before["gap"] / row["gap"], idle=bool(before["idle"]) or before["gap"] <= before["bias"])

@@ -37,7 +37,7 @@ class Racer:
         self.device = data.train_x.device
         self.now = clock(self.device)
         self.model = models.build(model, data).to(self.device)
-        self.optimizer = optimizers.build(contestant.name, self.model, {"cost": cost, **contestant.options})
+        self.optimizer = optimizers.build_to_compare(contestant.name, self.model, {"cost": cost, **contestant.options})
         self.batches = Batches(data.train_x, targets(data, cost), batch_size, seed)
         self.test = data.test_x, data.test_y
         self.tally = Tally()

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from mep.cli.layout import share
+
 Row = dict[str, Any]
 Cell = Callable[[Row], str]
 NONE = "—"
@@ -67,9 +69,9 @@ def _rate(key: str) -> Cell:
 
 
 def _settled(row: Row) -> str:
-    if row["converged"] is None:
+    if row["settled"] is None:
         return NONE
-    return f"{row['converged']:.0%}" + (f", {row['unsettled']}" if row["unsettled"] else "")
+    return share(row["settled"]) + (f", {row['unsettled']}" if row["unsettled"] else "")
 
 
 TIMES: dict[str, Cell] = {
@@ -80,11 +82,11 @@ TIMES: dict[str, Cell] = {
 }
 COST: dict[str, Cell] = {
     "Recipe": label,
-    "Sweeps": _cell("sweeps", "{:.1f}"),
+    "Sweeps": _cell("sweeps", "{:.2f}"),
     "Residual": _cell("residual", "{:.1e}"),
     "at most": _cell("residual_max", "{:.1e}"),
     "Settled": _settled,
-    "Beta": _cell("beta", "{:.2g}"),
+    "Beta, median": _cell("beta", "{:.2g}"),
     "Memory": _cell("memory", "{:.2f} MiB", MIB),
     "Work": _cell("flops", "{:,.1f} MFLOP", 1e6),
     "GFLOP/s": _rate("flops"),
@@ -96,9 +98,10 @@ CAPTIONS = (
     "Step: median. Mean: of the same steps; higher where one of them works for many, as on the factors of NaturalEP.",
     "/ backprop: median over the rounds of the ratio to backprop + SGD in the same round, and its quartiles. / Muon: "
     "median of the ratio to backprop + Muon, torch's own.",
-    "Sweeps: mean number of them, or of steps of descent. Residual: relative distance from equilibrium, mean and at "
-    "most. Settled: share of the steps that came within their tolerance, and how most of the others ended. Beta: the "
-    "nudge that was used, median.",
+    "Sweeps: of an example, or its steps of descent, mean. Residual: relative distance from equilibrium, mean over the "
+    "examples, and the largest (at most). Settled: share of the examples whose residual came within the tolerance, and "
+    "how most of the steps ended in which some did not. Beta: median over the examples; a recipe that names none has "
+    "one for each example.",
     "Memory: the most that is alive in a step beyond parameters and the optimizer's state: activations, states, "
     "gradients; what compiled code allocates cannot be seen.",
     "Work: floating-point operations of matrix products, convolutions and attention, of a compiled step those of the "

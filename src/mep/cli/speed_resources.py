@@ -21,28 +21,18 @@ TRIES = 8
 METERED = 2  # batches: under the meters a step takes several times as long
 
 
-def seasoned(recipe: Recipe, model: nn.Module, batch: Batch, cost: str) -> dict[str, Any]:
-    """The optimizer's state after a step on a copy of the model: a beta that is within reach takes a while to find."""
-    optimizer = _eager(recipe).build(copy.deepcopy(model), cost)
-    optimizer.step(x=batch[0], target=batch[1])
-    return optimizer.state_dict()
-
-
-def resources(
-    recipe: Recipe, state: dict[str, Any], model: nn.Module, batches: Sequence[Batch], cost: str
-) -> dict[str, float | None]:
-    """Of a step after the first, which traces and allocates for all that follow; from this state of the optimizer.
+def resources(recipe: Recipe, model: nn.Module, batches: Sequence[Batch], cost: str) -> dict[str, float | None]:
+    """Of a step after the first, which traces and allocates for all that follow.
 
     memory: the most bytes alive at once, beyond the parameters and the optimizer's state: activations, states,
     gradients, buffers that are kept. flops, bytes: means over some of the batches, as `Work` counts. Of a compiled
     recipe only the flops are known, those of the same recipe without `compile`.
     """
-    own, before = copy.deepcopy(model), copy.deepcopy(state)
+    own = copy.deepcopy(model)
     point = copy.deepcopy(model.state_dict())
     work, batches = Work(), batches[:METERED]
     with PeakMemory() as memory:
         optimizer = _eager(recipe).build(own, cost)
-        optimizer.load_state_dict(before)
         for number, (x, target) in enumerate((batches[0], *batches)):
             if number == 1:
                 memory.peak, work = memory.bytes, Work()

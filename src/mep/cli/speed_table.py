@@ -14,7 +14,7 @@ from mep.cli.speed_columns import CAPTIONS, COST, NONE, Row, labels, millisecond
 Record = dict[str, Any]
 FAILED = "failed"
 UNSETTLED = "*"
-SETTLED_SHARE = 0.99  # of the steps: a rare one that falls short changes no median
+SETTLED_SHARE = 0.99  # of the examples: a rare one that falls short changes no median
 
 
 def show(record: Record, console: Console) -> None:
@@ -69,8 +69,8 @@ def describe(attainable: Sequence[dict[str, float]]) -> str:
 
 
 OVERVIEW_CAPTION = (
-    f"Medians over the rounds; in the first row the time itself. {UNSETTLED}: not all steps came within their "
-    f"tolerance. {FAILED}: the reason stands below. {NONE}: only for models with convolutions."
+    f"Medians over the rounds; in the first row the time itself. {UNSETTLED}: more than 1% of the examples "
+    f"did not settle. {FAILED}: the reason stands below. {NONE}: only for models with convolutions."
 )
 
 
@@ -103,5 +103,5 @@ def _overview(row: Row | None, place: int) -> str:
         return NONE
     if row["error"] is not None:
         return FAILED
-    settled = row["converged"] is None or row["converged"] >= SETTLED_SHARE
+    settled = row["settled"] is None or row["settled"] >= SETTLED_SHARE
     return f"{row['times'][place]['ratio']['median']:.2f}" + ("" if settled else UNSETTLED)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import statistics
 from collections import Counter
@@ -22,7 +21,7 @@ from mep.errors import ArgumentError, MepError
 
 Row = dict[str, Any]
 
-SETTLED = ("sweeps", "residual", "residual_max", "converged", "beta")
+SETTLED = ("sweeps", "residual", "residual_max", "settled", "beta")
 TURN_SECONDS = 0.02  # of counted steps, about: several fast ones, one slow one
 MOST_COUNTED, MOST_UNCOUNTED = 5, 3
 UNTIL_COMPILED = 40  # steps: the number of sweeps that is compiled follows from those of the last steps
@@ -30,7 +29,7 @@ SLOW = 0.1  # seconds of a step that filling the caches does not lengthen notice
 
 
 class Contender(Stepper):
-    """A recipe whose steps also tell how they settled, and that goes on from a state of its optimizer.
+    """A recipe, and how its steps settled.
 
     It is compiled when it is made, if at all, and refused if that takes more than `patience` seconds or is not done:
     `warm` it for every number of threads, then take turns.
@@ -39,14 +38,12 @@ class Contender(Stepper):
     def __init__(
         self,
         recipe: Recipe,
-        state: dict[str, Any],
         model: nn.Module,
         batches: Sequence[Batch],
         cost: str,
         patience: float = math.inf,
     ):
         super().__init__(recipe, model, cost)
-        self.optimizer.load_state_dict(copy.deepcopy(state))
         self.batches = batches
         self.start_within_bounds(*batches[0])
         for number in range(UNTIL_COMPILED if compiles(recipe) else 1):  # the first step traces
@@ -83,7 +80,10 @@ class Contender(Stepper):
             self.took, self.ran = took, ran
 
     def settled(self) -> dict[str, float | None]:
-        """The fields `SETTLED` of all turns so far: means, the largest residual, the median beta; None for backprop."""
+        """The fields `SETTLED` of all turns so far, None for backprop.
+
+        Means over all examples, the largest residual, and the median beta: over the steps, of that over the examples.
+        """
         means = self._tally.means()
         beta = None if means["residual"] is None else statistics.median(self._betas)
         return {**{field: means[field] for field in SETTLED if field != "beta"}, "beta": beta}
@@ -94,7 +94,7 @@ class Contender(Stepper):
         return self._unsettled.most_common(1)[0][0] if self._unsettled else None
 
     def _noted(self, x: Tensor, target: Tensor) -> float:
-        """A step, and what is to be told of it."""
+        """A step, and how it settled."""
         seconds = self.step(x, target)
         last = self.optimizer.last
         self._tally.add(last, len(target))

@@ -16,7 +16,7 @@ from mep.cli.bench_speed import BATCH_SIZE, MODELS, Settings
 from mep.cli.profile_rows import Recipe
 from mep.cli.speed_columns import threads as in_words
 from mep.cli.speed_display import Display
-from mep.cli.speed_resources import RESOURCES, attainable, resources, seasoned
+from mep.cli.speed_resources import RESOURCES, attainable, resources
 from mep.cli.speed_rows import RECIPES, compiles, suited
 from mep.cli.speed_time import SETTLED, Contender, Entry, Row, check_yardstick, time_entries, told
 from mep.cli.training import briefly_trained, on_device, other_batches
@@ -109,8 +109,9 @@ def compare(
         title: what to call the model there.
 
     Returns:
-        For each recipe its own fields; `SETTLED` and `times`, see `time_entries`; `unsettled`: how steps ended that did
-        not settle; `RESOURCES`, see `resources`; and `error`: None, or why there is nothing else.
+        For each recipe its own fields; `SETTLED` and `times`, see `time_entries`; `unsettled`: how most of the steps
+        ended in which some example did not settle; `RESOURCES`, see `resources`; and `error`: None, or why there is
+        nothing else.
 
     Example:
         >>> _ = torch.manual_seed(0)
@@ -152,10 +153,9 @@ def _prepared(
     row = {**recipe._asdict(), "error": None, "unsettled": None, **dict.fromkeys((*SETTLED, *RESOURCES)), "times": []}
     contender = None
     with told(row):
-        state = seasoned(recipe, model, batches[0], cost)
-        row.update(resources(recipe, state, model, batches, cost))
+        row.update(resources(recipe, model, batches, cost))
         display.say(f"{recipe.label}, {'compiling' if compiles(recipe) else 'first steps'}")
-        contender = Contender(recipe, state, model, batches, cost, patience)
+        contender = Contender(recipe, model, batches, cost, patience)
     return Entry(row, contender)
 
 

@@ -32,7 +32,9 @@ FAMILIES = (
     ("residual", "gelu", "torch"),
 )
 COMMON_DEPTH, COMMON_BETA = 20, 0.01
-"""Where one of the two varies, the other one is this, or the nearest that was asked for."""
+"""Where one of the two varies, the other one is this, or the nearest that is among the settings."""
+DEFAULT = None
+"""The beta of rows in which the estimator chooses one for each example."""
 
 
 def network(family: tuple[str, str, str], depth: int, width: int, features: int, classes: int) -> nn.Module:
@@ -53,16 +55,15 @@ def network(family: tuple[str, str, str], depth: int, width: int, features: int,
 
 
 def study_settings(settings: Settings, console: Console) -> list[Row]:
-    """One row for every network, beta and stage of training."""
+    """One row for every network, stage of training and beta."""
     data = load("digits")
     torch.manual_seed(settings.seed)
     order = torch.randperm(len(data.train_x))
     x, y = data.train_x[order], data.train_y[order]
-    held = x[: settings.batch_size], y[: settings.batch_size]
+    examples = x[: settings.batch_size], y[: settings.batch_size]
     rows: list[Row] = []
     cells = list(product(FAMILIES, settings.depths))
-    hidden = not console.is_terminal
-    for family, depth in track(cells, "", console=console, transient=True, disable=hidden):
+    for family, depth in track(cells, "", console=console, transient=True, disable=not console.is_terminal):
         torch.manual_seed(settings.seed)
         model = network(family, depth, settings.width, x[0].numel(), data.classes)
         for stage in ("initial", "trained"):
@@ -70,14 +71,14 @@ def study_settings(settings: Settings, console: Console) -> list[Row]:
                 train(model, x, y, settings)
             for beta in betas(settings, depth):
                 about = dict(zip(("shortcuts", "activation", "start"), family, strict=True))
-                rows.append(
-                    {**about, "depth": depth, "stage": stage, "beta": beta, **look(model, *held, beta, settings)}
-                )
+                found = look(model, *examples, beta, settings)
+                rows.append({**about, "depth": depth, "stage": stage, "beta": beta, **found})
     return rows
 
 
-def betas(settings: Settings, depth: int) -> Iterator[float]:
-    """All of them at the common depth, the common one elsewhere."""
+def betas(settings: Settings, depth: int) -> Iterator[float | None]:
+    """The default, and of the named ones all at the common depth, the common one elsewhere."""
+    yield DEFAULT
     yield from (
         settings.betas if depth == nearest(settings.depths, COMMON_DEPTH) else [nearest(settings.betas, COMMON_BETA)]
     )
@@ -99,19 +100,24 @@ def train(model: nn.Module, x: Tensor, y: Tensor, settings: Settings) -> None:
         update.step()
 
 
-MEASURED = ("loss", "gradient", "error", "first_error", "used", "least", "sweeps", "residual")
+MEASURED = ("loss", "gradient", "error", "first_error", "median_beta", "sweeps", "settled", "residual")
 
 
-def look(model: nn.Module, x: Tensor, y: Tensor, beta: float, settings: Settings) -> Row:
-    """How it settles: beta (median, least), sweeps, worst residual, and the gradient's error against backprop."""
-    ep = mep.EquilibriumPropagation(model, beta=beta, solver=mep.Sweep(tol=settings.tol))
+def look(model: nn.Module, x: Tensor, y: Tensor, beta: float | None, settings: Settings) -> Row:
+    """How a network settles on a batch; the fields `MEASURED`, and `why`: how settling ended.
+
+    loss, gradient: the mean cost, and the norm of its gradient by backprop. error, first_error: relative, of the whole
+    EP gradient and of the first weight's, whether or not all examples have settled. median_beta: over the examples; the
+    beta itself if one was named. sweeps: of an example, mean. settled: the share of examples. residual: the largest.
+    """
+    ep = mep.EquilibriumPropagation(model, beta=beta, solver=mep.Sweep(tol=settings.tol), on_unsettled="ignore")
     try:
         wanted, _ = mep.Backprop(model).gradients(x, y)
         found, estimate = ep.gradients(x, y)
     except MepError as error:
-        return {**dict.fromkeys(MEASURED), "converged": False, "why": type(error).__name__}
+        return {**dict.fromkeys(MEASURED), "why": type(error).__name__}
     norm = _norm(wanted.values())
-    assert estimate.residual is not None
+    assert estimate.residual is not None and estimate.counts is not None and estimate.settled is not None
     apart = {p: found[p] - g for p, g in wanted.items()}
     first = next(p for p in model.parameters() if p.ndim > 1)
     return {
@@ -119,11 +125,10 @@ def look(model: nn.Module, x: Tensor, y: Tensor, beta: float, settings: Settings
         "gradient": norm,
         "error": _norm(apart.values()) / norm if norm else None,
         "first_error": float(apart[first].norm() / wanted[first].norm()) if wanted[first].any() else None,
-        "used": min(beta, estimate.median_beta),
-        "least": estimate.beta,
-        "sweeps": estimate.iterations,
+        "median_beta": estimate.median_beta,
+        "sweeps": float(estimate.counts.double().mean()),
+        "settled": float(estimate.settled.double().mean()),
         "residual": float(estimate.residual.max()),
-        "converged": estimate.converged,
         "why": str(estimate.result),
     }
 

@@ -53,7 +53,7 @@ def _summary(
         "residual": _mean(own, "residual"),
         "residual_max": max((r["residual_max"] for r in own if r["residual_max"] is not None), default=None),
         "sweeps": _mean(own, "sweeps"),
-        "converged": _mean(own, "converged"),
+        "settled": _mean(own, "settled"),
     }
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 
 from mep.cli.contestants import EARLIER, EARLIER_TASK
-from mep.cli.layout import print_table, print_text, warn_if_busy
+from mep.cli.layout import print_table, print_text, share, warn_if_busy
 
 Record = dict[str, Any]
 Row = dict[str, Any]
@@ -32,8 +32,8 @@ def _columns(record: Record, wide: bool) -> dict[str, Cell]:
     """The columns that have something to say, by title."""
     columns = {"Optimizer": _label, **FIGURES}
     columns = {title.format(**record["settings"]): cell for title, cell in columns.items()}
-    if any(row["summary"]["converged"] not in (None, 1.0) for row in record["rows"]):
-        columns["Converged"] = _cell("converged", "{:.1%}")
+    if any(row["summary"]["settled"] not in (None, 1.0) for row in record["rows"]):
+        columns["Settled"] = _settled
     if wide and record["settings"].items() >= EARLIER_TASK.items():
         columns["Earlier system"] = _earlier
     return columns
@@ -48,11 +48,11 @@ def _caption(settings: dict[str, Any], columns: dict[str, Cell]) -> str:
         f"To {settings['target']:g}%: training time until the test accuracy first reached it, linear between two "
         + ("measurements, the median over seeds." if many else "measurements."),
         "Epoch, Step: training time, batches drawn included in the first. / SGD: cost of a step over that of SGD.",
-        "Residual: relative distance from equilibrium, mean over all steps and examples, and at most.",
-        "Sweeps: mean number of them, or of steps of descent.",
+        "Residual: relative distance from equilibrium, mean over all steps and examples, and the largest (at most).",
+        "Sweeps: of an example, or its steps of descent; mean over all steps and examples.",
     ]
-    if "Converged" in columns:
-        parts.append("Converged: share of the steps that settled to their tolerance.")
+    if "Settled" in columns:
+        parts.append("Settled: share of the examples whose residual came within the tolerance.")
     if "Earlier system" in columns:
         parts.append("Earlier system: accuracy and / SGD as reported for a system of the same name, another machine.")
     return " ".join(parts)
@@ -75,6 +75,11 @@ def _cell(key: str, form: str) -> Cell:
         return "—" if value is None else form.format(value)
 
     return cell
+
+
+def _settled(row: Row) -> str:
+    value = row["summary"]["settled"]
+    return "—" if value is None else share(value)
 
 
 def _accuracy(row: Row) -> str:

@@ -80,9 +80,10 @@ class Tally:
     """Sums over steps. They stay on the device until `means` reads them: no step waits for the host."""
 
     def __init__(self) -> None:
-        self.steps = self.examples = self.settled = self.converged = self.sweeps = 0
+        self.steps = self.examples = self.nudged = 0
         # On the CPU until the first step; a sum with a tensor on the GPU is on the GPU.
         self.loss, self.residual, self.residual_max = torch.zeros(3, dtype=torch.float64).unbind()
+        self.sweeps, self.settled = torch.zeros(2, dtype=torch.long).unbind()
 
     def add(self, estimate: Estimate, examples: int) -> None:
         """Count one step."""
@@ -90,22 +91,25 @@ class Tally:
         self.examples += examples
         self.loss = self.loss + estimate.loss.double() * examples
         if estimate.residual is not None:
+            assert estimate.counts is not None and estimate.settled is not None
             residual = estimate.residual.double()
+            self.nudged += examples
             self.residual = self.residual + residual.sum()
             self.residual_max = torch.maximum(self.residual_max, residual.max())
-            self.settled += 1
-            self.converged += estimate.converged
-            self.sweeps += estimate.iterations
+            self.sweeps = self.sweeps + estimate.counts.sum()
+            self.settled = self.settled + estimate.settled.sum()
 
     def means(self) -> dict[str, float | None]:
-        """Mean cost; of the steps that settled, mean and largest residual, sweeps, share that converged."""
-        settled = self.settled > 0
+        """Over all examples so far: the mean cost; mean and largest residual, mean sweeps, and the share that settled.
+
+        None where there is nothing to take it of; backprop has only the cost.
+        """
         return {
             "loss": float(self.loss) / self.examples if self.examples else None,
-            "residual": float(self.residual) / self.examples if settled else None,
-            "residual_max": float(self.residual_max) if settled else None,
-            "sweeps": self.sweeps / self.settled if settled else None,
-            "converged": self.converged / self.settled if settled else None,
+            "residual": float(self.residual) / self.nudged if self.nudged else None,
+            "residual_max": float(self.residual_max) if self.nudged else None,
+            "sweeps": float(self.sweeps) / self.nudged if self.nudged else None,
+            "settled": float(self.settled) / self.nudged if self.nudged else None,
         }
 
     def state_dict(self) -> dict[str, Any]:

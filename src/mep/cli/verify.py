@@ -55,10 +55,10 @@ def verify(
     leaf: Annotated[list[str] | None, typer.Option(help="A module to keep whole, by its path.")] = None,
     samples: Annotated[int, typer.Option(min=0, help="Finite differences a parameter.")] = _D.samples,
     evaluation: Annotated[bool, typer.Option("--eval", help="Check in evaluation mode.")] = _D.evaluation,
-    seed: Annotated[int, typer.Option(help="Of weights and examples.")] = _D.seed,
+    seed: Annotated[int, typer.Option(help="For weights and examples.")] = _D.seed,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = _D.device,
     out: Annotated[Path, typer.Option(help="The folder for record and picture.")] = Path("runs/verify"),
-    name: Annotated[str | None, typer.Option(help="Their name. Default: that of the model.")] = None,
+    name: Annotated[str | None, typer.Option(help="The name of both. Default: that of the model.")] = None,
 ) -> None:
     """Verify; see the head of this file."""
     given: dict[str, Any] = {**locals(), "betas": tuple(beta), "leaves": tuple(leaf or ())}

@@ -17,8 +17,9 @@ PARAMETERS_CAPTION = (
     "A dash: backprop's gradient, the error or the difference cannot be told from rounding."
 )
 EQUILIBRIA_CAPTION = (
-    "Used: the beta within reach. Error: relative, of the whole gradient against backprop's. Residual: the largest, as "
-    "the solver reported it, and recomputed from the states alone. Off branch: units beyond the kink they started from."
+    "Beta: that of every example. Error: relative, of the whole gradient against backprop's. Sweeps: the most of any "
+    "phase. Unsettled: examples that did not settle. Residual: the largest, as the solver reported it, and recomputed "
+    "from the states alone. Off branch: units beyond the kink they started from."
 )
 
 

@@ -55,7 +55,7 @@ class Backprop:
             trained = [p for p in self.model.parameters() if p.requires_grad]
             found = torch.autograd.grad(loss, trained, allow_unused=True)
             gradients = finished({p: g for p, g in zip(trained, found, strict=True) if g is not None})
-            estimate = Estimate(loss.detach(), None, 0, 0.0, Result.BACKPROP)
+            estimate = Estimate(loss.detach(), None, 0, Result.BACKPROP)
         return gradients, estimate
 
     def predict(self, x: Any) -> Tensor:

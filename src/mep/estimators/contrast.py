@@ -8,7 +8,7 @@ Each row is `(beta_k / beta, w_k beta)`. One-sided (Scellier and Bengio 2017, eq
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
@@ -28,36 +28,30 @@ CONTRASTS: dict[str, Contrast] = {
 
 
 def contrast(phases: Iterable[Phase], batch: int) -> Gradients:
-    """`sum_k w_k dE/dtheta`, the mean over the batch; the weight of a nudged phase is `w_k beta_k`."""
+    """`sum_k w_k dE/dtheta`, the mean over the batch; a weight is over the beta of its energy, the free phase's too."""
     total: Gradients = {}
-    for weight, energy, settled in _contributing(phases):
+    for weight, energy, settled in phases:
         _add(total, energy.parameter_gradient(settled.point, settled.errors, weight / batch))
     return total
 
 
-def pieces(phases: Iterable[Phase], batch: int) -> Iterator[Gradients]:
+def pieces(phases: Sequence[Phase], batch: int) -> Iterator[Gradients]:
     """The same, finished, node by node: every gradient once, as soon as the last node that uses the parameter is done.
 
     Only gradients that are not complete are held. A weight may be changed once its gradient was there: no later one
     depends on it.
     """
-    contributing = _contributing(phases)
-    nodes = contributing[0][1].graph.states
+    nodes = phases[0][1].graph.states
     last = {p: node for node in nodes for p in node.parameters}
     unfinished: Gradients = {}
     for node in nodes:
         with torch.no_grad():
-            for weight, energy, settled in contributing:
+            for weight, energy, settled in phases:
                 _add(unfinished, energy.parameter_gradient(settled.point, settled.errors, weight / batch, [node]))
             found = finished({p: unfinished.pop(p) for p in list(unfinished) if last[p] is node})
         if found:
             yield found
         del found  # before the next is made
-
-
-def _contributing(phases: Iterable[Phase]) -> list[Phase]:
-    """The free phase of an energy that vanishes there contributes nothing."""
-    return [phase for phase in phases if phase[1].nudge or not phase[1].coupling.vanishes_when_free]
 
 
 def _add(total: Gradients, found: Gradients) -> None:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from mep.cost import BatchCost, PerExample, make_cost
-from mep.energy import Energy, make_coupling
-from mep.errors import ArgumentError, DivergedError, InputError
+from mep.energy import Energy, State, make_coupling
+from mep.errors import ArgumentError, DivergedError, InputError, NotConvergedError
 from mep.estimators.contrast import Phase, contrast, pieces
 from mep.estimators.estimate import Estimate, Gradients, accumulate, finished
 from mep.estimators.graphs import Graphs
@@ -25,19 +25,20 @@ from mep.estimators.inputs import (
     check_target,
     count_examples,
     undone_on_error,
+    warn,
 )
 from mep.estimators.kronecker import SettledLayer, settled_layers
-from mep.estimators.phases import SettledPhase, estimate_of, next_beta, settle_phases
+from mep.estimators.phases import estimate_of, settle_phases
 from mep.estimators.program import Setting
 from mep.estimators.programs import Programs
 from mep.estimators.recall import Recall, check_indices
 from mep.estimators.settings import check_settings, check_solver
 from mep.layout import per_example
 from mep.nodes import Held
-from mep.settle import Known, Result, Settled, Solver, settle
+from mep.settle import Result, Settled, Solver, rounded, settle
 from mep.snapshot import Buffers
 from mep.solvers import Descent, Sweep
-from mep.solvers.checkpointed import Forgotten
+from mep.solvers.networks import CheckpointedPoint
 from mep.tracing import Leaves
 
 Found = TypeVar("Found")
@@ -52,10 +53,9 @@ class EquilibriumPropagation:
     Args:
         model: any module that `mep.trace` can read. It is not changed.
         cost: "cross_entropy", "mse", or a function of `(output, target)` that returns one number per example.
-        beta: the largest nudging strength; None is 0.01 for sweeps and `mep.Local`, 0.1 for descent. Where the
-            equilibrium of an example is out of reach, or its answer strong, it is nudged less; where examples see each
-            other (batch normalisation in training) all are, kept over the steps and raised again slowly. The estimate
-            says which.
+        beta: the nudging strength of every example in every phase. None: each example has one of its own, chosen before
+            anything moves: 0.01 over its gain where that exceeds one (0.1 for descent), so that the output's error is
+            biased by 1% at most; see `mep.estimators.beta`. The estimate has them as `betas`.
         solver: `mep.Sweep(...)` (the default for "prediction") or `mep.Descent(...)` (for "hopfield").
         energy: "prediction" or "hopfield".
         phases: "one-sided" or "centered".
@@ -65,6 +65,9 @@ class EquilibriumPropagation:
         diagnostics: also report the fraction of units that left their branch; one more forward walk a phase.
         observe: called with the layers of every batch whose estimate is good, for `NaturalGradient.observe`; only for
             "prediction".
+        on_unsettled: what to do where some example has not settled in the steps given: "warn" (once, with the way out),
+            "raise" a NotConvergedError before anything is written, or "ignore". The estimate is the same, and says
+            which examples. A solver that runs a fixed number of steps, `adaptive=False`, is not warned of.
         compile: after a few steps of one shape, make the next ones by a program that inductor has compiled as a whole.
             It needs a C++ compiler and takes seconds, for deep models minutes, for every shape and number of sweeps; a
             step that it does not settle is made without it, and so are all where steps of late have needed more than
@@ -78,7 +81,7 @@ class EquilibriumPropagation:
 
     Raises:
         TraceError, ParameterError, ArgumentError: at once, from the constructor.
-        InputError, DivergedError: from a call; then no gradient was touched.
+        InputError, DivergedError, NotConvergedError: from a call; then no gradient was touched.
 
     Example:
         >>> import torch, mep
@@ -105,6 +108,7 @@ class EquilibriumPropagation:
         observe: Callable[[list[SettledLayer]], None] | None = None,
         compile: bool = False,
         checkpoint: bool = False,
+        on_unsettled: str = "warn",
     ):
         check_model(model, "EquilibriumPropagation")
         self.model = model
@@ -118,12 +122,10 @@ class EquilibriumPropagation:
         self.observe = observe
         self.solver = solver or (Sweep() if energy == "prediction" else _HOPFIELD_SOLVER)
         check_solver(self.solver)
-        self.beta = self.solver.usual_beta if beta is None else beta
+        self.beta = beta
         self.compile, self.checkpoint = compile, checkpoint
+        self.on_unsettled, self._has_warned = on_unsettled, False
         check_settings(self)
-        self.solver = self.solver.for_beta(self.beta)
-        self._reach = float(self.beta)
-        self._known = Known()
         self._recall = Recall()
         self._trace()
 
@@ -170,14 +172,11 @@ class EquilibriumPropagation:
         return energy.output(free.point)
 
     def state_dict(self) -> dict[str, Any]:
-        """What the estimator remembers: the beta within reach, the gain of the network, equilibria by index."""
-        known = {"gain": self._known.gain, "look_from": self._known.look_from, "most": self._known.most}
-        return {"reach": self._reach, **known, "recall": self._recall.state_dict()}
+        """What the estimator keeps from step to step: equilibria by index."""
+        return {"recall": self._recall.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict`."""
-        self._reach = float(state["reach"])
-        self._known = Known(state["gain"], None, state["look_from"], state.get("most"))
         self._recall.load_state_dict(state["recall"])
 
     def __getstate__(self) -> dict[str, Any]:
@@ -217,15 +216,17 @@ class EquilibriumPropagation:
                     f"The loss is {float(loss)} before settling: the target or the weights are not finite, or the "
                     "output overflows. Nothing was changed."
                 )
-            beta, phases = self._nudged(energy, free, cost, self._where_to_begin(energy, free, indices))
+            phases = settle_phases(
+                energy, free, cost, self.solver, self.phases, self.beta, self._recalled(energy, free, indices)
+            )
+            estimate = estimate_of(loss, free, phases, self.solver.tol, self.diagnostics)
+            self._report(estimate, phases[-1][1], free)
             found = contract(phases, batch)
-            estimate = estimate_of(loss, beta, phases, self.diagnostics)
             if self.observe is not None:
                 self.observe(settled_layers((e, settled) for _, e, settled in phases if e.nudge is not None))
         if self.programs is not None:
             self.programs.keep(self._graphs.known)  # a graph that is new takes its first steps here
             self.programs.learn(x, target, *phases[-1][1:])
-        self._reach, self._known = beta, phases[-1][2].known  # last, so that an interruption leaves all as it was
         if indices is not None:
             self._recall.keep(indices, self._worth_keeping(*phases[-1][1:], free))
         return found, estimate
@@ -238,7 +239,9 @@ class EquilibriumPropagation:
         held = Held(hold_branches=hold and is_forward, buffers=buffers)
         energy = Energy(graph, self.coupling, graph.bind(x), held, batch)
         sweeps_affine = isinstance(self.solver, Sweep) and energy.is_affine
-        point = Forgotten(energy) if self.checkpoint else energy.rest(lean=sweeps_affine and not self.diagnostics)
+        point = (
+            CheckpointedPoint(energy) if self.checkpoint else energy.rest(lean=sweeps_affine and not self.diagnostics)
+        )
         held.recording = False
         buffers.keep_writes()
         if held.noise and self.compile:
@@ -247,23 +250,44 @@ class EquilibriumPropagation:
                 "cannot. Leave compile out, or put the module in eval mode."
             )
         if is_forward:
-            rests = torch.zeros(batch, device=energy.output(point).device)
-            return energy, Settled(energy, point, rests, 0, Result.CONVERGED)
+            zeros = torch.zeros(batch, device=energy.output(point).device)
+            return energy, Settled(point, zeros, 0, Result.CONVERGED, zeros.long())
         if indices is not None:
             states, seen = self._recall.of(indices, energy.state(point))
             point = energy.at({n: torch.where(per_example(seen, s), s, point.values[n]) for n, s in states.items()})
-        free = settle(energy, point, self.solver)
+        free = settle(energy, point, replace(self.solver, tol=self.solver.tol / _FREE))
         if hold:
             energy = replace(energy, held=replace(held, hold_branches=True))
             free = replace(free, point=energy.at(energy.state(free.point)))
         return energy, free
 
-    def _where_to_begin(self, energy: Energy, free: Settled, indices: Tensor | None) -> Known:
-        """What the solver may know of these examples."""
+    def _recalled(self, energy: Energy, free: Settled, indices: Tensor | None) -> State | None:
+        """The errors of the same examples at their last equilibrium."""
         if indices is None or not self.coupling.vanishes_when_free:
-            return self._known
-        errors, _ = self._recall.of(indices, energy.state(free.point))
-        return replace(self._known, errors=errors)
+            return None
+        return self._recall.of(indices, energy.state(free.point))[0]
+
+    def _report(self, estimate: Estimate, energy: Energy, free: Settled) -> None:
+        """Warn of examples that have not settled, or raise, as `on_unsettled` says."""
+        if estimate.converged or self.on_unsettled == "ignore":
+            return
+        is_fixed = estimate.result is Result.FIXED_STEPS
+        if self.on_unsettled == "warn" and (is_fixed or self._has_warned):
+            return
+        assert estimate.settled is not None and estimate.residual is not None
+        hint = self.solver.failure_hint(energy, free.point)
+        message = (
+            f"{int((~estimate.settled).sum())} of {energy.batch} examples did not settle to {self.solver.tol:g} in "
+            f"{estimate.iterations} iterations; the worst residual is {float(estimate.residual.max()):.2g}, at beta "
+            f"{estimate.beta:.3g}. `Estimate.settled` says which. Way out: {hint}"
+        )
+        if self.on_unsettled == "raise":
+            raise NotConvergedError(message + " Nothing was changed.")
+        self._has_warned = True
+        warn(
+            message
+            + " Their estimate is used as it is; this is said once (on_unsettled='ignore' never, 'raise' stops)."
+        )
 
     def _worth_keeping(self, energy: Energy, settled: Settled, free: Settled) -> Mapping[str, Tensor]:
         """Scaled errors of the nudged equilibrium; where the free one is not the forward pass, its states."""
@@ -274,14 +298,10 @@ class EquilibriumPropagation:
     def _checked_indices(self, indices: Any, batch: int) -> Tensor:
         if not self.solver.recalls:
             raise ArgumentError(
-                f"{type(self.solver).__name__} does not begin at earlier equilibria: what it infers from the last step "
-                "is nearer. Leave indices out, or use solver=mep.Descent(...)."
+                f"{type(self.solver).__name__} does not begin at earlier equilibria. Leave indices out, or use "
+                "solver=mep.Descent(...)."
             )
         return check_indices(indices, batch)
-
-    def _nudged(self, energy: Energy, free: Settled, cost: BatchCost, known: Known) -> tuple[float, list[SettledPhase]]:
-        beta = next_beta(self.beta, self._reach)
-        return settle_phases(energy, free, cost, self.solver, self.phases, beta, known)
 
     def _contrast(self, phases: Sequence[Phase], batch: int) -> Gradients:
         return finished(contrast(phases, batch))
@@ -289,17 +309,16 @@ class EquilibriumPropagation:
     def _compiled(self, x: Any, target: Tensor) -> tuple[Gradients, Estimate] | None:
         """The step by a compiled program, or None if it has to be made without one."""
         assert self.programs is not None
-        beta, graph = next_beta(self.beta, self._reach), self._graphs.of(x)
-        found = self.programs.step(graph, x, target, beta, self._known)
+        found = self.programs.step(self._graphs.of(x), x, target, self.beta)
         if found is None:
             return None
-        settled = found.worst <= self.solver.tol
-        result = Result.CONVERGED if settled else Result.FIXED_STEPS
         if self.observe is not None:
             self.observe(found.layers)
-        self._reach, self._known = beta, found.known
-        least = beta if found.betas is None else float(found.betas.min())
-        estimate = Estimate(found.loss, found.residual, found.sweeps, least, result, betas=found.betas)
+        settled = found.worst <= rounded(self.solver.tol, found.residual.dtype)
+        result = Result.CONVERGED if settled else Result.FIXED_STEPS
+        estimate = Estimate(
+            found.loss, found.residual, found.sweeps, result, found.betas, found.counts, self.solver.tol
+        )
         return found.gradients, estimate
 
 
@@ -309,4 +328,6 @@ def _checked_pieces(phases: Sequence[Phase], batch: int) -> Iterator[Gradients]:
     return pieces(phases, batch)
 
 
+_FREE = 100
+"""The free phase is settled so many times better than the nudged ones, whose residuals count what it leaves."""
 _HOPFIELD_SOLVER = Descent(settle_steps=500, settle_lr=0.3, adaptive=True, tol=1e-4)

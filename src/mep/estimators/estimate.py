@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mep.errors import DivergedError
-from mep.settle import Result
+from mep.settle import Result, rounded
 
 Gradients = dict[nn.Parameter, Tensor]
 
@@ -21,28 +21,31 @@ class Estimate:
 
     Attributes:
         loss: mean cost of the batch at the free equilibrium, 0-dim.
-        residual: relative residual of every example, [batch], the worst over nodes and phases; None for backprop.
-        iterations: sweeps or descent steps, the most of any phase; 0 for backprop.
-        beta: the nudging strength that was used, at most the one asked for; the smallest of any example.
+        residual: of every example, [batch], the worst over nodes and phases; None for backprop. Converged: at most
+        `tol`. iterations: sweeps or descent steps, the most of any phase and example; 0 for backprop.
         result: converged, or why not.
+        betas: the nudging strength of every example, [batch]; None for backprop.
+        counts: the iterations of every example, [batch]; None for backprop.
+        tol: the residual to which examples were to settle.
         left_branch: fraction of piecewise-linear units off the branch on which they were held; None if not asked.
         turns: how often each node was computed, by name; None unless the solver is `mep.Local`.
-        betas: that of every example, [batch], where they are not all the same; else None.
     """
 
     loss: Tensor
     residual: Tensor | None
     iterations: int
-    beta: float
     result: Result
+    betas: Tensor | None = None
+    counts: Tensor | None = None
+    tol: float = 0.0
     left_branch: float | None = None
     turns: Mapping[str, int] | None = None
-    betas: Tensor | None = None
 
     def __str__(self) -> str:
         """One line.
 
-        >>> print(Estimate(torch.tensor(0.5), torch.tensor([1e-3, 4e-3]), 2, 0.1, Result.CONVERGED))
+        >>> betas = torch.tensor([0.1, 0.1])
+        >>> print(Estimate(torch.tensor(0.5), torch.tensor([1e-3, 4e-3]), 2, Result.CONVERGED, betas, tol=1e-2))
         loss 0.5, residual 0.004 at most, 2 iterations, beta 0.1: converged
         """
         settled = "" if self.residual is None else f", residual {float(self.residual.max()):.1g} at most"
@@ -51,13 +54,23 @@ class Estimate:
         return f"loss {float(self.loss):.4g}{settled}, {counted}{left}: {self.result}"
 
     @property
+    def beta(self) -> float:
+        """The smallest nudging strength of any example: that which was named, if one was; 0 for backprop."""
+        return 0.0 if self.betas is None else float(self.betas.min())
+
+    @property
     def median_beta(self) -> float:
         """The nudging strength of the middle example."""
-        return self.beta if self.betas is None else float(self.betas.median())
+        return 0.0 if self.betas is None else float(self.betas.median())
+
+    @property
+    def settled(self) -> Tensor | None:
+        """Which examples have settled, [batch]; None for backprop."""
+        return None if self.residual is None else self.residual <= rounded(self.tol, self.residual.dtype)
 
     @property
     def converged(self) -> bool:
-        """Whether every phase came within the tolerance (backprop always does)."""
+        """Whether every example has settled in every phase (backprop always does)."""
         return self.result in (Result.CONVERGED, Result.BACKPROP)
 
 

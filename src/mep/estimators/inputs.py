@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import sys
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -10,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mep.errors import ArgumentError, InputError, ParameterError
+from mep.errors import ArgumentError, InputError, NotConvergedWarning, ParameterError
 from mep.snapshot import Buffers, generators, set_generators
 
 
@@ -92,3 +94,11 @@ def call_model(model: nn.Module, x: Any) -> Any:
     if isinstance(x, Mapping):
         return model(**x)
     return model(*x) if isinstance(x, (tuple, list)) else model(x)
+
+
+def warn(message: str) -> None:
+    """A NotConvergedWarning at the line of the caller's own code that led here."""
+    frame, level = sys._getframe(), 1
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in ("mep", "torch"):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, NotConvergedWarning, stacklevel=level)

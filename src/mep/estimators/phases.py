@@ -1,4 +1,4 @@
-"""The nudged equilibria of a contrast: settled with the largest beta within reach, and reported as an estimate."""
+"""The nudged equilibria of a contrast: settled at the beta that was named or chosen, and reported as an estimate."""
 
 from __future__ import annotations
 
@@ -9,96 +9,102 @@ import torch
 from torch import Tensor
 
 from mep.cost import BatchCost
-from mep.energy import Energy, nudge
+from mep.energy import Energy, Free, State, nudge
 from mep.errors import DivergedError
+from mep.estimators.beta import chosen_beta
 from mep.estimators.contrast import CONTRASTS
 from mep.estimators.estimate import Estimate
-from mep.nodes import Strength, magnitude
-from mep.settle import Known, Result, Settled, Solver, settle
-
-_SHRINK = 0.5
-_GROWTH = 1.02
-_TRIES = 16
+from mep.nodes import Beta
+from mep.settle import Result, Settled, Solver, Start, settle
+from mep.solvers.networks import linear_response
 
 SettledPhase = tuple[float, Energy, Settled]
-"""As `mep.estimators.contrast.Phase`, with all that settling tells."""
-
-
-def next_beta(largest: float, reach: float) -> float:
-    """As large as it may be, after the last one that was within reach."""
-    return min(largest, reach * _GROWTH)
+"""As `mep.estimators.contrast.Phase`, with all that settling reports."""
 
 
 def settle_phases(
-    energy: Energy, free: Settled, cost: BatchCost, solver: Solver, phases: str, beta: float, known: Known
-) -> tuple[float, list[SettledPhase]]:
-    """Settle every phase of the contrast, with a smaller beta as long as one is out of reach; the beta that was used.
-
-    Raises:
-        DivergedError: even the smallest beta leads out of the finite numbers.
-    """
-    multiples = [multiple for multiple, _ in CONTRASTS[phases] if multiple]
-    for attempt in range(_TRIES):
-        nudged = _alike(energy, free, cost, solver, multiples, beta, known)
-        failed = [s.result for s in nudged.values() if s.result is not Result.CONVERGED]
-        if not failed or not (solver.beta_limited and solver.adaptive) or attempt == _TRIES - 1:
-            break
-        beta *= _SHRINK**2 if Result.OUT_OF_REACH in failed else _SHRINK
-    found = [
-        (weight * multiple, nudged[multiple].energy, nudged[multiple]) if multiple else (weight / beta, energy, free)
-        for multiple, weight in CONTRASTS[phases]
-    ]
-    if Result.DIVERGED in failed:
-        raise DivergedError(
-            f"Settling diverged at beta={beta:g} with {solver}. Nothing was changed. Way out: "
-            + solver.way_out(found[-1][1], free.point)
-        )
-    return beta, found
-
-
-def _alike(
     energy: Energy,
     free: Settled,
     cost: BatchCost,
     solver: Solver,
-    multiples: Sequence[float],
-    beta: float,
-    known: Known,
-) -> dict[float, Settled]:
-    """Settle at these multiples of beta; an example that is nudged less in one of them is so in all."""
-    strength: Strength = beta
-    found: dict[float, Settled] = {}
-    while left := [m for m in multiples if m not in found or not _is_same(found[m].energy.beta, m * strength)]:
-        multiple = left[0]
-        found[multiple] = settle(nudge(energy, cost, multiple * strength), free.point, solver, known)
-        if len(multiples) == 1:
-            break
-        strength = magnitude(found[multiple].energy.beta)
-        if len(found) == len(multiples) and any(settled.result is not Result.CONVERGED for settled in found.values()):
-            break
+    phases: str,
+    beta: Beta | None,
+    errors: State | None = None,
+) -> list[SettledPhase]:
+    """Settle every phase of the contrast at exactly its multiple of beta; the weights are over that multiple.
+
+    Args:
+        energy: without a nudge, and `free` its equilibrium.
+        cost: of the batch.
+        solver: for all phases.
+        phases: the name of the contrast.
+        beta: that of every example, or one each, [batch]; None to choose it, see `mep.estimators.beta`.
+        errors: scaled errors to begin with, for solvers that recall.
+
+    Raises:
+        DivergedError: settling a phase leads out of the finite numbers.
+    """
+    noted = None if energy.coupling.vanishes_when_free else _noted(energy, free)
+    unit = nudge(energy, cost, 1.0, noted)
+    response = linear_response(unit, free.point) if beta is None or solver.uses_response else None
+    strength: Beta = 0.0 if beta is None else beta
+    if beta is None:
+        assert response is not None
+        strength = chosen_beta(unit, free.point, response, solver.largest_default_beta)
+    found: list[SettledPhase] = []
+    last = [multiple for multiple, _ in CONTRASTS[phases] if multiple][-1]
+    for multiple, weight in CONTRASTS[phases]:
+        nudged = nudge(energy, cost, (multiple or 1.0) * strength, noted)
+        if multiple:
+            start = Start(response if response is None or multiple == last else response.copy(), errors)
+            settled = settle(nudged, free.point, solver, start)
+            found.append((weight * multiple, nudged, settled))
+        elif not energy.coupling.vanishes_when_free:
+            found.append((weight, nudged, free))
+        else:
+            continue
+        if found[-1][2].result is Result.DIVERGED:
+            raise DivergedError(
+                f"Settling diverged at {_named(strength)} with {solver}. Nothing was changed. Way out: "
+                + solver.failure_hint(nudged, free.point)
+            )
     return found
 
 
-def _is_same(one: Strength, other: Strength) -> bool:
-    if isinstance(one, Tensor) or isinstance(other, Tensor):
-        return isinstance(one, Tensor) and isinstance(other, Tensor) and torch.equal(one, other)
-    return one == other
+def _noted(energy: Energy, free: Settled) -> dict[str, Free]:
+    """The free equilibrium, node by node, and the forces left there; what a face of the box holds back is none."""
+    point, pulls, noted = free.point, energy.pulls(free.point), {}
+    for node in energy.graph.states:
+        s, drive = point.values[node.name], point.predictions[node.name] + pulls[node.name]
+        noted[node.name] = Free(s, torch.where(s == drive.clamp(*node.box), 0, s - drive))
+    return noted
 
 
-def estimate_of(loss: Tensor, beta: float, phases: Sequence[SettledPhase], diagnostics: bool) -> Estimate:
-    """What is to be told of these phases."""
-    each = magnitude(phases[-1][1].beta)
-    betas = each if isinstance(each, Tensor) else None
-    settled = [s for _, _, s in phases]
-    unsettled = [s.result for s in settled if s.result is not Result.CONVERGED]
-    left = max(e.left_branch(s.point) for _, e, s in phases) if diagnostics else None
+def _named(beta: Beta) -> str:
+    return f"beta={float(beta.min()):.3g} and more" if isinstance(beta, Tensor) else f"beta={beta:g}"
+
+
+def estimate_of(loss: Tensor, free: Settled, phases: Sequence[SettledPhase], tol: float, diagnostics: bool) -> Estimate:
+    """What is reported of these phases. What the free one has left is part of the residuals of the nudged ones."""
+    nudged = [settled for _, _, settled in phases if settled is not free]
+    residual = reduce(torch.maximum, [settled.residual for settled in nudged])
+    failed = [settled.result for settled in nudged if settled.result is not Result.CONVERGED]
+    _, energy, last = phases[-1]
     return Estimate(
         loss=loss,
-        residual=reduce(torch.maximum, [s.residual for s in settled]),
-        iterations=max(s.iterations for s in settled),
-        beta=beta if betas is None else float(betas.min()),
-        result=unsettled[0] if unsettled else Result.CONVERGED,
-        left_branch=left,
-        turns=settled[-1].turns,
-        betas=betas,
+        residual=residual,
+        iterations=max(settled.iterations for settled in (free, *nudged)),
+        result=failed[0] if failed else Result.CONVERGED,
+        betas=betas_of(energy.beta, energy.batch, residual.device),
+        counts=reduce(torch.maximum, [settled.counts for settled in (free, *nudged)]),
+        tol=tol,
+        left_branch=max(e.left_branch(settled.point) for _, e, settled in phases) if diagnostics else None,
+        turns=last.turns,
     )
+
+
+def betas_of(beta: Beta, batch: int, device: torch.device) -> Tensor:
+    """The strengths of all examples, toward the target or away from it."""
+    if isinstance(beta, Tensor):
+        return beta.abs().expand(batch)
+    return torch.full((batch,), abs(beta), dtype=torch.float64, device=device)

@@ -1,9 +1,8 @@
 """A step of equilibrium propagation as one compiled program: forward walk, a number of sweeps, and the contrast.
 
-A program looks at nothing before it is done. It sweeps as often as steps of late have needed, and says at the end how
-far it came; if that is not far enough, or anything is out of the ordinary, its result is dropped and the step is made
-by the code that decides as it goes. So a program does not change what a step means, only what it costs; but an example
-that stalls on the way, and settles all the same, keeps its nudge.
+A program looks at no number before it is done. It sweeps as often as steps of late have needed, and reports at the end
+how far it came; if that is not far enough, or anything is out of the ordinary, its result is discarded and the step is
+repeated without it. So a program does not change what a step means, only what it costs.
 """
 
 from __future__ import annotations
@@ -18,35 +17,34 @@ from torch import Tensor, nn
 from mep.compiled import compiled
 from mep.cost import BatchCost
 from mep.energy import Energy, Prediction, nudge
+from mep.estimators.beta import chosen_beta
 from mep.estimators.contrast import CONTRASTS, Phase, contrast
 from mep.estimators.estimate import Gradients
 from mep.estimators.kronecker import SettledLayer, settled_layers
+from mep.estimators.phases import betas_of
 from mep.graph import Graph
-from mep.nodes import Held, Strength, magnitude
-from mep.settle import Known
+from mep.nodes import Beta, Held
+from mep.settle import Start, rounded
 from mep.snapshot import Buffers
 from mep.solvers import Sweep
-from mep.solvers.strength import SOON, higher, is_late, lower
-from mep.solvers.sweep import few
+from mep.solvers.networks import linear_response
 
 
 @dataclass(frozen=True)
 class Found:
     """What a program found: the gradients, the mean cost, and how the settling of all phases went.
 
-    `sweeps` were made until all examples rested, and `whole` of them until only a few did not. `betas` are [batch], or
-    None where no example was nudged less than asked; `known` is for the next step. `buffers` are the values that the
-    model's buffers shall have.
+    `sweeps` were needed until all examples had settled, if they have, and `counts` by each. `buffers` are the values
+    that the model's buffers are to have.
     """
 
     gradients: Gradients
     loss: Tensor
     residual: Tensor
     sweeps: int
-    whole: int
     worst: float
-    betas: Tensor | None
-    known: Known
+    betas: Tensor
+    counts: Tensor
     layers: list[SettledLayer]
     buffers: list[tuple[Tensor, Tensor]]
 
@@ -61,36 +59,33 @@ class Setting:
 
 
 class Program:
-    """A step with a fixed number of sweeps, for inputs like `x` and a target like that of `cost`.
+    """A step with a fixed number of sweeps, for inputs like `x` and a target like that of `cost`."""
 
-    `late` of them are of the worst examples only.
-    """
-
-    def __init__(self, setting: Setting, graph: Graph, x: Any, cost: BatchCost, output: Tensor, sweeps: int, late: int):
-        self.setting, self.graph, self.sweeps, self.late = setting, graph, sweeps, late
+    def __init__(
+        self, setting: Setting, graph: Graph, x: Any, cost: BatchCost, output: Tensor, beta: float | None, sweeps: int
+    ):
+        self.setting, self.graph, self.sweeps = setting, graph, sweeps
         self.cost, self.output = cost, output
         self.parameters: list[nn.Parameter] = []
         self.layers: list[SettledLayer] = []
-        self.limits = False
-        """Whether strengths are limited, so that a step tells of them."""
         self.batch = len(output)
         inputs = graph.bind(x)
         self.names = [name for name, value in inputs.items() if isinstance(value, Tensor)]
         self.fixed = {name: value for name, value in inputs.items() if not isinstance(value, Tensor)}
+        self.is_named = beta is not None
+        """Whether beta is an argument; else the program chooses it."""
         buffers = Buffers(graph.model)
         self.buffers = buffers.targets()
         try:
-            self.run = compiled(self._step, self._tensors(x, cost, 0.1, 1.0, 1.0))
+            self.run = compiled(self._step, self._tensors(x, cost, beta))
         finally:
             buffers.undo()
 
-    def __call__(self, x: Any, cost: BatchCost, beta: float, known: Known) -> Found | None:
-        """The step, or None if something in it is not finite, or an example is nudged less in only one phase."""
-        largest = self.setting.solver.largest
-        most = higher(known.most, largest)
-        numbers, loss, residual, betas, *found = self.run(*self._tensors(x, cost, beta, float(known.gain or 0), most))
-        finite, gain, worst, soon, weakest, apart, *unsettled = numbers.tolist()
-        if not (math.isfinite(finite) and math.isfinite(worst)) or apart:
+    def __call__(self, x: Any, cost: BatchCost, beta: float | None) -> Found | None:
+        """The step, or None if something in it is not finite."""
+        numbers, loss, residual, betas, counts, *found = self.run(*self._tensors(x, cost, beta))
+        finite, worst, sweeps = numbers.tolist()
+        if not (math.isfinite(finite) and math.isfinite(worst)):
             return None
         rest = iter(found)
         gradients = {p: next(rest) for p in self.parameters}
@@ -99,65 +94,50 @@ class Program:
             SettledLayer(y.weight, y.bias, y.examples, [(module, next(rest), next(rest)) for module, _, _ in y.uses])
             for y in self.layers
         ]
-        sweeps, whole = self._until(unsettled, 0), self._until(unsettled, few(self.batch))
-        learnt = lower(most, largest) if is_late(soon, self.setting.solver.tol) else most
-        known = Known(gain, known.errors, known.look_from, learnt if self.limits else known.most)
-        weaker = betas if weakest < 1 else None
-        return Found(gradients, loss, residual, sweeps, whole, worst, weaker, known, layers, buffers)
+        return Found(gradients, loss, residual, int(sweeps), worst, betas, counts, layers, buffers)
 
-    def _until(self, unsettled: list[float], most: int) -> int:
-        """The sweep after which at most so many examples were unsettled; where none rests, the last."""
-        every = len(unsettled)
-        if not (self.setting.solver.adaptive and self.graph.is_affine_when_held):
-            return every
-        return next((i for i, number in enumerate(unsettled, 1) if number <= most), every)
-
-    def _tensors(self, x: Any, cost: BatchCost, *numbers: float) -> list[Tensor]:
-        """The inputs, the target, and beta, the gain and the largest strength that a step begins with."""
+    def _tensors(self, x: Any, cost: BatchCost, beta: float | None) -> list[Tensor]:
+        """The inputs, the target, and beta."""
         inputs = self.graph.bind(x)
-        strengths = torch.tensor(numbers, dtype=self.output.dtype, device=self.output.device)
-        return [*(inputs[name] for name in self.names), *cost.parts().values(), strengths]
+        named = [] if beta is None else [torch.tensor(beta, dtype=torch.float64, device=self.output.device)]
+        return [*(inputs[name] for name in self.names), *cost.parts().values(), *named]
 
     def _step(self, *tensors: Tensor) -> list[Tensor]:
         """What is compiled."""
-        given = len(self.names)
-        cost = self.cost.with_parts(dict(zip(self.cost.parts(), tensors[given:-1], strict=True)))
-        beta, gain, most = tensors[-1].unbind()
+        inputs, parts = tensors[: len(self.names)], tensors[len(self.names) : len(tensors) - self.is_named]
+        cost = self.cost.with_parts(dict(zip(self.cost.parts(), parts, strict=True)))
         buffers = Buffers(self.graph.model)
         buffers.rewind()
         held = Held(buffers=buffers)
-        inputs = {**self.fixed, **dict(zip(self.names, tensors[:given], strict=True))}
-        energy = Energy(self.graph, Prediction(), inputs, held, self.batch)
+        bound = {**self.fixed, **dict(zip(self.names, inputs, strict=True))}
+        energy = nudge(Energy(self.graph, Prediction(), bound, held, self.batch), cost, 1.0)
         free = energy.rest()
         held.recording = False
         buffers.keep_writes()
+        solver = self.setting.solver
+        response = linear_response(energy, free)
+        beta: Beta = tensors[-1] if self.is_named else chosen_beta(energy, free, response, solver.largest_default_beta)
+        idle = energy.has_nothing_to_settle(free, response.size)
         phases: list[Phase] = []
-        courses, residuals = [], []
-        strengths: list[Strength] = [beta]
+        courses = []
         for multiple, weight in CONTRASTS[self.setting.phases]:
             if multiple:
-                nudged = nudge(energy, cost, multiple * strengths[-1])
-                known = Known(gain if multiple > 0 else None, most=most)
-                settled, course = self.setting.solver.unrolled(nudged, free, known, self.sweeps, self.late)
+                nudged = nudge(energy, cost, multiple * beta)
+                settled, course = solver.unrolled(nudged, free, Start(response.copy()), self.sweeps)
                 phases.append((weight * multiple, nudged, settled))
-                courses.append(torch.stack(course))
-                residuals.append(settled.residual)
-                assert settled.energy is not None
-                strengths.append(magnitude(settled.energy.beta))
+                courses.append(course.masked_fill(idle, 0))
         gradients = contrast(phases, self.batch)
         self.parameters = list(gradients)
         self.layers = settled_layers((e, s) for _, e, s in phases) if self.setting.observes else []
-        residual = torch.stack(residuals).amax(0)
+        course = torch.stack(courses).amax(0)
+        unsettled = course > rounded(solver.tol, course.dtype)
+        counts = (
+            (unsettled.sum(0) + 1).clamp(max=self.sweeps) if solver.adaptive else unsettled.sum(0) * 0 + self.sweeps
+        )
         loss = cost.value(energy.output(free)).mean()
-        checked = [loss, *gradients.values(), *(t for t in tensors[:given] if t.is_floating_point())]
+        checked = [loss, *gradients.values(), *(t for t in inputs if t.is_floating_point())]
         finite = torch.stack([t.sum().float() for t in checked]).sum()
-        unsettled = (torch.stack(courses).amax(0) > self.setting.solver.tol).sum(1)
-        soon = courses[-1][min(SOON, len(unsettled)) - 1].max()
-        self.limits = settled.most is not None
-        betas = strengths[-1] * torch.ones_like(residual)
-        apart = (betas - strengths[1]).abs().max()
-        assert settled.gain is not None
-        told = [finite, settled.gain, residual.max(), soon, betas.min() / beta, apart]
-        numbers = torch.cat([torch.stack([number.float() for number in told]), unsettled.float()])
+        numbers = torch.stack([finite, course[-1].max().float(), counts.max().float()])
         used = [t for layer in self.layers for _, inputs, errors in layer.uses for t in (inputs, errors)]
-        return [numbers, loss, residual, betas, *gradients.values(), *buffers.written(), *used]
+        betas = betas_of(beta, self.batch, loss.device)
+        return [numbers, loss, course[-1], betas, counts, *gradients.values(), *buffers.written(), *used]

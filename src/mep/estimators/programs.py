@@ -15,7 +15,7 @@ from mep.errors import ArgumentError
 from mep.estimators.inputs import input_values
 from mep.estimators.program import Found, Program, Setting
 from mep.graph import Graph
-from mep.settle import Known, Settled
+from mep.settle import Settled, rounded
 
 _EAGER = 4
 """So many steps of one shape are made without a program: they check the model, and tell how often it sweeps."""
@@ -24,14 +24,12 @@ _KINDS = 64
 _RECENT = 64
 """So many steps tell how often the next may have to sweep."""
 _RARE = 10
-"""One step in so many may need more than a program does, and is made twice: dear, but so is a sweep in every step."""
+"""Compile for the 90th percentile of recent sweep counts; a step that needs more is repeated without a program."""
 _SWEEPS = (1, 2, 3, 4, 6)
 """The numbers of sweeps that programs are made for: few, since each takes seconds to compile, or minutes."""
 MOST_SWEEPS = _SWEEPS[-1]
 _MOST_VISITS = 400
 """Nodes times sweeps of the largest program: it takes two or three minutes to compile."""
-_DEAR = 100
-"""A program of more visits is not made if there is one already that sweeps more often than necessary."""
 _INPUTS = (Tensor, bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 """What a program takes: the values of tensors may change, and a change of the others is seen."""
 
@@ -43,15 +41,13 @@ class Programs:
 
     def __init__(self, setting: Setting, make_cost: Cost):
         self.setting, self.make_cost = setting, make_cost
-        self.whole: deque[int] = deque(maxlen=_RECENT)
-        """After how many sweeps most examples had settled: only programs tell."""
         self.needed: deque[int] = deque(maxlen=_RECENT)
         """How many sweeps steps have needed."""
         self._at_least = 0
-        """How many a step needs that a program has just tried in vain."""
+        """Lower bound on the sweeps, set when a compiled step did not converge."""
         self._seen: dict[Key, tuple[int, Tensor]] = {}
         """How many steps were made without a program, and an output of theirs; the latest last."""
-        self._programs: dict[tuple[Key, int, int], Program] = {}
+        self._programs: dict[tuple[Key, bool, int], Program] = {}
 
     def __len__(self) -> int:
         return len(self._programs)
@@ -63,23 +59,22 @@ class Programs:
         for which in [which for which in self._programs if which[0][0] not in graphs]:
             del self._programs[which]
 
-    def step(self, graph: Graph, x: Any, target: Tensor, beta: float, known: Known) -> Found | None:
+    def step(self, graph: Graph, x: Any, target: Tensor, beta: float | None) -> Found | None:
         """What a program finds, or None if the step has to be made without one."""
         key = _key(graph, x, target)
-        if key is None or key not in self._seen or known.gain is None or not known.gain > 0:
+        if key is None or key not in self._seen:
             return None
         steps, output = self._seen[key]
-        if steps < _EAGER or (numbers := self._sweeps(graph)) is None:
+        if steps < _EAGER or (sweeps := self._sweeps(graph)) is None:
             return None
-        sweeps, late = numbers
         cost = self.make_cost(output, target)
-        program = self._at_hand(key, graph, sweeps, late) or self._made(key, graph, x, cost, output, sweeps, late)
-        found = program(x, cost, beta, known)
+        which = key, beta is not None, sweeps
+        program = self._programs.get(which) or self._made(which, x, cost, output, beta)
+        found = program(x, cost, beta)
         if found is None:
             return None
-        self.whole.append(found.whole)
-        if self.setting.solver.adaptive and found.worst > self.setting.solver.tol:
-            self._at_least = found.sweeps + 1
+        if self.setting.solver.adaptive and found.worst > rounded(self.setting.solver.tol, found.residual.dtype):
+            self._at_least = sweeps + 1
             return None
         self.needed.append(found.sweeps)
         for buffer, value in found.buffers:
@@ -96,39 +91,26 @@ class Programs:
         self.needed.append(max(settled.iterations, self._at_least))
         self._at_least = 0
 
-    def _sweeps(self, graph: Graph) -> tuple[int, int] | None:
-        """How many to make of all examples, and then of the worst: what steps of late have needed, but for a few.
-
-        None if programs of so many are not made.
-        """
+    def _sweeps(self, graph: Graph) -> int | None:
+        """How many to make: what steps of late have needed, but for a few. None if programs of so many are not made."""
         solver, most = self.setting.solver, min(MOST_SWEEPS, _MOST_VISITS // len(graph.nodes))
-        if not solver.adaptive:
-            return (solver.settle_steps, 0) if solver.settle_steps <= most else None
-        if (needed := _usual(self.needed)) > most:
+        needed = _usual(self.needed) if solver.adaptive else solver.settle_steps
+        if needed > most:
             return None
-        if not graph.is_affine_when_held:
-            return min(_rounded(needed), most), 0
-        whole = min(_usual(self.whole) if self.whole else 1, most)
-        return whole, min(_rounded(needed - whole), most - whole) if needed > whole else 0
+        return min(_rounded(needed), most) if solver.adaptive else needed
 
-    def _at_hand(self, key: Key, graph: Graph, sweeps: int, late: int) -> Program | None:
-        """The program of so many sweeps, or one of more if it is dear; None if there is none."""
-        exact = self._programs.get((key, sweeps, late))
-        if exact or (sweeps + late) * len(graph.nodes) <= _DEAR:
-            return exact
-        own = [program for which, program in self._programs.items() if which[0] == key]
-        enough = [program for program in own if program.sweeps >= sweeps and program.late >= late]
-        return min(enough, key=lambda program: program.sweeps + program.late, default=None)
-
-    def _made(self, key: Key, graph: Graph, x: Any, cost: BatchCost, output: Tensor, sweeps: int, late: int) -> Program:
+    def _made(
+        self, which: tuple[Key, bool, int], x: Any, cost: BatchCost, output: Tensor, beta: float | None
+    ) -> Program:
+        graph: Graph = which[0][0]
         try:
-            program = Program(self.setting, graph, x, cost, output, sweeps, late)
+            program = Program(self.setting, graph, x, cost, output, beta, which[2])
         except Exception as error:
             raise ArgumentError(
                 f"compile=True: a step of {type(graph.model).__name__} cannot be compiled. "
                 f"{type(error).__name__}: {error}. Leave compile out."
             ) from error
-        self._programs[key, sweeps, late] = program
+        self._programs[which] = program
         return program
 
 

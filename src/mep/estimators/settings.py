@@ -34,12 +34,14 @@ def check_settings(ep: EquilibriumPropagation) -> None:
 
 def _check_values(ep: EquilibriumPropagation) -> None:
     energy = ep.coupling.name
-    if not (isinstance(ep.beta, (int, float)) and 0 < ep.beta < math.inf):
-        raise ArgumentError(f"{_CALL}(beta={ep.beta!r}): must be a positive number.")
+    if ep.beta is not None and not (isinstance(ep.beta, (int, float)) and 0 < ep.beta < math.inf):
+        raise ArgumentError(f"{_CALL}(beta={ep.beta!r}): must be a positive number, or None to choose it.")
     if ep.phases not in CONTRASTS:
         raise ArgumentError(f"{_CALL}(phases={ep.phases!r}): choose one of {sorted(CONTRASTS)}.")
     if ep.branches not in ("held", "exact"):
         raise ArgumentError(f"{_CALL}(branches={ep.branches!r}): choose 'held' or 'exact'.")
+    if ep.on_unsettled not in ("warn", "raise", "ignore"):
+        raise ArgumentError(f"{_CALL}(on_unsettled={ep.on_unsettled!r}): choose 'warn', 'raise' or 'ignore'.")
     if ep.observe is not None and not callable(ep.observe):
         raise ArgumentError(f"{_CALL}(observe={ep.observe!r}): must be callable, as update.observe.")
     if ep.observe is not None and energy != "prediction":

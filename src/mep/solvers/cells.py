@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mep.energy import Energy, State, relative_residual
+from mep.energy import Energy, State, example_dot, example_norm, relative_residual
 from mep.graph import Point
 from mep.layout import per_example
 from mep.nodes import Node, displaced
-from mep.solvers.output import expands, mean_gain, next_error, output_residual
+from mep.solvers.networks.network import output_residual, spread_length
+from mep.solvers.sweep import barzilai_borwein
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ def balance(energy: Energy, node: Node, cell: Cell, force: Tensor, tol: float) -
         return replace(cell, error=force)
     if cell.error is None:
         return _with_error(energy, cell, force)
-    residual = relative_residual(cell.error, force, cell.value, energy.batch)
+    residual = relative_residual(cell.error, force, energy.batch)
     loud = ~(residual <= tol)  # what is no number is loud, too
     if not loud.any():
         return replace(cell, residual=residual)
@@ -65,20 +66,21 @@ class Network:
 
     `stale`: nodes with a parent that moved; `mail`: nodes with a child whose force changed; `asking`: the output has
     not yet seen what its last error did. `messages`: child -> its forces on its parents, absent where out of date: a
-    parent asks for them. `turns`: how often each node was computed.
+    parent asks for them. `turns`: how often each node was computed. `first`: the output's first error; `r`: by how much
+    dC/ds differed from its error at its last turn, and the `length` of its last step, [batch]; `first_size`: that of
+    the largest errors after three rounds.
     """
 
     cells: dict[str, Cell]
-    free: Tensor
-    question: Tensor
     first: Tensor
+    r: Tensor
+    length: Tensor
+    first_size: Tensor | None = None
     messages: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     stale: set[str] = field(default_factory=set)
     mail: set[str] = field(default_factory=set)
     turns: Counter[str] = field(default_factory=Counter)
     asking: bool = True
-    expands: bool = False
-    gain: Tensor | None = None
     rounds: int = 0
 
     def copy(self) -> Network:
@@ -118,6 +120,11 @@ class Network:
         if node.name == energy.graph.output:
             self.asking = not bool((cell.residual <= tol).all())
 
+    def largest_error(self, energy: Energy) -> Tensor:
+        """The norm of the largest errors of a node, [batch]."""
+        errors = [self.cells[node.name].error for node in energy.graph.states]
+        return torch.stack([example_norm(error, energy.batch) for error in errors if error is not None]).amax(0)
+
     def residual(self, energy: Energy) -> Tensor:
         """What the nodes say. While one has yet to look at its neighbours nobody knows, and 1 stands for that."""
         if self.stale or self.mail:
@@ -148,27 +155,22 @@ class Network:
         return _or_zeros(total, self.cells[node.name].value)
 
     def _ask(self, energy: Energy, cell: Cell, tol: float) -> Cell:
-        """The output's turn: the error that should balance `dC/ds`, going by what the last one did."""
+        """The output's turn: its error moves toward `dC/ds`, by Barzilai and Borwein's length from its last turns."""
         if cell.error is None:
             return _with_error(energy, cell, self.first)
-        nudge, error, s = energy.nudge, cell.error, cell.value
+        nudge, error, batch = energy.nudge, cell.error, energy.batch
         assert nudge is not None
-        wanted = nudge.cost.gradient(s)
-        residual = output_residual(error, wanted, s)
-        self.gain = mean_gain(error, self.free - s, energy.beta)
+        wanted = nudge.cost.gradient(cell.value)
+        residual = output_residual(error, wanted)
         loud = ~(residual <= tol)
         if not loud.any():
             return replace(cell, residual=residual)
-        self.expands = expands(self.question, error, wanted, residual)
-        # One trial only: the network may not have answered it in full, and between such answers a secant errs.
-        if nudge.cost.narrows:
-            rows = loud.nonzero().squeeze(1)
-            trial = error[rows], s[rows], wanted[rows]
-            answer = error.index_copy(0, rows, next_error(nudge.cost.of(rows), self.free[rows], [trial]))
-        else:
-            answer = next_error(nudge.cost, self.free, [(error, s, wanted)])
-            answer = torch.where(per_example(loud, error), answer, error)
-        return replace(_with_error(energy, cell, answer), residual=residual)
+        r = wanted - error
+        y = self.r - r
+        self.length = barzilai_borwein(self.length, example_dot(self.r, y, batch), example_dot(y, y, batch))
+        self.r = r
+        moved = torch.where(per_example(loud, error), error + r * spread_length(self.length, r), error)
+        return replace(_with_error(energy, cell, moved), residual=residual)
 
 
 def _or_zeros(tensor: Tensor | None, like: Tensor) -> Tensor:

@@ -2,24 +2,27 @@
 
     v <- momentum v + dF/ds,    s <- s - settle_lr v        (then back into the box)
 
-At most one forward and one backward evaluation a step, in closed form (`flow.py`): never a graph through the network.
-Every energy settles this way. A signal moves one node per step: a deep network needs at least as many steps as nodes.
+At most one forward and one backward evaluation a step, in closed form: never a graph through the network. Every energy
+settles this way. A signal moves one node per step, so a deep network needs at least as many steps as nodes; where it
+has not arrived yet nothing is computed.
+
+States are kept, not errors: where a nudge is so weak that its response drowns in their rounding, the residual says so.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from mep.energy import Energy, example_norm
+from mep.energy import Energy, State, example_norm, inside_box
 from mep.errors import ArgumentError
 from mep.graph import Point
-from mep.settle import Iterate, Known, Solver
-from mep.solvers.affine_flow import AffineFlow, is_affine_at_rest
-from mep.solvers.flow import AnyFlow, Flow
+from mep.layout import per_example
+from mep.nodes import Node, spread
+from mep.settle import Iterate, Solver, Start
 from mep.solvers.stiffness import largest_step
 
 _RUNAWAY = 1e2
@@ -39,7 +42,7 @@ class Descent(Solver):
             step that converges, measured in every batch for the price of about eight steps (`stiffness.py`).
         momentum: in [0, 1).
         adaptive: stop when every example's residual was at most `tol` in `patience` consecutive steps.
-        tol: relative residual.
+        tol: residual, in units of the nudge.
         patience: consecutive steps.
 
     Example:
@@ -64,61 +67,102 @@ class Descent(Solver):
         if not (isinstance(self.momentum, (int, float)) and 0 <= self.momentum < 1):
             raise ArgumentError(f"Descent(momentum={self.momentum!r}): must lie in [0, 1).")
 
-    def start(self, energy: Energy, point: Point, known: Known) -> Iterate:
-        """At rest, without velocity: at the free equilibrium, or off it by the errors known from earlier."""
-        if is_affine_at_rest(energy, point):
-            flow: Flow = AffineFlow(energy, point, known.errors)
-        else:
-            flow = AnyFlow(energy, point if known.errors is None else energy.following(known.errors))
-        scale = _size(flow, energy.batch)
+    def init(self, energy: Energy, point: Point, start: Start) -> Iterate:
+        """Without velocity, at the free equilibrium, or off it by the errors of an earlier one."""
         lr = largest_step(energy, point, self.momentum) / 2 if self.settle_lr is None else self.settle_lr
-        there = Iterate(point, torch.ones_like(scale), memory=_Memory(flow, scale, lr, known.look_from))
-        return self._measured(there) if self.adaptive else there
+        there = _forces(energy, point if start.errors is None else energy.following(start.errors))
+        there = replace(there, lr=lr, first=there.size(energy.batch))
+        return self._iterate(energy, there, self.adaptive)
 
-    def advance(self, energy: Energy, iterate: Iterate, active: Tensor | None) -> Iterate:
-        """One step of every state that a force has reached."""
-        memory: _Memory = iterate.memory
-        memory.flow.step(memory.lr, self.momentum, active)
-        memory.steps += 1
-        there = replace(iterate, exact=False) if iterate.exact else iterate
-        return self._measured(there) if self.adaptive and memory.steps >= memory.look_from else there
+    def step(self, energy: Energy, iterate: Iterate, active: Tensor | None) -> Iterate:
+        """One step of every state that a force has reached; where none has, a state stays the same object."""
+        there: _Place = iterate.state
+        state, velocity, names = energy.state(there.point), dict(there.forces), list(there.forces)
+        if moving := list(there.velocity):
+            fresh = [there.forces[name] for name in moving]
+            known = list(there.velocity.values())
+            velocity.update(zip(moving, torch._foreach_add(fresh, known, alpha=self.momentum), strict=True))
+        before = [state[name] for name in names]
+        moved = torch._foreach_sub(before, [velocity[name] for name in names], alpha=there.lr)
+        for name, s, s_before in zip(names, moved, before, strict=True):
+            s = inside_box(energy.graph.by_name[name], s)
+            state[name] = s if active is None else torch.where(per_example(active, s), s, s_before)
+        place = lambda node, mu: state[node.name]  # noqa: E731
+        there_next = _forces(energy, energy.graph.evaluate(energy.inputs, energy.held, place, there.point))
+        there_next = replace(there_next, velocity=velocity, lr=there.lr, first=there.first)
+        return self._iterate(energy, there_next, self.adaptive)
 
-    def certify(self, energy: Energy, iterate: Iterate) -> Iterate:
-        """With its point, and its residual if that was not measured on the way."""
-        point, errors = iterate.memory.flow.ended()
-        return replace(iterate if iterate.exact else self._measured(iterate), point=point, errors=errors)
+    def finalize(self, energy: Energy, iterate: Iterate) -> Iterate:
+        """With its residual, if that was not measured on the way."""
+        return iterate if iterate.exact else self._iterate(energy, iterate.state, True)
 
-    def way_out(self, energy: Energy, point: Point) -> str:
-        """What to do where this has diverged from a point: a smaller step, if that would help."""
+    def failure_hint(self, energy: Energy, point: Point) -> str:
+        """A smaller step, if that would help."""
         largest = largest_step(energy, point, self.momentum)
         if self.settle_lr is None or self.settle_lr < _MARGIN * largest:
-            return super().way_out(energy, point)
+            return "more settle_steps, a smaller beta, or mep.Sweep."
         return (
             f"a smaller settle_lr, well below {largest:.2g}: for a larger one the energy is too stiff, the more so the "
             "more the model learns. mep.Descent(settle_lr=None) measures it in every batch; mep.Sweep needs none."
         )
 
-    def _measured(self, iterate: Iterate) -> Iterate:
-        """With its residual, and whether the forces have grown beyond hope since the first."""
-        flow, scale = iterate.memory.flow, iterate.memory.scale
-        diverging = bool((_size(flow, len(scale)) > _RUNAWAY * torch.maximum(scale, scale.mean())).any())
-        return replace(iterate, residual=flow.residual(), diverging=diverging, exact=True)
+    def _iterate(self, energy: Energy, there: _Place, is_measured: bool) -> Iterate:
+        """A place, and if it is measured its residual, and whether the forces have grown beyond hope."""
+        if not is_measured:
+            return Iterate(torch.ones_like(there.first), there.point, exact=False, state=there)
+        limit = _RUNAWAY * torch.maximum(there.first, there.first.mean())
+        diverging = bool((there.size(energy.batch) > limit).any())
+        return Iterate(_residual(energy, there), there.point, diverging=diverging, state=there)
 
 
-@dataclass
-class _Memory:
-    """What moves the states, how large it was at first ([batch]), the step size, and the steps made.
+@dataclass(frozen=True)
+class _Place:
+    """A point, the forces on its states and the children's part in them, where a signal has arrived.
 
-    `look_from` as in `Known`; unless `adaptive` nobody looks on the way.
+    `velocity` by state, the step size `lr`, and how large the `first` forces were, [batch].
     """
 
-    flow: Flow
-    scale: Tensor
-    lr: float
-    look_from: int
-    steps: int = 0
+    point: Point
+    forces: State
+    pulls: State
+    velocity: State = field(default_factory=dict)
+    lr: float = 0.0
+    first: Tensor = field(default_factory=lambda: torch.zeros(()))
+
+    def size(self, batch: int) -> Tensor:
+        """The norm of the largest force on an example: [batch]."""
+        return torch.stack([example_norm(force, batch) for force in self.forces.values()]).amax(0)
 
 
-def _size(flow: Flow, batch: int) -> Tensor:
-    """The norm of the largest force on an example: [batch]."""
-    return torch.stack([example_norm(force, batch) for force in flow.forces().values()]).amax(0)
+def _forces(energy: Energy, point: Point) -> _Place:
+    """One backward walk: `s - mu` less what the children pull with, and less `-beta dC/ds` at the output."""
+    pulls, forces = State(), State()
+    noted = energy.nudge.free if energy.nudge else None
+
+    def transmit(node: Node, pull: Tensor | None) -> Tensor | None:
+        if not node.owns_state:
+            return pull
+        name, s, mu = node.name, point.values[node.name], point.predictions[node.name]
+        error = None if s is mu else s - mu
+        if pull is not None:
+            pulls[name] = pull
+        if pull is not None or error is not None:
+            force = error if pull is None else pull.neg() if error is None else error - pull
+            assert force is not None
+            forces[name] = force - noted[name].leftover if noted else force
+        return error if energy.coupling.vanishes_when_free else energy.coupling.tension(s, mu)
+
+    gradient = energy.cost_gradient(point)
+    nudge = None if gradient is None else -gradient * spread(energy.beta, gradient)
+    energy.graph.pull(point.saved, nudge, transmit)
+    return _Place(point, forces, pulls)
+
+
+def _residual(energy: Energy, there: _Place) -> Tensor:
+    """Of every example's worst node among those that a signal has reached: [batch]."""
+    found = []
+    for name in there.forces:
+        s, mu = there.point.values[name], there.point.predictions[name]
+        pull = there.pulls.get(name)
+        found.append(energy.residual(name, s, mu, torch.zeros_like(mu) if pull is None else pull))
+    return torch.stack(found).amax(0)

@@ -6,10 +6,11 @@ parents' states and its children's forces `J_c^T delta_c`, nothing else, and it 
     a parent's state has moved                             then it predicts anew
     |delta_n - sum_c J_c^T delta_c| > tol (relative)       then delta_n <- sum_c J_c^T delta_c, per example
 
-Both move `s_n = mu_n - beta delta_n`, which the neighbours notice. The output balances `dC/ds` in place of children; it
-knows the cost, and how its state answered its last error, so it takes a secant step. A node to which neither happens is
-**quiet** and is not computed. At the free equilibrium all are quiet but the output. Once all are quiet again each has
-certified its own balance: this is the nudged equilibrium to the tolerance, in whatever order they acted.
+Both move `s_n = mu_n - beta delta_n`, which the neighbours notice. The output balances `dC/ds` in place of children, by
+steps toward it of Barzilai and Borwein's length (`sweep.py`), which it has from its own last two turns. A node to
+which neither happens is **quiet** and is not computed. At the free equilibrium all are quiet but the output. Once all
+are quiet again each has certified its own balance: this is the nudged equilibrium to the tolerance, in whatever order
+they acted.
 
 Whittington and Bogacz 2017 (doi:10.1162/NECO_a_00949) relax the same energy by descent on the states.
 """
@@ -27,13 +28,16 @@ from mep.energy import Energy
 from mep.errors import ArgumentError
 from mep.graph import Point
 from mep.layout import accurate
-from mep.nodes import Node
-from mep.settle import Iterate, Known, Solver
+from mep.nodes import Node, spread
+from mep.settle import Iterate, Solver, Start
 from mep.solvers.cells import Cell, Network
-from mep.solvers.output import first_error, require_prediction, wanted_error
-from mep.solvers.walks import worst_residual
+from mep.solvers.networks.network import has_grown
+from mep.solvers.networks.nonsmooth import worst_residual
+from mep.solvers.sweep import require_prediction
 
 Groups = Sequence[Sequence[Node]]
+_GROWN = 3
+"""The round after which the growth of errors is watched; most often all is settled before."""
 
 
 def _shuffled(nodes: Sequence[Node], rounds: int) -> Groups:
@@ -63,7 +67,7 @@ class Local(Solver):
         schedule: the order of the turns: "there and back", "forward", "backward" or "random", one node after another,
             or "together", all at once. The equilibrium is the same.
 
-    Only for `energy="prediction"`. When the equilibrium is out of reach the estimator tries a smaller beta.
+    Only for `energy="prediction"`.
 
     Example:
         >>> Local(tol=1e-3, schedule="together").settle_steps
@@ -76,36 +80,34 @@ class Local(Solver):
     adaptive: bool = True
     schedule: str = "there and back"
 
-    usual_beta = 0.01  # errors are carried as such, not as differences of states: little bias, and no digits lost
+    largest_default_beta = 0.01  # errors are carried as such, not as differences of states: no digits are lost
     prediction_only = True
-    beta_limited = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.schedule not in SCHEDULES:
             raise ArgumentError(f"Local(schedule={self.schedule!r}): choose one of {list(SCHEDULES)}.")
 
-    def start(self, energy: Energy, point: Point, known: Known) -> Iterate:
-        """The free equilibrium: the output has a question, and nobody else has heard anything."""
+    def init(self, energy: Energy, point: Point, start: Start) -> Iterate:
+        """The free equilibrium: only the output is active."""
         require_prediction(self, energy)
         if energy.kinks:
             raise ArgumentError(
                 f"Local cannot rest at the kinks of {list(energy.kinks)} (branches='exact'). Use branches='held', or "
                 "solver=mep.Sweep(...)."
             )
-        free, nudge, question = energy.output(point), energy.nudge, wanted_error(energy, point)
-        assert nudge is not None
-        unanswered = free.new_ones(energy.batch, dtype=accurate(free))
+        x = start.response.error if start.response else energy.wanted_error(point)
+        unanswered = x.new_ones(energy.batch, dtype=accurate(x))
         quiet, cells = torch.zeros_like(unanswered), {}
         for node in energy.graph.nodes:
             mu, residual = point.predictions.get(node.name), unanswered if node.name == energy.graph.output else quiet
             cells[node.name] = Cell(point.values[node.name], mu, point.saved[node.name], residual)
-        first = first_error(energy, free, question, known)
-        return Iterate(point, unanswered, memory=Network(cells, free, question, first))
+        network = Network(cells, first=x, r=x, length=torch.ones_like(unanswered))
+        return Iterate(unanswered, point, exact=False, state=network)
 
-    def advance(self, energy: Energy, iterate: Iterate, active: Tensor | None) -> Iterate:
-        """One round. `active` is not asked: in an example at rest no node has anything to do."""
-        network: Network = iterate.memory.copy()
+    def step(self, energy: Energy, iterate: Iterate, active: Tensor | None) -> Iterate:
+        """One round. `active` is not needed: in an example at rest no node has anything to do."""
+        network: Network = iterate.state.copy()
         for group in SCHEDULES[self.schedule](energy.graph.nodes, network.rounds):
             # Those of a group act on one and the same past: first all actions, then all consequences.
             acted = [(node, network.turn(energy, node, self.tol)) for node in group if network.calls(energy, node)]
@@ -115,21 +117,26 @@ class Local(Solver):
             for node, cell in acted:
                 network.tell(energy, node, cell, self.tol)
         network.rounds += 1
-        moved = replace(iterate, residual=network.residual(energy), gain=network.gain, memory=network)
-        moved.turns = network.turns
-        moved.out_of_reach = self.adaptive and network.expands
-        return moved
+        diverging = False
+        if network.rounds >= _GROWN:
+            size = network.largest_error(energy)
+            if network.first_size is None:
+                network.first_size = size
+            diverging = bool(has_grown(size, network.first_size).any())
+        residual = network.residual(energy)
+        return replace(iterate, residual=residual, turns=network.turns, diverging=diverging, state=network)
 
-    def certify(self, energy: Energy, iterate: Iterate) -> Iterate:
+    def finalize(self, energy: Energy, iterate: Iterate) -> Iterate:
         """The point and its errors. Where settling was cut short, also what the nodes have not yet seen themselves."""
-        network: Network = iterate.memory
+        network: Network = iterate.state
         if network.rounds == 0:
             return iterate
         point, errors = network.gathered(energy)
         if not network.has_news:
-            return replace(iterate, point=point, errors=errors)
+            return replace(iterate, point=point, errors=errors, exact=True)
         now = energy.at(energy.state(point))
         errors = {
-            name: e + (now.predictions[name] - point.predictions[name]) / energy.beta for name, e in errors.items()
+            name: e + (mu - point.predictions[name]) / spread(energy.beta, mu)
+            for (name, e), mu in zip(errors.items(), (now.predictions[name] for name in errors), strict=True)
         }
-        return replace(iterate, point=now, errors=errors, residual=worst_residual(energy, now, errors))
+        return replace(iterate, point=now, errors=errors, residual=worst_residual(energy, now, errors), exact=True)

@@ -58,7 +58,7 @@ def main() -> None:
             cells = [f"{x:.2g}" for x in numbers]
             cells.insert(4, f"{row.cosine:.5f}")
             if not all(row.settled):
-                failed = [who for who, ok in zip(("held", "exact"), row.settled, strict=True) if not ok]
+                failed = [kind for kind, ok in zip(("held", "exact"), row.settled, strict=True) if not ok]
                 cells = [f"{' and '.join(failed)} did not settle", *[""] * 7]
             print("|", " | ".join([name, f"{row.beta:g}", *cells]), "|", flush=True)
 

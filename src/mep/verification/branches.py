@@ -135,8 +135,9 @@ class _Study:
 
     def _settled(self, energy: Energy, free: Point, beta: float) -> tuple[Settled, Tensor]:
         """The nudged equilibrium, and the gradient that it estimates."""
-        settled = settle(self.subject.nudged(energy, free, beta), free, self.subject.how.solver)
-        found = finished(contrast([(1.0, settled.energy, settled)], energy.batch))
+        nudged = self.subject.nudged(energy, free, beta)
+        settled = settle(nudged, free, self.subject.how.solver)
+        found = finished(contrast([(1.0, nudged, settled)], energy.batch))
         return settled, _flat([found.get(p, torch.zeros_like(p)) for p in self.parameters])
 
 

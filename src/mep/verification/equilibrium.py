@@ -1,4 +1,4 @@
-"""The equilibria themselves: their residual from the states alone, where settling stalls, how strong a nudge may be."""
+"""The equilibria themselves: their residual from the states alone, where settling stalls, how large beta may be."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mep.activations import Kink
-from mep.energy import Energy, State, example_norm, rounding
+from mep.activations import Activation, Kink, Largest
+from mep.energy import Energy, State
 from mep.estimators.contrast import CONTRASTS
 from mep.graph import Point
-from mep.nodes import Node, spread
+from mep.nodes import Node
 from mep.settle import Result, Settled, settle
-from mep.solvers import Sweep, kinks
+from mep.solvers import Sweep
 from mep.verification.report import Stall
 from mep.verification.subject import Subject
 
@@ -25,12 +25,21 @@ _DOUBLINGS = 7
 _HALVINGS = 10
 
 
+Residuals = dict[str, tuple[Tensor, Tensor]]
+"""Node -> its residual, and what rounding of the state may contribute, `eps |s|` over the larger side: [batch] each."""
+
+
 class Residual(NamedTuple):
-    """The largest relative residual over examples and phases, its node, and what rounding may contribute to it."""
+    """One residual, its node, and what rounding may contribute to it."""
 
     value: float
     node: str
     rounding: float
+
+    @property
+    def excess(self) -> float:
+        """What rounding does not explain."""
+        return self.value - self.rounding
 
 
 class Equilibria:
@@ -42,23 +51,16 @@ class Equilibria:
         self.is_stochastic = bool(self.energy.held.noise)
 
     def settle(self, beta: float, solver: Sweep) -> tuple[Energy, Settled]:
-        """The equilibrium at one beta."""
+        """The energy nudged by beta, and where it settles."""
         nudged = self.subject.nudged(self.energy, self.free, beta)
-        settled = settle(nudged, self.free, solver)
-        return settled.energy, settled
+        return nudged, settle(nudged, self.free, solver)
 
     @torch.no_grad()
     def residual(self, phases: str, beta: float) -> Residual:
-        """Of all phases of a contrast, the residual of its worst node."""
-        found = []
-        for sign in _signs([phases]):
-            energy, settled = self.settle(sign * beta, self.subject.how.solver)
-            state = energy.state(settled.point)
-            point = energy.at(state)
-            for name, each in residuals(energy, point).items():
-                place = int(each.argmax())
-                found.append(Residual(float(each[place]), name, float(_rounding(energy, point, name)[place])))
-        return max(found, key=lambda residual: residual.value - residual.rounding)
+        """Of all phases of a contrast, the residual of the worst node."""
+        phase = [self.settle(sign * beta, self.subject.how.solver) for sign in _signs([phases])]
+        found = [_worst(nearer_residuals(energy, energy.state(settled.point))) for energy, settled in phase]
+        return max(found, key=lambda residual: residual.excess)
 
     @torch.no_grad()
     def stall(self, beta: float) -> Stall:
@@ -70,23 +72,22 @@ class Equilibria:
             if settled.result is Result.DIVERGED:
                 break
             made.append(sweeps)
-            for name, each in residuals(energy, energy.at(energy.state(settled.point))).items():
-                curves[name].append(float(each.max()))
+            for name, (residual, _) in nearer_residuals(energy, energy.state(settled.point)).items():
+                curves[name].append(float(residual.max()))
             if settled.result is Result.CONVERGED:
                 break
         return Stall(beta, tuple(made), {name: tuple(curve) for name, curve in curves.items()})
 
     @torch.no_grad()
     def reach(self, phases: Sequence[str], beta: float) -> tuple[float | None, float | None]:
-        """The largest beta found to settle with sweeps, of all examples, and the smallest found not to.
+        """The largest beta found at which every example settles in every phase, and the smallest found where not.
 
-        They are a factor 2 apart.
+        They are a factor 2 apart. The solver is the default one.
         """
         signs = _signs(phases)
 
         def settles(beta: float) -> bool:
-            found = [self.settle(sign * beta, Sweep(strength=math.inf)) for sign in signs]
-            return all(s.result is Result.CONVERGED and not isinstance(e.beta, Tensor) for e, s in found)
+            return all(self.settle(sign * beta, Sweep())[1].result is Result.CONVERGED for sign in signs)
 
         if settles(beta):
             for _ in range(_DOUBLINGS):
@@ -101,40 +102,107 @@ class Equilibria:
         return None, beta
 
 
-def residuals(energy: Energy, point: Point) -> State:
-    """The relative residual of every node at a point, [batch] each, by the forces of the energy and nothing else."""
-    return energy.residuals(point, _pulls(energy, point) if energy.kinks else None)
+def nearer_residuals(energy: Energy, state: State) -> Residuals:
+    """The residuals of all nodes, of one kind or the other: of that whose worst node is nearer to equilibrium.
+
+    Solvers stop by one of the two. At equilibrium both vanish.
+    """
+    return min((residuals(energy, state, swept) for swept in (True, False)), key=lambda found: _worst(found).excess)
 
 
-def _pulls(energy: Energy, point: Point) -> State:
-    """As `energy.pulls`; at a kink, of all that its subdifferential allows, what balances the unit best."""
-    arriving: State = {}
+def residuals(energy: Energy, state: State, swept: bool) -> Residuals:
+    """The residual of every node of the nudged prediction energy, from the states alone; see `Residuals`.
+
+        |e_n - p_n| / max(|e_n|, |p_n|)      e_n = s_n - mu_n      p_out = -beta dC/ds_out
+
+    The error of a state balances what arrives from its children: by their errors as they are, `p_n = sum_c J_c^T e_c`,
+    when e_n - p_n is the force on the state, dF/ds_n; or as a sweep carries it down, `p_n = sum_c J_c^T p_c`. All sides
+    are of the size of the nudge. Nothing that a solver reports is used, and no residual of `Energy`.
+    """
+    point = energy.at(state)
+    pulls = _pulls(energy, point, swept)
+    found = {}
+    for name, s in state.items():
+        e, p = s - point.predictions[name], pulls[name]
+        larger = torch.maximum(_norm(e, energy), _norm(p, energy)).clamp_min(torch.finfo(torch.float64).tiny)
+        found[name] = _norm(e - p, energy) / larger, torch.finfo(s.dtype).eps * _norm(s, energy) / larger
+    return found
+
+
+def _pulls(energy: Energy, point: Point, swept: bool) -> State:
+    """What arrives at each state from its children, in one walk backward."""
+    assert energy.nudge is not None
+    pulls: State = {}
     behind: dict[str, tuple[Tensor, Kink]] = {}
 
     def transmit(node: Node, force: Tensor | None) -> Tensor | None:
         kink = energy.kinks.get(node.name)
         if kink is not None and force is not None:
-            behind[node.parents[0]] = force, kink
+            behind[node.parents[0]] = force, kink  # what passes a kink depends on the state before it
             return None
         if not node.owns_state:
             return force
-        s, mu = point.values[node.name], point.predictions[node.name]
+        s = point.values[node.name]
+        error = s - point.predictions[node.name]
         pull = torch.zeros_like(s) if force is None else force
         if node.name in behind:
-            u, kink = behind[node.name]
-            pull = -kinks.balancing_pull(s, mu - s, -pull, -u, kink, 1.0)
-        arriving[node.name] = pull
-        return s - mu
+            pull = _nearest_pull(s, error, pull, *behind[node.name])
+        pulls[node.name] = pull
+        return pull if swept else error
 
-    gradient = energy.cost_gradient(point)
-    energy.graph.pull(point.saved, None if gradient is None else -gradient * spread(energy.beta, gradient), transmit)
-    return arriving
+    output_pull = -energy.nudge.beta * energy.nudge.cost.gradient(energy.output(point))
+    energy.graph.pull(point.saved, output_pull, transmit)
+    return pulls
 
 
-def _rounding(energy: Energy, point: Point, name: str) -> Tensor:
-    """What the rounding of a state contributes to its residual: [batch]."""
-    s, mu = point.values[name], point.predictions[name]
-    return rounding(s, energy.batch) / example_norm(s - mu, energy.batch).clamp_min(torch.finfo(s.dtype).tiny)
+def _worst(found: Residuals) -> Residual:
+    """Of all nodes and examples the one that exceeds its rounding most."""
+    nodes = []
+    for name, (residual, rounding) in found.items():
+        place = int((residual - rounding).argmax())
+        nodes.append(Residual(float(residual[place]), name, float(rounding[place])))
+    return max(nodes, key=lambda node: node.excess)
+
+
+def _nearest_pull(s: Tensor, error: Tensor, direct: Tensor, u: Tensor, kink: Kink) -> Tensor:
+    """Of all pulls on a state before a kink that its subdifferential allows, the one nearest to the error.
+
+    `direct` pulls on s itself, `u` on the value behind the kink.
+    """
+    if isinstance(kink, Largest):
+        # On the winners of a tie: direct + w u. Pulled down, w may be any of the simplex; pushed up, one wins.
+        winners = s == s.amax(-1, keepdim=True)
+        wanted = torch.where(winners, (error - direct) / torch.where(u == 0, 1, u), -math.inf)
+        one = torch.zeros_like(s).scatter(-1, wanted.argmax(-1, keepdim=True), 1)
+        return direct + torch.where(u < 0, _onto_simplex(wanted), one) * u
+    left, right = (direct + _slope(s, u, kink, side) for side in (-math.inf, math.inf))
+    # A minimum has its walls on both sides: there left >= right. Elsewhere nothing rests, and one side must balance.
+    return torch.where(left > right, error.clamp(right, left), left)
+
+
+def _slope(s: Tensor, u: Tensor, kink: Activation, side: float) -> Tensor:
+    """`u` times the derivative at the number next to s, on its left or right."""
+    beside = torch.nextafter(s, torch.full_like(s, side))
+    return kink.backward(u, beside, kink.value(beside))
+
+
+def _onto_simplex(v: Tensor) -> Tensor:
+    """The point nearest to v with `w >= 0`, `sum w = 1` over the last dimension: `max(v - t, 0)`.
+
+    The level is `t = max_k (v_(1) + ... + v_(k) - 1) / k`, with v sorted from its largest (Held, Wolfe, Crowder 1974).
+
+    Example:
+        >>> _onto_simplex(torch.tensor([0.7, 0.5, -1.0]))
+        tensor([0.6000, 0.4000, 0.0000])
+    """
+    sums = v.sort(-1, descending=True).values.cumsum(-1)
+    count = torch.arange(1, v.shape[-1] + 1, dtype=v.dtype, device=v.device)
+    return (v - ((sums - 1) / count).amax(-1, keepdim=True)).clamp_min(0)
+
+
+def _norm(t: Tensor, energy: Energy) -> Tensor:
+    """Of every example, [batch]; the rows of one are neighbours."""
+    return t.reshape(energy.batch, -1).double().norm(dim=1)
 
 
 def _signs(phases: Sequence[str]) -> list[float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,11 +21,9 @@ FITTED = 3
 """The smallest betas, to which the order is fitted: it is a limit."""
 
 
-@dataclass(frozen=True)
-class Run:
-    """One EP gradient, and how it was come by."""
+class Run(NamedTuple):
+    """One EP gradient, and how its equilibria settled."""
 
-    asked: float
     gradients: Gradients
     estimate: Estimate
 

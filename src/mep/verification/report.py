@@ -14,7 +14,7 @@ class Match:
     """The EP gradient g of one parameter beside backprop's gradient b.
 
     Attributes:
-        beta: the nudging strength that was used.
+        beta: the nudging strength.
         cosine: `<g, b> / |g| |b|`; None where b vanishes.
         ratio: `|g| / |b|`; None where b vanishes.
         error: `|g - b| / |b|`, or where b vanishes the error in units of its rounding.
@@ -36,7 +36,8 @@ class Parameter:
         norm: of backprop's gradient.
         rounding: the `error` below which g and b cannot be told apart.
         matches: contrast -> one a beta, the largest beta first.
-        order: contrast -> slope of log error over log beta; None where the error is at rounding.
+        order: contrast -> slope of log error over log beta, where all examples settled; None where the error is at
+            rounding.
         backprop_difference: distance of backprop's gradient from finite differences, relative, over sampled
             coordinates; None if none were taken or if they are too coarse.
         ep_difference: that of the EP gradient at the smallest beta of the contrast of highest order.
@@ -58,11 +59,11 @@ class Estimation:
 
     Attributes:
         phases: the contrast.
-        asked: the beta that was asked for.
-        beta: the beta that was used, less where the equilibrium was out of reach.
+        beta: the nudging strength.
         error: `|g - b| / |b|` over all parameters.
         sweeps: the most of any phase.
         result: how settling ended.
+        unsettled: the number of examples that did not settle.
         residual: the largest that the solver reported.
         recomputed: the largest relative residual, recomputed from the states alone.
         rounding: what `recomputed` may exceed the tolerance by.
@@ -71,11 +72,11 @@ class Estimation:
     """
 
     phases: str
-    asked: float
     beta: float
     error: float
     sweeps: int
     result: str
+    unsettled: int
     residual: float
     recomputed: float
     rounding: float
@@ -101,7 +102,7 @@ class Report:
         notes: what to know beside.
         tol: the residual to which the equilibria were settled.
         estimations: one a contrast and beta, the largest beta first.
-        orders: contrast -> slope of log error over log beta, over all parameters.
+        orders: contrast -> slope of log error over log beta, where all examples settled, over all parameters.
         parameters: one each.
         stall: how the residual falls from sweep to sweep.
         reach: the largest beta tried that settles with the default solver, None if none did.
@@ -171,14 +172,14 @@ def parameter_table(report: Mapping[str, Any]) -> Table:
 
 def estimation_table(report: Mapping[str, Any]) -> Table:
     """A row a contrast and beta: error, sweeps, residuals, kinks."""
-    titles = ["Contrast", "beta", "used", "error", "sweeps", "residual", "recomputed", "off branch"]
+    titles = ["Contrast", "beta", "error", "sweeps", "unsettled", "residual", "recomputed", "off branch"]
     rows = [
         [
             e["phases"],
-            f"{e['asked']:.3g}",
             f"{e['beta']:.3g}",
             f"{e['error']:.1e}",
             str(e["sweeps"]),
+            str(e["unsettled"]),
             f"{e['residual']:.0e}",
             f"{e['recomputed']:.0e}",
             f"{e['left_branch']:.1%}",

@@ -1,4 +1,4 @@
-"""What is examined: a copy of a model with one batch, which every question finds in the same state."""
+"""What is examined: a copy of a model with one batch, in the same state for every evaluation."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CostArgument = str | PerExample | type[BatchCost]
 
 @dataclass(frozen=True)
 class How:
-    """How the equilibria are sought: the arguments of `EquilibriumPropagation` that every question shares."""
+    """How the equilibria are sought: the arguments that every `EquilibriumPropagation` of an examination shares."""
 
     cost: CostArgument
     solver: Sweep
@@ -48,7 +48,7 @@ class Subject:
         self.noise, self.buffers = generators(everyones=True), Buffers(self.model)
 
     def try_out(self) -> None:
-        """Run the model once: what fails in this precision is told as such."""
+        """Run the model once, and raise an ArgumentError where it fails in this precision."""
         try:
             self.mean_cost()
         except RuntimeError as error:
@@ -71,6 +71,7 @@ class Subject:
             branches=how.branches,
             leaves=how.leaves,
             diagnostics=True,
+            on_unsettled="ignore",
         )
         self._as_found()
         return ep.gradients(self.x, self.target)
@@ -89,7 +90,7 @@ class Subject:
 
     @torch.no_grad()
     def energy(self, hold_branches: bool | None = None) -> tuple[Energy, Point]:
-        """The free energy of the batch, and its equilibrium; the branches are held as `how` says, unless told."""
+        """The free energy of the batch, and its equilibrium; the branches are held as `how` says, unless given."""
         reading = trace if self.how.branches == "held" else trace_kinks
         graph = reading(self.model, self.how.leaves, argument_names(self.model, self.x))
         self._as_found()

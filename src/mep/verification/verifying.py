@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mep.errors import ArgumentError
+from mep.errors import ArgumentError, DivergedError
 from mep.estimators.contrast import CONTRASTS
 from mep.estimators.inputs import batch_size, check_model, check_target
 from mep.snapshot import generators_kept
@@ -22,10 +22,11 @@ from mep.verification.gradients import ORDERS, Exact, Run, fitted_order
 from mep.verification.report import Estimation, Parameter, Report
 from mep.verification.subject import CostArgument, How, Subject
 
-_SWEEPS = 60
-_FOLLOWED = 4
-_STEP = 4.0
-_UNTOLD = Difference(None, None)
+_SWEEPS = 200
+"""At most: the tolerance is far below that of training."""
+_FOLLOWED, _STEP = 4, 4.0
+"""So many smaller betas may follow those given, each smaller by this factor."""
+_NO_DIFFERENCE = Difference(None, None)
 
 
 def verify(
@@ -45,10 +46,10 @@ def verify(
     """Compare equilibrium propagation with backprop and with finite differences, on one batch and a copy of the model.
 
     - The EP gradient of every parameter against backprop's, for both contrasts: cosine, norm ratio, order in beta.
-      Where the betas given are too large for the limit to show, up to four smaller ones follow.
+      Where the betas given are too large to settle, or for the limit to show, up to four smaller ones follow.
     - Both against finite differences of the mean cost on sampled coordinates.
     - The residual of every node, recomputed from the states alone, and how it falls from sweep to sweep.
-    - The largest beta that settles with `mep.Sweep()`, to a factor of two.
+    - The largest beta at which `mep.Sweep()` settles every example, to a factor of two.
 
     Buffers and random numbers are the same in every evaluation, so dropout draws one noise for all and BatchNorm
     couples the examples as in backprop. `mep.verification.verdict` says what is asserted, and why.
@@ -68,7 +69,8 @@ def verify(
 
     Raises:
         TraceError: the model cannot be traced, or the graph is not the model.
-        ArgumentError, InputError, ParameterError, DivergedError: as from an estimator.
+        DivergedError: the loss is not finite, or settling diverges at every beta of a contrast.
+        ArgumentError, InputError, ParameterError: as from an estimator.
 
     Example:
         >>> import mep
@@ -83,7 +85,7 @@ def verify(
     check_target(y)
     _check(betas, phases, samples, tol)
     with generators_kept():
-        solver = Sweep(settle_steps=_SWEEPS, tol=tol or _default_tol(model, dtype), strength=math.inf)
+        solver = Sweep(settle_steps=_SWEEPS, tol=tol or _default_tol(model, dtype))
         subject = Subject(model, x, y, How(cost, solver, branches, leaves), dtype)
         return _report(subject, sorted(set(map(float, betas)), reverse=True), list(phases), samples)
 
@@ -91,62 +93,64 @@ def verify(
 def _report(subject: Subject, betas: list[float], phases: list[str], samples: int) -> Report:
     branches, tol = subject.how.branches, subject.how.solver.tol
     subject.try_out()
-    runs = _runs(subject, phases, betas)
     exact = Exact.of(subject)
+    runs: dict[str, list[Run]] = {}
+    notes: list[str] = []
     for name in phases:
-        _follow(subject, exact, name, runs[name])
+        runs[name], diverged = _runs(subject, exact, name, betas)
+        notes += [f"settling diverges at beta {beta:.2g} ({name})" for beta in diverged]
     best = max(phases, key=ORDERS.__getitem__)
     near = differences(subject, exact.gradients, runs[best][-1].gradients, samples) if samples else {}
-    parameters = tuple(_parameter(subject, exact, p, runs, near.get(p, _UNTOLD)) for p in exact.gradients)
+    parameters = tuple(_parameter(subject, exact, p, runs, near.get(p, _NO_DIFFERENCE)) for p in exact.gradients)
     equilibria = Equilibria(subject)
     estimations = tuple(_estimation(equilibria, exact, name, run) for name in phases for run in runs[name])
-    largest = max(e.beta for e in estimations)
-    reach, beyond = equilibria.reach(phases, largest)
+    reach, beyond = equilibria.reach(phases, betas[0])
     return Report(
         failures=verdict.failures(parameters, estimations, tol, branches),
-        notes=_notes(subject, exact, equilibria, estimations),
+        notes=(*_notes(subject, exact, equilibria, estimations), *notes),
         tol=tol,
         estimations=estimations,
         orders={
-            name: fitted_order([r.estimate.beta for r in some], [exact.error(r) for r in some], 100 * tol)
+            name: fitted_order([r.estimate.beta for r in fit], [exact.error(r) for r in fit], 100 * tol)
             for name, some in runs.items()
+            for fit in [_settled(some)]
         },
         parameters=parameters,
-        stall=equilibria.stall(largest),
+        stall=equilibria.stall(betas[0]),
         reach=reach,
         beyond=beyond,
     )
 
 
-def _runs(subject: Subject, phases: Sequence[str], betas: Sequence[float]) -> dict[str, list[Run]]:
-    """One gradient a contrast and beta, the largest beta first; where one is out of reach, the others shrink alike."""
-    shrunk = 1.0
-    runs: dict[str, list[Run]] = {}
-    for name in phases:
-        runs[name] = []
-        for beta in betas:
-            run = _run(subject, name, beta, beta * shrunk)
-            shrunk = min(shrunk, run.estimate.beta / beta)
-            runs[name].append(run)
-    return runs
+def _runs(subject: Subject, exact: Exact, phases: str, betas: list[float]) -> tuple[list[Run], list[float]]:
+    """One gradient a beta, the largest first; and the betas at which settling diverges.
 
-
-def _run(subject: Subject, phases: str, asked: float, beta: float) -> Run:
-    """One gradient, at the beta that all examples can have: the order is that of one beta."""
-    gradients, estimate = subject.estimate(phases, beta)
-    while estimate.betas is not None:
-        gradients, estimate = subject.estimate(phases, estimate.beta)
-    return Run(asked, gradients, estimate)
-
-
-def _follow(subject: Subject, exact: Exact, phases: str, runs: list[Run]) -> None:
-    """Go on to smaller betas while some parameter is not seen to be right: the order is a limit."""
-    for _ in range(_FOLLOWED):
-        seen = (_parameter(subject, exact, p, {phases: runs}, _UNTOLD) for p in exact.gradients)
-        if not any(verdict.complaint(parameter, phases, subject.how.branches) for parameter in seen):
+    Smaller betas follow while some example has not settled, or some parameter is not seen to be right: the order is a
+    limit.
+    """
+    runs: list[Run] = []
+    diverged: list[float] = []
+    for beta in [*betas, *(betas[-1] / _STEP**i for i in range(1, _FOLLOWED + 1))]:
+        if beta < betas[-1] and runs and _is_seen_right(subject, exact, phases, runs):
             break
-        beta = runs[-1].estimate.beta / _STEP
-        runs.append(_run(subject, phases, beta, beta))
+        try:
+            runs.append(Run(*subject.estimate(phases, beta)))
+        except DivergedError as error:  # a nudge away from the target may have no equilibrium
+            diverged.append(beta)
+            last = error
+    if not runs:
+        raise last
+    return runs, diverged
+
+
+def _is_seen_right(subject: Subject, exact: Exact, phases: str, runs: list[Run]) -> bool:
+    seen = (_parameter(subject, exact, p, {phases: runs}, _NO_DIFFERENCE) for p in exact.gradients)
+    return runs[-1].estimate.converged and not any(verdict.complaint(p, phases, subject.how.branches) for p in seen)
+
+
+def _settled(runs: list[Run]) -> list[Run]:
+    """Those of which every example has: the order is one of equilibria."""
+    return [run for run in runs if run.estimate.converged]
 
 
 def _parameter(
@@ -154,13 +158,17 @@ def _parameter(
 ) -> Parameter:
     matches = {phases: tuple(exact.match(p, run) for run in some) for phases, some in runs.items()}
     floor = exact.floor(p)
+    order = {}
+    for phases, some in runs.items():
+        fit = [exact.match(p, run) for run in _settled(some)]
+        order[phases] = fitted_order([m.beta for m in fit], [m.error for m in fit], floor)
     return Parameter(
         name=subject.names[p],
         shape=tuple(p.shape),
         norm=float(exact.gradients[p].norm()),
         rounding=floor,
         matches=matches,
-        order={n: fitted_order([m.beta for m in some], [m.error for m in some], floor) for n, some in matches.items()},
+        order=order,
         backprop_difference=near.backprop,
         ep_difference=near.ep,
     )
@@ -168,15 +176,15 @@ def _parameter(
 
 def _estimation(equilibria: Equilibria, exact: Exact, phases: str, run: Run) -> Estimation:
     estimate = run.estimate
-    assert estimate.residual is not None and estimate.left_branch is not None
+    assert estimate.residual is not None and estimate.settled is not None and estimate.left_branch is not None
     again = equilibria.residual(phases, estimate.beta)
     return Estimation(
         phases=phases,
-        asked=run.asked,
         beta=estimate.beta,
         error=exact.error(run),
         sweeps=estimate.iterations,
         result=str(estimate.result),
+        unsettled=int((~estimate.settled).sum()),
         residual=float(estimate.residual.max()),
         recomputed=again.value,
         rounding=again.rounding,
@@ -199,12 +207,10 @@ def _notes(
     flat = [subject.names[p] for p in exact.gradients if exact.floor(p) == 1.0]
     if flat:
         notes.append(f"backprop's gradient vanishes, up to rounding: {', '.join(flat)}")
-    least = min(estimations, key=lambda e: e.beta / e.asked)
-    if least.beta < least.asked:
-        used = f"{least.beta:.2g} was used, and others in proportion"
-        notes.append(
-            f"beta {least.asked:.2g} ({least.phases}) is out of reach at tol {subject.how.solver.tol:.1e}: {used}"
-        )
+    for e in estimations:
+        if e.unsettled:
+            some = f"{e.unsettled} of {equilibria.energy.batch} examples"
+            notes.append(f"{some} did not settle at beta {e.beta:.2g} ({e.phases}): {e.result}")
     return tuple(notes)
 
 

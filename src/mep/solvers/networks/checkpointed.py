@@ -1,7 +1,7 @@
-"""How an affine graph answers an output error in little memory: what a sweep needs is computed again, part by part.
+"""Affine graphs in little memory: what a sweep needs is computed again, part by part.
 
-The equations are those of `response.py`. Nothing is kept but the output error x; everything else follows from it and
-the input, a part of the nodes (in topological order) at a time:
+The equations are those of `affine.py`. Only the output error x is kept; everything else follows from it and the input,
+a part of the nodes (in topological order) at a time:
 
     forward over the parts, noting the values where each begins
     backward over the parts, noting the forces where each ends, while the values that are done with are dropped
@@ -15,7 +15,7 @@ On such recursions: Griewank and Walther 2000, doi:10.1145/347837.347846.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -24,19 +24,16 @@ from torch import Tensor
 from mep.energy import Energy, State
 from mep.errors import ArgumentError
 from mep.graph import Point
-from mep.layout import per_example
-from mep.nodes import Held, Node, Strength, displaced, of_rows
-from mep.solvers.gram import Gram, in_parts
-from mep.solvers.output import Answer
-from mep.solvers.response import OnDemand, multiplications
-from mep.solvers.strength import limited
+from mep.nodes import Held, Node, of_rows
+from mep.settle import Response
+from mep.solvers.networks.affine import AffineNetwork, OnDemand
 
 Forces = dict[str, Tensor | None]
 Visit = tuple[Node, Any, Tensor | None]
 """A node, what its `contract` needs at the nudged equilibrium, and its error."""
 
 
-class Forgotten(Point):
+class CheckpointedPoint(Point):
     """The free equilibrium, of which only the input and the output are kept."""
 
     def __init__(self, energy: Energy):
@@ -52,79 +49,70 @@ class Forgotten(Point):
         super().__init__(values, {}, {})
 
 
-class Checkpointed:
-    """The output error of the last sweep, and walks that tell the rest. `free` is what `Forgotten` left."""
+class CheckpointedNetwork(AffineNetwork):
+    """The output errors of all examples; the states and the other errors are computed again when they are read."""
 
-    def __init__(self, energy: Energy, free: Point, most: Strength | None = None):
-        self.energy, self.free, self.most = energy, free, most
-        self.parts = max(2, round(len(energy.graph.nodes) ** (1 / 3)))
-        self.narrows = self.weakens = len([value for value in energy.inputs.values() if isinstance(value, Tensor)]) == 1
+    _recomputed: Recomputed
 
-    def answer(self, x: Tensor, rows: Tensor | None, active: Tensor | None) -> Answer:
-        """What follows the output error x of these rows (None: all)."""
-        free = self.energy.output(self.free)
+    def note(self, residual: Tensor) -> None:
+        """Every move ends here, with new output errors."""
+        super().note(residual)
+        assert self.x is not None
+        x = self.x if self.rows is None else self._recomputed.x.index_copy(0, self.rows, self.x)
+        self._recomputed = Recomputed(self.energy, x)
+
+    def result(self) -> tuple[Point, Mapping[str, Tensor]]:
+        """What `contract` needs and the errors, for the nodes in their order."""
+        saved = OnDemand(self.energy.graph.by_name, lambda name: self._recomputed.at(name)[1])
+        errors = OnDemand(self.energy.graph.by_name, lambda name: self._recomputed.at(name)[2])
+        return Point(self.free.values, {}, saved), errors
+
+    def _hold(self, response: Response) -> None:
+        self._recomputed = Recomputed(self.energy, response.error)
+
+    def _walk(self, x: Tensor) -> Tensor:
+        energy, rows = self.energy, self.rows
         if rows is None:
-            self._set(x)
-            (moved, self.work), factor = self._moved(), None
-            if self.narrows and self.most is not None:
-                self.energy, factor = limited(self.energy, x, moved, self.most)
-            self.most = None
-            return Answer(x, displaced(free, moved, self.energy.beta), factor)
-        self._set(self.x.index_copy(0, rows, x))
-        moved, _ = self._of(rows, x)._moved()
-        return Answer(x, displaced(free.index_select(0, rows), moved, of_rows(self.energy.beta, rows)))
+            return Recomputed(energy, x).shift()
+        inputs = {n: v.index_select(0, rows) if isinstance(v, Tensor) else v for n, v in energy.inputs.items()}
+        assert energy.nudge is not None
+        nudge = replace(energy.nudge, beta=of_rows(energy.beta, rows))
+        return Recomputed(replace(energy, inputs=inputs, batch=len(rows), held=Held(), nudge=nudge), x).shift()
 
-    def gains(self, rows: Tensor) -> Tensor:
-        """As `Response.gains`."""
-        return in_parts(self._gains, rows, self.energy.output(self.free))
+    def _can_select(self) -> bool:
+        """With more inputs than one it is not known which of them have the examples as rows."""
+        return self.cost.narrows and len([v for v in self.energy.inputs.values() if isinstance(v, Tensor)]) == 1
 
-    def _gains(self, rows: Tensor) -> Tensor:
-        total = Gram(self.energy.output(self.free), len(rows))
-        for node, _, error in self._of(rows.repeat_interleave(total.units), total.every).walk({}):
-            if node.owns_state and error is not None:
-                total.add(error)
-        return total.sum
 
-    def _of(self, rows: Tensor, x: Tensor) -> Checkpointed:
-        """The walks of some of the examples, with these output errors."""
-        inputs = {
-            name: value.index_select(0, rows) if isinstance(value, Tensor) else value
-            for name, value in self.energy.inputs.items()
-        }
-        assert self.energy.nudge is not None
-        nudge = replace(self.energy.nudge, beta=of_rows(self.energy.beta, rows))
-        energy = replace(self.energy, inputs=inputs, batch=len(rows), held=Held(), nudge=nudge)
-        some = Checkpointed(energy, self.free)
-        some._set(x)
-        return some
+class Recomputed:
+    """All that follows an output error x, computed again on each access."""
 
-    def _set(self, x: Tensor) -> None:
-        self.x, self._cursor = x, _Cursor(self)
+    def __init__(self, energy: Energy, x: Tensor):
+        self.energy, self.x = energy, x
+        self.parts = max(2, round(len(energy.graph.nodes) ** (1 / 3)))
+        self._place = {node.name: i for i, node in enumerate(energy.graph.nodes)}
+        self._visits: Iterator[Visit] = iter(())
+        self._latest: Visit | None = None
 
-    def _moved(self) -> tuple[Tensor, int]:
-        """How far the output moves, over `-beta`; and the multiplications that took."""
+    def shift(self) -> Tensor:
+        """The response of the output, `M x`."""
         tangents: State = {}
-        work = sum(multiplications(node, error) for node, _, error in self.walk(tangents))
-        return tangents[self.energy.graph.output], work
+        for _ in self.walk(tangents):
+            pass
+        return tangents[self.energy.graph.output]
 
-    def rescale(self, a: Tensor, rows: Tensor | None) -> None:
-        """As if the output errors of these rows (None: all), just answered, had been `a` times as large."""
-        if rows is not None:
-            a = a.new_ones(len(self.x)).index_copy(0, rows, a)
-        self._set(self.x * per_example(a, self.x))
-
-    @property
-    def point(self) -> Point:
-        """Where the states are now: what `contract` needs, for the nodes in their order."""
-        return Point(self.free.values, {}, OnDemand(self.energy.graph.by_name, lambda name: self._cursor.at(name)[1]))
-
-    @property
-    def errors(self) -> Any:
-        """The errors, for the nodes in their order."""
-        return OnDemand(self.energy.graph.by_name, lambda name: self._cursor.at(name)[2])
+    def at(self, name: str) -> Visit:
+        """The visit of one node; to go back a new walk is begun."""
+        if self._latest is None or self._place[name] < self._place[self._latest[0].name]:
+            self._visits = self.walk({})
+            self._latest = next(self._visits)
+        while self._latest[0].name != name:
+            self._latest = None  # before the next is made
+            self._latest = next(self._visits)
+        return self._latest
 
     def walk(self, tangents: State) -> Iterator[Visit]:
-        """Visit the nodes in their order; `tangents` is filled with those that nobody has read."""
+        """Visit the nodes in their order; `tangents` is filled with those that no later node reads."""
         values, forces = dict(self.energy.inputs), Forces()
         return self._walk(self.energy.graph.nodes, values, forces, tangents)
 
@@ -185,26 +173,6 @@ class Checkpointed:
             _skip(self.energy, part, ahead)
             starts.append(dict(ahead))
         return starts
-
-
-class _Cursor:
-    """The visits of one walk by name; whoever goes back begins a new walk."""
-
-    def __init__(self, answers: Checkpointed):
-        self.answers = answers
-        self.place = {node.name: i for i, node in enumerate(answers.energy.graph.nodes)}
-        self.visits: Iterator[Visit] = iter(())
-        self.latest: Visit | None = None
-
-    def at(self, name: str) -> Visit:
-        """What belongs to that node."""
-        if self.latest is None or self.place[name] < self.place[self.latest[0].name]:
-            self.visits = self.answers.walk({})
-            self.latest = next(self.visits)
-        while self.latest[0].name != name:
-            self.latest = None  # before the next is made
-            self.latest = next(self.visits)
-        return self.latest
 
 
 def _forward(energy: Energy, nodes: Sequence[Node], values: dict[str, Any]) -> dict[str, Any]:

@@ -24,10 +24,10 @@ import math
 import torch
 from torch import Tensor
 
-from mep.nodes import Strength
+from mep.nodes import Beta
 
 
-def relax(mu: Tensor, f: Tensor, u: Tensor, beta: Strength, x0: Tensor) -> tuple[Tensor, Tensor]:
+def relax(mu: Tensor, f: Tensor, u: Tensor, beta: Beta, x0: Tensor) -> tuple[Tensor, Tensor]:
     """The scaled errors `(mu - s) / beta` at the window's equilibrium, and where units tie (NaN: they do not).
 
     `mu`, `f`, and the free states `x0` are `[..., K]`, `u` is `[..., 1]`.
@@ -67,7 +67,7 @@ def _one_hot(winner: Tensor, like: Tensor) -> Tensor:
     return torch.arange(like.shape[-1], device=like.device) == winner
 
 
-def balancing_pull(s: Tensor, delta: Tensor, f: Tensor, u: Tensor, beta: Strength) -> Tensor:
+def balancing_pull(s: Tensor, delta: Tensor, f: Tensor, u: Tensor, beta: Beta) -> Tensor:
     """`f + w u` with the w that comes nearest to `delta`: of the simplex over the winners, one of them if u pushes."""
     winners = s == s.amax(-1, keepdim=True)
     size = torch.where(u == 0, 1.0, u)

@@ -18,15 +18,15 @@ from torch import Tensor, nn
 
 from mep.activations import Activation, Kink, Largest, Windows
 from mep.graph import Graph, Point
-from mep.nodes import Node, Strength
-from mep.solvers import ties
+from mep.nodes import Beta, Node
+from mep.solvers.networks import ties
 
 
 def relax(
     mu: Tensor,
     f: Tensor,
     u: Tensor,
-    beta: Strength,
+    beta: Beta,
     kink: Kink,
     x0: Tensor,
     before: Tensor | None = None,
@@ -39,7 +39,8 @@ def relax(
     it does so where that balances, else it would jump to and fro over its kink for ever; where nothing rests, at a
     kink that pushes units away, it is judged by the mu that it has.
 
-    `x0` is the unit's state at the free equilibrium, where descent to a minimum starts.
+    `x0` is the unit's state at the free equilibrium, where descent to a minimum starts. beta is a number, or spread
+    over the shape of mu.
 
     Example: mu = 0.1, pulled down by 3 through a ReLU; the unit stops at zero.
         >>> from mep.activations import of_module
@@ -94,12 +95,14 @@ def _slope(s: Tensor, activation: Activation, right: bool) -> Tensor:
     ]
 
 
-def _ordered(left: Tensor, right: Tensor, beta: Strength) -> tuple[Tensor, Tensor]:
+def _ordered(left: Tensor, right: Tensor, beta: Beta) -> tuple[Tensor, Tensor]:
     """The scaled errors between which a kink is a minimum: what pulls on either side of it."""
+    if isinstance(beta, Tensor):
+        return torch.where(beta > 0, left, right), torch.where(beta > 0, right, left)
     return (left, right) if beta > 0 else (right, left)
 
 
-def balancing_pull(s: Tensor, delta: Tensor, f: Tensor, u: Tensor, kink: Kink, beta: Strength) -> Tensor:
+def balancing_pull(s: Tensor, delta: Tensor, f: Tensor, u: Tensor, kink: Kink, beta: Beta) -> Tensor:
     """What balances the error `delta`: on a piece `f + k u`; at a kink whatever of the subdifferential is nearest."""
     if isinstance(kink, Largest):
         return ties.balancing_pull(s, delta, f, u, beta)
