@@ -253,7 +253,7 @@ class Energy:
         }
 
     def residual(self, name: str, s: Tensor, mu: Tensor, pull: Tensor) -> Tensor:
-        """That of one state, as far as it can be told: with the rounding of the state, and what the free phase left.
+        """That of one state, with what is uncertain in it: the rounding of the state, and what the free phase left.
 
         The leftover shifts both equilibria: alike for a weak nudge, so that it counts beside the response to the whole
         of dC/ds, and enters here times beta; but the free one alone where a strong nudge fixes the other.

@@ -37,7 +37,7 @@ from mep.solvers.networks.network import within
 
 
 @removed_arguments(
-    history="Settling takes Barzilai and Borwein's step now, which remembers one residual. Leave it out.",
+    history="Settling takes Barzilai and Borwein's step now, which needs no history. Leave it out.",
     strength="No nudge is weakened any more: beta is used as given. beta=None chooses one for each example.",
 )
 @dataclass(frozen=True)
