@@ -262,11 +262,12 @@ class Energy:
         side, other = self.coupling.sides(s, mu, pull, free, self.graph.by_name[name].box)
         if self.nudge is None:
             return relative_residual(side, other, batch)
-        unknown = rounding(s, batch)
+        rounded = rounding(s, batch)
+        unknown = rounded
         if free is not None:
             share = torch.as_tensor(self.beta).abs().clamp(max=1)
             unknown = unknown + share * example_norm(free.leftover, batch)
-        return relative_residual(side, other, batch, unknown, 10 * rounding(s, batch))
+        return relative_residual(side, other, batch, unknown, 10 * rounded)
 
     def has_nothing_to_settle(self, free: Point, size: Tensor | None = None) -> Tensor:
         """Which examples have a cost gradient at the free output that is no more than its rounding: [batch].

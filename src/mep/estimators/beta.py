@@ -22,9 +22,9 @@ from torch import Tensor
 from mep.cost import BatchCost
 from mep.energy import Energy, example_norm
 from mep.graph import Point
-from mep.layout import per_example
 from mep.settle import Response
 from mep.solvers.networks import are_independent
+from mep.solvers.networks.network import spread_length
 
 
 def chosen_beta(energy: Energy, free: Point, response: Response, largest: float) -> Tensor:
@@ -42,6 +42,6 @@ def chosen_beta(energy: Energy, free: Point, response: Response, largest: float)
 def measured_smoothness(cost: BatchCost, output: Tensor, response: Response, k: Tensor, largest: float) -> Tensor:
     """`|dC(s) - dC(s - t x)| / |t x|` of every example, `t = largest k`: as far as the largest beta would take it."""
     x, batch = response.error, response.batch
-    way = x * (per_example(k, x) if k.ndim else k).to(x.dtype) * largest
+    way = x * spread_length(k, x) * largest
     change = example_norm(cost.gradient(output - way) - x, batch)
     return change / example_norm(way, batch).add_(torch.finfo(change.dtype).tiny)

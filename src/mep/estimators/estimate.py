@@ -22,7 +22,8 @@ class Estimate:
     Attributes:
         loss: mean cost of the batch at the free equilibrium, 0-dim.
         residual: of every example, [batch], the worst over nodes and phases; None for backprop. Converged: at most
-        `tol`. iterations: sweeps or descent steps, the most of any phase and example; 0 for backprop.
+            `tol`.
+        iterations: sweeps or descent steps, the most of any phase and example; 0 for backprop.
         result: converged, or why not.
         betas: the nudging strength of every example, [batch]; None for backprop.
         counts: the iterations of every example, [batch]; None for backprop.
