@@ -5,13 +5,16 @@ PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help test lint format bench baselines mutants clean
+.PHONY: help test test-all lint format bench baselines mutants clean
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 10
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 10
 
 test: lint ## lint, then run every test and docstring example
 	$(BIN)/pytest -q -n auto
+
+test-all: lint ## as test, with all of the random models
+	MEP_TEST_ALL=1 $(BIN)/pytest -q -n auto
 
 lint: $(INSTALLED) ## check style, format and types
 	$(BIN)/ruff check

@@ -9,7 +9,7 @@ from mep.data import load
 
 
 class Net(nn.Module):
-    """Any forward that torch.fx can trace: branches, functional calls, a residual sum."""
+    """Any forward that torch.export can record: branches, functional calls, a residual sum."""
 
     def __init__(self):
         super().__init__()

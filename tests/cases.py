@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
+from mep.capture import capture
 from mep.cost import PerExample, make_cost
 from mep.energy import Box, Energy, Free, make_coupling, nudge
-from mep.nodes import Held
+from mep.graph.node import Held
 from mep.settle import Solver, settle
-from mep.tracing import trace, trace_activations, trace_kinks
 
 BATCH, CLASSES = 5, 3
 
@@ -278,7 +278,15 @@ COSTS: dict[str, CostCase] = {
     "custom": CostCase(log_cosh, torch.randn_like, log_cosh),
 }
 
-READINGS = {"held": trace, "exact": trace_kinks, "hopfield": trace_activations}
+
+def of_module(module: nn.Module):
+    """The closed form of an activation module, as it is found when a model is read; None if there is none."""
+    graph = capture(nn.Sequential(nn.Linear(2, 2), module, nn.Linear(2, 2)), torch.ones(3, 2))
+    return next((op.activation for op in graph.nodes[-1].program if op.activation), None)
+
+
+READINGS = {"held": ("prediction", "held"), "exact": ("prediction", "exact"), "hopfield": ("hopfield", "held")}
+"""The energy and the branches of each reading of a model."""
 
 
 def call(model: nn.Module, x):
@@ -293,7 +301,7 @@ def rows(x, chosen):
 @torch.no_grad()
 def free_energy(model: nn.Module, x, reading: str = "held", leaves=()):
     """The free energy of a batch and its equilibrium where that is the forward pass (`hopfield`: where it starts)."""
-    graph = READINGS[reading](model, leaves)
+    graph = capture(model, x, leaves, *READINGS[reading])
     coupling = make_coupling("hopfield" if reading == "hopfield" else "prediction")
     batch = len(x[0] if isinstance(x, tuple) else x)
     energy = Energy(graph, coupling, graph.bind(x), Held(hold_branches=reading == "held"), batch)

@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from torch.func import jvp
 
+from mep.graph.ops import Ref, Slot
+
 FREE = (-math.inf, math.inf)
 
 
@@ -33,6 +35,22 @@ def predictions_of_modules(layers, x, behind=False, activate=lambda module, h: m
     return predict
 
 
+def run(op, values):
+    """The result of a recorded operation, by hand: every `Ref` and `Slot` in its arguments replaced by what it is."""
+
+    def filled(t):
+        if isinstance(t, Ref):
+            return values[t.name]
+        if isinstance(t, Slot):
+            return t.value
+        if isinstance(t, (tuple, list)):
+            return type(t)(map(filled, t))
+        return {k: filled(v) for k, v in t.items()} if isinstance(t, dict) else t
+
+    args = filled(op.args)
+    return op.target(*((None, None) if op.whole else ()), *args, **filled(dict(op.kwargs)))
+
+
 def predictions_of_graph(graph, inputs, free=None, side=0):
     """mu of every node that owns a state, from its recorded operations.
 
@@ -46,13 +64,13 @@ def predictions_of_graph(graph, inputs, free=None, side=0):
             for op in node.program:
                 kinked = op.pool is not None or (op.activation is not None and op.activation.kinks)
                 if free is not None:
-                    at_rest[op.name] = op.run(at_rest)
+                    at_rest[op.name] = run(op, at_rest)
                 if kinked and (free is not None or side):
                     x = values[op.args[0].name]
                     x0 = at_rest[op.args[0].name] if free is not None else x
-                    values[op.name] = line(lambda h, op=op: op.run({op.args[0].name: h}), x0, x, side)
+                    values[op.name] = line(lambda h, op=op: run(op, {op.args[0].name: h}), x0, x, side)
                 else:
-                    values[op.name] = op.run(values)
+                    values[op.name] = run(op, values)
             if node.owns_state:
                 found[node.name] = values[node.name]
                 values[node.name] = states[node.name]
@@ -77,7 +95,7 @@ def energy(predict, states, coupling="prediction"):
     for name, mu in predict(states).items():
         s = states[name]
         e = 0.5 * (s - mu) ** 2 if coupling == "prediction" else 0.5 * s**2 - s * mu
-        total = total + e.flatten(1).sum(1)
+        total = total + e.reshape(_batch(states), -1).sum(1)
     return total
 
 
@@ -103,8 +121,10 @@ def residual(predict, total, states):
     for name, g in forces(total, states).items():
         s = states[name]
         side = s - mus[name].detach()
-        scale = torch.stack([_norm(side), _norm(side - g), 10 * torch.finfo(s.dtype).eps * _norm(s)]).amax(0)
-        found.append(_norm(g) / scale)
+        n = _batch(states)
+        rounding = 10 * torch.finfo(s.dtype).eps * _norm(s, n)
+        scale = torch.stack([_norm(side, n), _norm(side - g, n), rounding]).amax(0)
+        found.append(_norm(g, _batch(states)) / scale)
     return torch.stack(found).amax(0)
 
 
@@ -126,14 +146,17 @@ def swept_residual(predict, output, cost, target, beta, states):
             swept[output] = swept[output] + gradient
     found = []
     for n, mu in mus.items():
-        delta = (mu.detach() - states[n]) / _per_example(beta, mu)
-        scale = torch.maximum(_norm(swept[n]), _norm(delta)).clamp_min(torch.finfo(mu.dtype).tiny)
-        found.append(_norm(swept[n] - delta) / scale)
+        delta = (mu.detach() - states[n]) / _per_example(beta, mu, _batch(states))
+        size = torch.maximum(_norm(swept[n], _batch(states)), _norm(delta, _batch(states)))
+        scale = size.clamp_min(torch.finfo(mu.dtype).tiny)
+        found.append(_norm(swept[n] - delta, _batch(states)) / scale)
     return torch.stack(found).amax(0)
 
 
-def _per_example(beta, like):
-    return beta.view(-1, *[1] * (like.ndim - 1)) if torch.is_tensor(beta) and beta.ndim else beta
+def _per_example(beta, like, batch):
+    if not (torch.is_tensor(beta) and beta.ndim):
+        return beta
+    return beta.repeat_interleave(len(like) // batch).view(-1, *[1] * (like.ndim - 1))
 
 
 def residual_in_boxes(total, states, free, leftovers, beta, boxes):
@@ -153,8 +176,13 @@ def residual_in_boxes(total, states, free, leftovers, beta, boxes):
     return torch.stack(found).amax(0)
 
 
-def _norm(t):
-    return t.flatten(1).norm(dim=1)
+def _batch(states):
+    """How many examples there are; a state may have several rows of each, one after another."""
+    return min(map(len, states.values()))
+
+
+def _norm(t, batch=None):
+    return t.reshape(batch or len(t), -1).norm(dim=1)
 
 
 # Equilibria.

@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from cases import COSTS, free_energy, mlp, settled
+from cases import COSTS, free_energy, mlp, of_module, settled
 from reference import (
     backprop,
     distance_to_rest,
@@ -19,7 +19,6 @@ from reference import (
 from torch import nn
 
 import mep
-from mep.activations import of_module
 from mep.solvers.networks.kinks import relax
 
 EXACT = mep.Sweep(tol=1e-9, settle_steps=200)

@@ -6,9 +6,9 @@ from torch import nn
 from torch.func import jvp
 
 import mep
-from mep.chain import Chain
-from mep.nodes import Held, Local
-from mep.tracing import trace
+from mep.capture import trace
+from mep.graph.chain import Chain
+from mep.graph.node import AutogradNode, Held
 
 BATCH = 3
 FLAT, SIGNAL, IMAGE, VOLUME = (4,), (2, 9), (2, 7, 8), (2, 5, 4, 5)
@@ -21,6 +21,17 @@ class Call(nn.Module):
 
     def forward(self, x):
         return self.function(x)
+
+
+class Product(nn.Module):
+    """`x W`, with the inputs along the rows of W."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.linspace(-1, 1, 20).view(4, 5))
+
+    def forward(self, x):
+        return x @ self.weight
 
 
 CLOSED = {
@@ -53,6 +64,12 @@ CLOSED = {
     "flatten": (nn.Flatten(), IMAGE),
     "flatten the middle": (Call(lambda x: torch.flatten(x, 1, -2)), IMAGE),
     "flatten into rows": (Call(lambda x: x.flatten(0, 1)), IMAGE),
+    "same": (nn.Conv2d(2, 4, 3, padding="same"), IMAGE),
+    "reshape": (Call(lambda x: x.reshape(x.shape[0], -1)), IMAGE),
+    "unsqueeze": (Call(lambda x: x.unsqueeze(1)), FLAT),
+    "mean over positions": (Call(lambda x: x.mean((1, 2), keepdim=True)), IMAGE),
+    "mean over features": (Call(lambda x: x.mean(-1)), IMAGE),
+    "matrix product": (Product(), (3, 4)),
     "leaky ReLU, slope below zero": (nn.LeakyReLU(-0.5), FLAT),
     "clamp on one side": (Call(lambda x: x.clamp(min=0.1)), FLAT),
     "hardtanh": (nn.Hardtanh(-0.3, 0.5), FLAT),
@@ -61,12 +78,11 @@ CLOSED = {
     "softplus": (nn.Softplus(2.0, 1.0), FLAT),
 }
 BY_AUTOGRAD = {
-    "same": (nn.Conv2d(2, 4, 3, padding="same"), IMAGE),
     "circular": (nn.Conv2d(2, 4, 3, padding=1, padding_mode="circular"), IMAGE),
     "transposed": (nn.ConvTranspose2d(2, 4, 3, stride=2, output_padding=1), IMAGE),
     "abs": (Call(torch.abs), FLAT),
     "AvgPool1d": (nn.AvgPool1d(2), SIGNAL),
-    "reshape": (Call(lambda x: x.reshape(x.shape[0], -1)), IMAGE),
+    "matrix of its own, batched": (Call(lambda x: x @ x.transpose(-1, -2)), (3, 4)),
 }
 KINDS = {"plain": {}, "one example": {"batch": 1}, "channels last": {"last": True}, "kinks": {"hold": False}}
 TOLERANCES = {torch.float64: 1e-10, torch.bfloat16: 3e-2, torch.float16: 6e-3}
@@ -79,7 +95,7 @@ def node_of(operation, shape, dtype, batch, last, hold):
     x = torch.randn(batch, *shape).to(dtype)
     if last and x.ndim == 4:
         net, x = net.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
-    graph, held = trace(net), Held(hold_branches=hold)
+    graph, held = trace(net, x), Held(hold_branches=hold)
     with torch.no_grad():
         point = graph.evaluate(graph.bind(x), held)
     assert graph.nodes[-1].parents == ("0",)
@@ -98,7 +114,7 @@ def test_jacobian_from_both_sides(name, kind, dtype):
     operation, shape = (CLOSED | BY_AUTOGRAD)[name]
     options = {"batch": BATCH, "last": False, "hold": True} | KINDS[kind]
     node, h, mu, saved = node_of(operation, shape, dtype, **options)
-    assert isinstance(node, Chain if name in CLOSED else Local)
+    assert isinstance(node, Chain if name in CLOSED else AutogradNode)
     tolerance, force, weight = TOLERANCES[dtype], torch.randn_like(mu), 0.7
     leaf = h.clone().requires_grad_()
     expected = operation(leaf)
@@ -134,7 +150,7 @@ class Sum(nn.Module):
 def test_force_on_a_term_that_was_spread_is_summed():
     torch.manual_seed(0)
     net, x = Sum().double(), torch.randn(BATCH, 5, 4).double()
-    graph = trace(net)
+    graph = trace(net, x)
     with torch.no_grad():
         point = graph.evaluate(graph.bind(x), Held())
     node, saved = graph.nodes[-1], point.saved[graph.output]
@@ -213,7 +229,7 @@ def test_force_has_the_dtype_of_its_value():
         node, h, mu, saved = node_of(nn.Sequential(nn.Tanh(), nn.Linear(4, 3)), FLAT, torch.float32, BATCH, False, True)
         single = node.pull(saved, mu)[0]
         terms = [torch.ones(BATCH, 4), torch.ones(BATCH, 4, dtype=torch.bfloat16)]
-        last = trace(Sum()).nodes[-1]
+        last = trace(Sum(), torch.ones(BATCH, 5, 4)).nodes[-1]
         double = last.pull(last.predict(terms, Held())[1], torch.ones(BATCH, 3))
     assert single.dtype is h.dtype is torch.bfloat16
     assert [force.dtype for force in double] == [torch.float32, torch.bfloat16]

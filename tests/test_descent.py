@@ -9,9 +9,9 @@ from reference import FREE, descend, forces, nudged_energy, predictions_of_graph
 from torch import nn
 
 import mep
-from mep.chain import Chain
 from mep.cost import make_cost
 from mep.energy import nudge
+from mep.graph.chain import Chain
 from mep.settle import Result, Start, settle
 from mep.solvers import descent
 

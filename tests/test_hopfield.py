@@ -191,7 +191,7 @@ class Forked(nn.Module):
 )
 def test_what_has_no_box_is_refused(make, message):
     with pytest.raises(mep.TraceError, match=message):
-        mep.EquilibriumPropagation(make(), energy="hopfield")
+        mep.capture.capture(make(), torch.randn(5, 4), energy="hopfield")
 
 
 def test_no_parameter_is_dropped_silently():

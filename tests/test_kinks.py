@@ -7,12 +7,14 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import COSTS, call, free_energy, settled
+from cases import COSTS, call, free_energy, of_module, settled
 from reference import backprop, nudged_energy, predictions_of_graph, residual
 from torch import nn
 
 import mep
-from mep.activations import Largest, MaxPool, Windows, largest, of_module
+from mep.capture import capture
+from mep.graph.closed_forms import Largest, MaxPool, Windows
+from mep.graph.closed_forms.maxima import largest
 from mep.solvers.networks.kinks import balancing_pull, placed, relax
 from mep.verification import compare_branches
 from mep.verification.equilibrium import residuals
@@ -346,8 +348,8 @@ REFUSED = {
 def test_kinks_without_a_rule_are_refused_when_exact(name):
     model = Net(REFUSED[name], 3)
     with pytest.raises(mep.TraceError, match=rf"no rule for node `{name}(_1)?` .*Way out: branches='held'"):
-        mep.EquilibriumPropagation(model, branches="exact")
-    mep.EquilibriumPropagation(model)
+        capture(model, torch.randn(5, 4), branches="exact")
+    capture(model, torch.randn(5, 4))
 
 
 def test_a_jump_is_no_kink():

@@ -129,7 +129,7 @@ def test_low_memory_changes_nothing_if_a_late_gradient_is_not_finite(monkeypatch
     x, y = batch(7, 6, torch.float64)
     opt.step(x=x, target=y)
     before = copy.deepcopy((list(opt.model.parameters()), opt.state_dict()))
-    right, last = mep.nodes.Node.__subclasses__()[1].contract, opt.estimator._graphs.known[0].nodes[-1]
+    right, last = mep.graph.node.Node.__subclasses__()[1].contract, opt.estimator._graphs.graphs[0].nodes[-1]
 
     def broken(self, saved, force, weight):
         return [g * float("nan") if self is last else g for g in right(self, saved, force, weight)]

@@ -254,6 +254,7 @@ SAME_RESULT = {
     "low_memory": "test_memory.py",
     "checkpoint": "test_memory.py",
     "on_unsettled": "test_settling.py",
+    "proof": "test_proof.py",
 }
 """What changes only the price of a step, or what is said of it, and where that is tested."""
 

@@ -14,12 +14,12 @@ from torch import nn
 from typer.testing import CliRunner
 
 import mep
-from mep.activations import Largest
-from mep.chain import Chain
 from mep.cli import app
 from mep.cost import make_cost
 from mep.energy import Energy, nudge
-from mep.nodes import Local
+from mep.graph.chain import Chain
+from mep.graph.closed_forms import Largest
+from mep.graph.node import AutogradNode
 from mep.verification import differences, verdict
 from mep.verification.equilibrium import _nearest_pull, residuals
 from mep.verification.gradients import fitted_order
@@ -344,7 +344,7 @@ def scaled(method, factor):
     ("name", "owner", "method", "change", "says", "first"),
     [
         ("mlp tanh", Chain, "pull", flipped, "cosine", "2.bias"),
-        ("attention", Local, "pull", flipped, "cosine", None),
+        ("attention", AutogradNode, "pull", flipped, "cosine", None),
         ("mlp tanh", Chain, "contract", lambda m: scaled(m, 10.0), "10 times the size", "4.bias"),
         ("mlp tanh", Chain, "contract", lambda m: scaled(m, 1.05), "order in beta", "4.bias"),
     ],

@@ -1,5 +1,6 @@
 """Every public name, once: type checkers read this file, and `import mep` loads each name from it on first use."""
 
+from .capture import trace
 from .constraints import spectral_bound
 from .errors import (
     ArgumentError,
@@ -17,7 +18,6 @@ from .optimizer import EPOptimizer
 from .presets import O1MemoryEPv2, eqprop, local_ep, muon_backprop, natural_ep, sdmep, smep, smep_fast
 from .settle import Result, Solver
 from .solvers import Descent, Local, Sweep
-from .tracing import trace
 from .updates import Dion, Muon, NaturalGradient, orthogonalise
 from .verification import verify
 

@@ -22,13 +22,13 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mep.errors import ArgumentError
+from mep.errors import ArgumentError, warn
 
 TOLERANCE = 1e-3
 # Up to this many rows all eigenvalues cost no more than an estimate and its proof.
@@ -37,7 +37,7 @@ EXACT_ROWS = 128
 MOST_STEPS = 32
 
 
-def spectral_bound(gamma: float, slack: float = 0.1) -> Callable[..., None]:
+def spectral_bound(gamma: float, slack: float = 0.1, exclude: Sequence[torch.nn.Parameter] = ()) -> Callable[..., None]:
     """A step post-hook that keeps the largest singular value of every weight at or below `gamma`.
 
     `sigma_max(W) <= gamma (1 + 1e-3)` holds after every step for each parameter with `ndim >= 2` (convolutions count
@@ -51,10 +51,13 @@ def spectral_bound(gamma: float, slack: float = 0.1) -> Callable[..., None]:
     growth of `["spectral_path"]` where the optimizer adds up the spectral norms of its steps there, as `Muon` does;
     then nobody else may change the weight by less than such steps could.
 
+    The first weight that is changed by more than a hundredth is named in a warning, once.
+
     Other devices measure at every step, without waiting for the host: they need no slack.
 
     Args:
         gamma: the bound, in units of singular values.
+        exclude: weights to leave as they are, such as tables of embeddings.
         slack: how far below the bound a weight is put that reached it, in [0, 1). The more, the fewer measurements.
 
     Returns:
@@ -77,7 +80,7 @@ def spectral_bound(gamma: float, slack: float = 0.1) -> Callable[..., None]:
         raise ArgumentError(f"spectral_bound(gamma={gamma!r}) must be positive and finite.")
     if not 0 <= slack < 1:
         raise ArgumentError(f"spectral_bound(slack={slack!r}) must be at least 0 and below 1.")
-    return functools.partial(_bound_all_, gamma=gamma, slack=slack)
+    return functools.partial(_bound_all_, gamma=gamma, slack=slack, exclude=tuple(exclude), said=[])
 
 
 def largest_eigenpair(square: Tensor, start: Tensor) -> tuple[float, Tensor]:
@@ -139,18 +142,41 @@ def largest_by_squaring(square: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _bound_all_(
-    optimizer: torch.optim.Optimizer, args: Any = (), kwargs: Any = None, *, gamma: float, slack: float
+    optimizer: torch.optim.Optimizer,
+    args: Any = (),
+    kwargs: Any = None,
+    *,
+    gamma: float,
+    slack: float,
+    exclude: Sequence[torch.nn.Parameter] = (),
+    said: list[bool],
 ) -> None:
+    excluded = set(exclude)
     for group in optimizer.param_groups:
         if group.get("lr", 1.0) == 0:
             continue
         for p in group["params"]:
-            if p.ndim >= 2 and p.requires_grad and p.grad is not None and p.numel() > 0:
+            if p.ndim >= 2 and p.requires_grad and p.grad is not None and p.numel() > 0 and p not in excluded:
                 with torch.autocast(p.device.type, enabled=False):
-                    _bound_(p, optimizer.state[p], gamma, slack)
+                    sigma = _bound_(p, optimizer.state[p], gamma, slack)
+                if sigma > 1.01 * gamma * (1 - slack) and not said:
+                    said.append(True)
+                    _say(optimizer, p, sigma, gamma, slack)
 
 
-def _bound_(weight: Tensor, state: dict[str, Any], gamma: float, slack: float) -> None:
+def _say(optimizer: torch.optim.Optimizer, p: Tensor, sigma: float, gamma: float, slack: float) -> None:
+    model = getattr(optimizer, "model", None)
+    names = [name for name, own in model.named_parameters() if own is p] if model is not None else []
+    warn(
+        f"spectral_bound(gamma={gamma:g}): the largest singular value of `{(names or [tuple(p.shape)])[0]}` is "
+        f"{sigma:.3g}, and the weight was scaled to {gamma * (1 - slack):.3g}, which changes the network. "
+        "That is what the bound is for; a network that was trained without it wants a larger gamma. This is said once.",
+        UserWarning,
+    )
+
+
+def _bound_(weight: Tensor, state: dict[str, Any], gamma: float, slack: float) -> float:
+    """Bound one weight. Returns its largest singular value before, where it was measured on the CPU, else 0."""
     if weight.is_complex() or weight.layout != torch.strided:
         raise ArgumentError(
             f"spectral_bound: a weight of shape {list(weight.shape)} is {weight.dtype}, {weight.layout}, but only real "
@@ -163,8 +189,9 @@ def _bound_(weight: Tensor, state: dict[str, Any], gamma: float, slack: float) -
         wide = wide.float()
     if weight.device.type == "cpu":
         if _stayed_below(weight, state, gamma):
-            return
-        norm, most = _norm_on_cpu(wide, weight.dtype, state, gamma), gamma * (1 - slack)
+            return 0.0
+        measured = norm = _norm_on_cpu(wide, weight.dtype, state, gamma)
+        most = gamma * (1 - slack)
         if norm > most:
             weight.mul_(most / norm)
             norm = most
@@ -172,8 +199,9 @@ def _bound_(weight: Tensor, state: dict[str, Any], gamma: float, slack: float) -
             state["spectral_norm"] = norm
             state["spectral_reference"] = weight.detach().clone()
             state["spectral_start"] = state.get("spectral_path", 0.0)
-    else:
-        weight.mul_(_factor_without_waiting(wide, gamma))
+        return measured
+    weight.mul_(_factor_without_waiting(wide, gamma))
+    return 0.0
 
 
 def _stayed_below(weight: Tensor, state: dict[str, Any], gamma: float) -> bool:

@@ -8,9 +8,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from functools import cached_property, partial
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mep.errors import ArgumentError, InputError
 
@@ -43,6 +44,10 @@ class BatchCost(ABC):
     def gradient(self, output: Tensor) -> Tensor:
         """d value.sum() / d output, in the shape of `output`."""
 
+    def parameter_gradient(self, output: Tensor, weight: float) -> dict[nn.Parameter, Tensor]:
+        """`weight` times d value.sum() / d theta of the parameters that the cost itself reads, at an output."""
+        return {}
+
     def of(self, rows: Tensor) -> BatchCost:
         """The cost of some of the examples; a cost without it is evaluated for all of them in every sweep."""
         raise NotImplementedError
@@ -61,9 +66,11 @@ class SquaredError(BatchCost):
 
     def __init__(self, output: Tensor, target: Tensor):
         if target.shape != output.shape:
+            missing = (*target.shape, 1) == tuple(output.shape)
+            hint = "target[:, None] has that shape. " if missing and target.ndim == 1 else ""
             raise InputError(
                 f"mse: the target has shape {tuple(target.shape)} and the output {tuple(output.shape)}; they must be "
-                "equal. For class labels pass F.one_hot(labels, classes).float(), or use cost='cross_entropy'."
+                f"equal. {hint}For class labels pass F.one_hot(labels, classes).float(), or use cost='cross_entropy'."
             )
         self.target = target.to(output.dtype)
         self.features = output.numel() // len(output)
@@ -186,6 +193,16 @@ def make_cost(cost: str | PerExample | type[BatchCost]) -> Cost:
     """
     if isinstance(cost, str) and cost in NAMED:
         return NAMED[cost]
+    named: dict[Any, str] = {torch.nn.functional.cross_entropy: "cross_entropy", torch.nn.functional.mse_loss: "mse"}
+    kinds: dict[Any, str] = {torch.nn.CrossEntropyLoss: "cross_entropy", torch.nn.MSELoss: "mse"}
+    name = named.get(cost) if not isinstance(cost, torch.nn.Module) else None
+    if type(cost) in kinds and getattr(cost, "reduction", "") != "none":
+        name = kinds[type(cost)]
+    if name is not None:
+        raise ArgumentError(
+            f"cost={cost!r} averages over the batch, and a cost has one number per example. Pass cost={name!r}, which "
+            "is that, or a function with reduction='none'."
+        )
     if isinstance(cost, type):
         if issubclass(cost, BatchCost):
             return cost
@@ -194,9 +211,43 @@ def make_cost(cost: str | PerExample | type[BatchCost]) -> Cost:
     raise ArgumentError(f"cost={cost!r}: choose one of {sorted(NAMED)}, or pass a per-example function.")
 
 
+def recorded_function(cost: object) -> Callable[..., Tensor] | None:
+    """The cost as a function that is recorded together with the model; None where it reads output and target alone."""
+    is_class = isinstance(cost, type) and issubclass(cost, BatchCost)
+    return cost if callable(cost) and not is_class else None
+
+
+def mean_cost(cost: str | PerExample | type[BatchCost], output: Any, target: Any) -> Tensor:
+    """The mean cost of a batch, with autograd's graph: of what a model returned, a tensor or what the cost takes."""
+    if (function := recorded_function(cost)) is not None:
+        value = function(output, target)
+        if not isinstance(value, Tensor) or value.ndim > 1:
+            shape = tuple(output.shape[:1]) if isinstance(output, Tensor) else "(batch,)"
+            got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise InputError(f"cost: the function must return one number per example, shape {shape}, got {got}.")
+        if torch.is_grad_enabled() and not value.requires_grad:
+            raise InputError("cost: the function must be differentiable in the output; it returned a constant.")
+        return value.mean()
+    if isinstance(output, Mapping) and "logits" in output:
+        output = output["logits"]
+    if not isinstance(output, Tensor):
+        raise InputError(
+            f"The model returns {type(output).__name__}; cost={cost!r} takes one tensor. Way out: a cost function that "
+            "takes what it needs from the result, cost=lambda out, y: ..."
+        )
+    return make_cost(cost)(output.detach(), target).value(output).mean()
+
+
 def _checked_labels(output: Tensor, labels: Tensor) -> Tensor:
     """Class labels as indices `[batch, 1, ...]`."""
     wanted, classes = (output.shape[0], *output.shape[2:]), output.shape[1]
+    column = labels.ndim > 1 and labels.shape == (*wanted, 1)
+    if column or (labels.shape == output.shape and classes > 1 and labels.dtype != torch.bool):
+        way_out = "labels.squeeze(-1)" if column else "labels.argmax(1), or labels.float() for probabilities"
+        raise InputError(
+            f"cross_entropy: class labels must be integers of shape {wanted}, got {tuple(labels.shape)}. "
+            f"Pass {way_out}."
+        )
     if labels.shape != wanted or labels.dtype in (torch.bool, torch.complex64, torch.complex128):
         raise InputError(
             f"cross_entropy: class labels must be integers of shape {wanted}, got {labels.dtype} of shape "
@@ -205,7 +256,9 @@ def _checked_labels(output: Tensor, labels: Tensor) -> Tensor:
         )
     low, high = (int(bound) for bound in labels.aminmax())
     if low < 0 or high >= classes:
-        raise InputError(f"cross_entropy: labels lie in [{low}, {high}], the output has {classes} classes.")
+        ignored = low == -100 and high < classes
+        hint = " To ignore -100, pass cost=lambda out, y: F.cross_entropy(out, y, reduction='none')." if ignored else ""
+        raise InputError(f"cross_entropy: labels lie in [{low}, {high}], the output has {classes} classes.{hint}")
     return labels.long().unsqueeze(1)
 
 

@@ -29,12 +29,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mep.activations import Kink
 from mep.cost import BatchCost
 from mep.errors import ArgumentError
 from mep.graph import Graph, Point
+from mep.graph.closed_forms import Kink
+from mep.graph.node import Beta, Held, Node, displaced, of_rows, spread
 from mep.layout import accurate, by_example, select_examples
-from mep.nodes import Beta, Held, Node, displaced, of_rows, spread
 
 State = dict[str, Tensor]
 Box = tuple[float, float]
@@ -282,14 +282,18 @@ class Energy:
     ) -> dict[Any, Tensor]:
         """`weight * dE/dtheta`, over beta where there is a nudge, summed over the batch and over the nodes (or all).
 
-        `errors` are the scaled ones, (mu - s) / beta, where they are known.
+        `errors` are the scaled ones, (mu - s) / beta, where they are known. Without `nodes`, the gradient of the cost's
+        own parameters is added.
         """
         if errors is None:
             names = [node.name for node in (self.graph.states if nodes is None else nodes)]
             errors = {n: -self.coupling.tension(point.values[n], point.predictions[n]) for n in names}
             if self.nudge:
                 errors = {n: e / spread(self.beta, e) for n, e in errors.items()}
-        return self.graph.contract(point, errors, weight, nodes)
+        gradients = self.graph.contract(point, errors, weight, nodes)
+        if self.nudge and nodes is None:
+            add_gradients(gradients, self.nudge.cost.parameter_gradient(self.output(point), weight))
+        return gradients
 
     def select(self, rows: Tensor) -> Energy:
         """The nudged energy of some of the examples, [rows]; their branches are those of the whole batch.
@@ -317,6 +321,12 @@ def _has_rows(value: Any, batch: int) -> bool:
 def nudge(energy: Energy, cost: BatchCost, beta: Beta, free: Mapping[str, Free] | None = None) -> Energy:
     """The energy plus `beta` times the cost at the output: just another energy."""
     return replace(energy, nudge=Nudge(cost, beta, free))
+
+
+def add_gradients(total: dict[Any, Tensor], found: Mapping[Any, Tensor]) -> None:
+    """Add one set of gradients to another, which is changed."""
+    for p, g in found.items():
+        total[p] = total[p] + g if p in total else g
 
 
 def inside_box(node: Node, mu: Tensor) -> Tensor:

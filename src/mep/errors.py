@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import sys
+import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
@@ -45,6 +47,14 @@ class RemovedArgumentError(ArgumentError, TypeError):
 
 class NotConvergedWarning(UserWarning):
     """Some example did not settle (`on_unsettled="warn"`); its estimate was used."""
+
+
+def warn(message: str, category: type[Warning]) -> None:
+    """A warning at the line of the caller's own code that led here."""
+    frame, level = sys._getframe(), 1
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in ("mep", "torch"):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, category, stacklevel=level)
 
 
 _Call = TypeVar("_Call", bound=Callable[..., Any])

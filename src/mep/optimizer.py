@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from mep.errors import ArgumentError, ParameterError
-from mep.estimators.estimate import Estimate, Gradients
+from mep.capture.state import Buffers
+from mep.errors import ArgumentError, ParameterError, warn
+from mep.estimators.estimate import Estimate, Gradients, accumulate
 from mep.interrupts import uninterrupted
 
 Constraint = Callable[[torch.optim.Optimizer], None]
@@ -75,6 +76,13 @@ class EPOptimizer(torch.optim.Optimizer):
         self.update = update
         self.constraints = tuple(constraints)
         self.last: Estimate | None = None
+        self._has_said_backprop = False
+        self._homes: list[tuple[dict[str, Any], str, nn.Parameter]] = []
+        if isinstance(update, torch.optim.LBFGS):
+            raise ArgumentError(
+                "EPOptimizer(update=LBFGS): it evaluates the loss several times a step. Way out: torch.optim.LBFGS by "
+                "itself, with a closure that calls opt.zero_grad() and returns estimator(x, target).loss."
+            )
         super().__init__(update.param_groups, update.defaults)
         self.state = update.state
         self._share()
@@ -88,17 +96,18 @@ class EPOptimizer(torch.optim.Optimizer):
     def step(
         self,
         closure: Callable[[], Any] | None = None,
-        *,
+        *positional: Any,
         x: Any = None,
         target: Tensor | None = None,
         indices: Tensor | None = None,
     ) -> Any:
         """One update.
 
-        With `x` and `target` the estimator computes the gradients, which replace those in `p.grad`. With a `closure`
-        that fills `p.grad`, or with `p.grad` already filled, it is an ordinary optimizer step. If a batch is refused or
-        settling diverges, parameters, gradients and state stay exactly as they were. So they do when the estimate is
-        interrupted; an update is finished before Ctrl-C takes effect.
+        With `x` and `target` the estimator computes the gradients, which replace those in `p.grad`. A `closure` beside
+        them, as trainers pass one, is called for its side effects and its value. With a `closure` alone, or with
+        `p.grad` already filled, it is an ordinary optimizer step on what `backward()` made; of a closure alone a
+        warning says so once. If a batch is refused or settling diverges, parameters, gradients and state stay exactly
+        as they were. So they do when the estimate is interrupted; an update is finished before Ctrl-C takes effect.
 
         Args:
             closure: fills `p.grad` and returns the loss.
@@ -107,24 +116,30 @@ class EPOptimizer(torch.optim.Optimizer):
             indices: the places of the examples in the data set, [batch], for estimators that keep their equilibria.
 
         Returns:
-            The mean cost at the free equilibrium (0-dim tensor), or what the closure returned, or None.
+            What the closure returned, or else the mean cost at the free equilibrium (0-dim tensor), or None.
         """
         loss = None
-        if closure is not None and not callable(closure):
+        if positional or (closure is not None and not callable(closure)):
             raise ArgumentError(f"step({type(closure).__name__}): batches go by name, step(x=inputs, target=labels).")
         if x is not None or target is not None:
-            if x is None or target is None or closure is not None:
-                raise ArgumentError("step(...): pass x and target together, and no closure with them.")
+            if x is None or target is None:
+                raise ArgumentError("step(...): pass x and target together.")
+            self._check_owned()
+            value = None if closure is None else self._called(closure)
             known = {} if indices is None else {"indices": indices}
             if self.low_memory:
-                return self._step_in_pieces(x, target, **known)
+                loss = self._step_in_pieces(x, target, **known)
+                return loss if closure is None else value
             gradients, estimate = self.estimator.gradients(x, target, **known)
-            for p in self._parameters():
-                p.grad = gradients.get(p)
-            self.last, loss = estimate, estimate.loss
+            own = self._parameters()
+            for p in own:
+                p.grad = None
+            accumulate({p: gradients[p] for p in own if p in gradients})
+            self.last, loss = estimate, estimate.loss if closure is None else value
         elif self.low_memory:
             raise ArgumentError("step(): low_memory=True makes its own gradients. Call step(x=inputs, target=labels).")
         elif closure is not None:
+            self._say_that_this_is_backprop()
             with torch.enable_grad():
                 loss = closure()
         elif all(p.grad is None for p in self._parameters()):
@@ -136,6 +151,39 @@ class EPOptimizer(torch.optim.Optimizer):
             self._move()
         return loss
 
+    def _called(self, closure: Callable[[], Any]) -> Any:
+        """The value of a closure; what its forward pass wrote to buffers is undone, since the step writes them, too."""
+        buffers = Buffers(self.model)
+        with torch.enable_grad():
+            value = closure()
+        buffers.undo()
+        return value
+
+    def _say_that_this_is_backprop(self) -> None:
+        if not self._has_said_backprop and hasattr(self.estimator, "solver"):
+            self._has_said_backprop = True
+            warn(
+                "step(closure): the closure's backward() makes the gradients, so this is backpropagation with the "
+                f"update of {type(self.update).__name__}. For equilibrium propagation pass the batch, step(closure, "
+                "x=inputs, target=labels), or call the estimator in place of loss.backward(): opt.estimator(x, y).",
+                UserWarning,
+            )
+
+    def _check_owned(self) -> None:
+        """Refuse parameters that the model no longer has. Where each was found last is looked at first."""
+        if self._homes and all(home.get(key) is p for home, key, p in self._homes):
+            return
+        found = dict(homes_of(self.estimator))
+        own = self._parameters()
+        lost = [tuple(p.shape) for p in own if p not in found]
+        self._homes = [] if lost else [(*found[p], p) for p in own]
+        if lost:
+            raise ParameterError(
+                f"{len(lost)} parameters of the optimizer, of shapes {lost[:3]}, are not in "
+                f"{type(self.model).__name__} any more: a layer was replaced, or a state was loaded with assign=True. "
+                "Nothing was changed. Way out: build the optimizer anew, from model.parameters()."
+            )
+
     def _step_in_pieces(self, x: Any, target: Tensor, **known: Any) -> Tensor:
         """Every parameter moves as soon as its gradient is there, which is then dropped.
 
@@ -143,7 +191,8 @@ class EPOptimizer(torch.optim.Optimizer):
         that grows with the square of the depth.
         """
         estimator: Any = self.estimator
-        pieces, self.last = estimator.pieces(x, target, **known)
+        pieces, last = estimator.pieces(x, target, **known)
+        self.last = last
         every = [group["params"] for group in self.param_groups]
         home = {p: i for i, params in enumerate(every) for p in params}
         self.zero_grad()
@@ -152,7 +201,7 @@ class EPOptimizer(torch.optim.Optimizer):
                 for piece in pieces:
                     moving: list[list[nn.Parameter]] = [[] for _ in every]
                     for p in [p for p in piece if p in home]:
-                        p.grad = piece[p]
+                        accumulate({p: piece[p]})
                         moving[home[p]].append(p)
                     piece.clear()  # `p.grad` alone holds them, so that they are gone before the next are made
                     self._set_params(moving)
@@ -187,7 +236,8 @@ class EPOptimizer(torch.optim.Optimizer):
             self.update.add_param_group(param_group)
         else:  # under construction: the update has checked these groups already
             super().add_param_group(param_group)
-        owned = set(self.model.parameters())
+        owned = dict(homes_of(self.estimator))
+        self._homes = []
         foreign = [tuple(p.shape) for p in self.param_groups[-1]["params"] if p not in owned]
         if foreign:
             del self.param_groups[-1]
@@ -207,11 +257,12 @@ class EPOptimizer(torch.optim.Optimizer):
             self.estimator.load_state_dict(state_dict["estimator"])
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {name: getattr(self, name) for name in ("estimator", "update", "constraints", "last", "low_memory")}
+        own = {name: getattr(self, name) for name in _OWN}
         return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._homes = []
         self._share()
 
     def _share(self) -> None:
@@ -220,6 +271,19 @@ class EPOptimizer(torch.optim.Optimizer):
 
     def _parameters(self) -> list[nn.Parameter]:
         return [p for group in self.param_groups for p in group["params"]]
+
+
+_OWN = ("estimator", "update", "constraints", "last", "low_memory", "_has_said_backprop")
+
+
+def homes_of(estimator: Estimator) -> Iterator[tuple[nn.Parameter, tuple[dict[str, Any], str]]]:
+    """The parameters of an estimator's model, and of its cost where that is a module, with the places they are at."""
+    cost = getattr(estimator, "cost", None)
+    for root in (estimator.model, *([cost] if isinstance(cost, nn.Module) else [])):
+        for module in root.modules():
+            own: Any = module._parameters
+            home = own if isinstance(own, dict) else dict(own.items())
+            yield from ((p, (home, key)) for key, p in own.items() if p is not None)
 
 
 def _check_low_memory(estimator: Estimator, update: torch.optim.Optimizer) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.optim.optimizer import ParamsT
 
+from mep.capture import Leaves
 from mep.constraints import spectral_bound
 from mep.cost import BatchCost, PerExample
 from mep.errors import ArgumentError, ParameterError, removed_arguments
@@ -23,7 +24,6 @@ from mep.estimators.inputs import check_model
 from mep.optimizer import EPOptimizer
 from mep.settle import Solver
 from mep.solvers import Descent, Local, Sweep
-from mep.tracing import Leaves
 from mep.updates import Dion, Muon, NaturalGradient
 
 _STRENGTH = "No nudge is weakened any more: beta is used as given. beta=None chooses one for each example."
@@ -50,6 +50,7 @@ def eqprop(
     tol: float = 1e-2,
     patience: int = 1,
     on_unsettled: str = "warn",
+    proof: str = "amortised",
     compile: bool = False,
     checkpoint: bool = False,
     low_memory: bool = False,
@@ -60,7 +61,7 @@ def eqprop(
         params: the parameters to train, or groups of them; they must be the model's.
         model: the model.
         lr, momentum, weight_decay, nesterov: as in `torch.optim.SGD`.
-        cost, beta, energy, phases, branches, leaves, compile, checkpoint: as in `mep.EquilibriumPropagation`.
+        cost, beta, energy, phases, branches, leaves, compile, checkpoint, proof: as in `mep.EquilibriumPropagation`.
         settle_steps, settle_lr, adaptive, tol, patience, on_unsettled: how to settle, see `mep.presets`.
         low_memory: as in `mep.EPOptimizer`.
 
@@ -85,6 +86,7 @@ def eqprop(
         compile=compile,
         checkpoint=checkpoint,
         on_unsettled=on_unsettled,
+        proof=proof,
     )
     update = _sgd("eqprop", _listed(params, model), lr, momentum, weight_decay, nesterov)
     return EPOptimizer(estimator, update, low_memory=low_memory)
@@ -112,6 +114,7 @@ def smep(
     tol: float = 1e-2,
     patience: int = 1,
     on_unsettled: str = "warn",
+    proof: str = "amortised",
     compile: bool = False,
     checkpoint: bool = False,
     low_memory: bool = False,
@@ -123,7 +126,7 @@ def smep(
         model: the model.
         lr, momentum, weight_decay, nesterov: as in `mep.Muon`.
         gamma: the bound, see `mep.spectral_bound`.
-        cost, beta, energy, phases, branches, leaves, compile, checkpoint: as in `mep.EquilibriumPropagation`.
+        cost, beta, energy, phases, branches, leaves, compile, checkpoint, proof: as in `mep.EquilibriumPropagation`.
         settle_steps, settle_lr, adaptive, tol, patience, on_unsettled: how to settle, see `mep.presets`.
         low_memory: as in `mep.EPOptimizer`.
     """
@@ -140,9 +143,10 @@ def smep(
         compile=compile,
         checkpoint=checkpoint,
         on_unsettled=on_unsettled,
+        proof=proof,
     )
     update = Muon(_listed(params, model), lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov)
-    return EPOptimizer(estimator, update, [spectral_bound(gamma)], low_memory)
+    return EPOptimizer(estimator, update, [spectral_bound(gamma, exclude=_embeddings(model))], low_memory)
 
 
 @removed_arguments(strength=_STRENGTH)
@@ -167,6 +171,7 @@ def smep_fast(
     tol: float = 1e-1,
     patience: int = 1,
     on_unsettled: str = "warn",
+    proof: str = "amortised",
     compile: bool = False,
     checkpoint: bool = False,
     low_memory: bool = False,
@@ -188,9 +193,10 @@ def smep_fast(
         compile=compile,
         checkpoint=checkpoint,
         on_unsettled=on_unsettled,
+        proof=proof,
     )
     update = Muon(_listed(params, model), lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov)
-    return EPOptimizer(estimator, update, [spectral_bound(gamma)], low_memory)
+    return EPOptimizer(estimator, update, [spectral_bound(gamma, exclude=_embeddings(model))], low_memory)
 
 
 @removed_arguments(strength=_STRENGTH)
@@ -217,6 +223,7 @@ def sdmep(
     tol: float = 1e-2,
     patience: int = 1,
     on_unsettled: str = "warn",
+    proof: str = "amortised",
     compile: bool = False,
     checkpoint: bool = False,
     low_memory: bool = False,
@@ -250,6 +257,7 @@ def sdmep(
         compile=compile,
         checkpoint=checkpoint,
         on_unsettled=on_unsettled,
+        proof=proof,
     )
     update = Dion(
         _listed(params, model),
@@ -260,7 +268,7 @@ def sdmep(
         nesterov=nesterov,
         weight_decay=weight_decay,
     )
-    return EPOptimizer(estimator, update, [spectral_bound(gamma)], low_memory)
+    return EPOptimizer(estimator, update, [spectral_bound(gamma, exclude=_embeddings(model))], low_memory)
 
 
 def O1MemoryEPv2(
@@ -284,6 +292,7 @@ def O1MemoryEPv2(
     tol: float = 1e-2,
     patience: int = 1,
     on_unsettled: str = "warn",
+    proof: str = "amortised",
     low_memory: bool = False,
 ) -> EPOptimizer:
     """`smep` that settles by gradient descent with closed-form forces: its memory does not grow with `settle_steps`.
@@ -302,10 +311,10 @@ def O1MemoryEPv2(
     """
     solver = _descent(settle_steps, settle_lr, adaptive, tol, patience)
     estimator = EquilibriumPropagation(
-        model, cost, beta, solver, energy, phases, branches, leaves, on_unsettled=on_unsettled
+        model, cost, beta, solver, energy, phases, branches, leaves, on_unsettled=on_unsettled, proof=proof
     )
     update = Muon(_listed(params, model), lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov)
-    return EPOptimizer(estimator, update, [spectral_bound(gamma)], low_memory)
+    return EPOptimizer(estimator, update, [spectral_bound(gamma, exclude=_embeddings(model))], low_memory)
 
 
 @removed_arguments(strength=_STRENGTH)
@@ -336,6 +345,7 @@ def natural_ep(
     tol: float = 1e-2,
     patience: int = 1,
     on_unsettled: str = "warn",
+    proof: str = "amortised",
     compile: bool = False,
 ) -> EPOptimizer:
     """Natural-gradient EP: equilibrium propagation, and a Fisher matrix from the settled states.
@@ -388,6 +398,7 @@ def natural_ep(
         observe=update.observe,
         compile=compile,
         on_unsettled=on_unsettled,
+        proof=proof,
     )
     return EPOptimizer(estimator, update)
 
@@ -407,6 +418,7 @@ def local_ep(
     tol: float = 1e-2,
     schedule: str = "there and back",
     on_unsettled: str = "warn",
+    proof: str = "amortised",
     low_memory: bool = False,
 ) -> EPOptimizer:
     """Strictly local equilibrium propagation: nodes that see only their neighbours, and `torch.optim.SGD`.
@@ -418,7 +430,7 @@ def local_ep(
         params: the parameters to train, or groups of them; they must be the model's.
         model: the model.
         lr, momentum, weight_decay, nesterov: as in `torch.optim.SGD`.
-        cost, beta, phases, leaves, on_unsettled: as in `mep.EquilibriumPropagation`.
+        cost, beta, phases, leaves, on_unsettled, proof: as in `mep.EquilibriumPropagation`.
         tol, schedule: as in `mep.Local`.
         low_memory: as in `mep.EPOptimizer`.
 
@@ -432,7 +444,7 @@ def local_ep(
     """
     solver = Local(tol=tol, schedule=schedule)
     estimator = EquilibriumPropagation(
-        model, cost, beta, solver, phases=phases, leaves=leaves, on_unsettled=on_unsettled
+        model, cost, beta, solver, phases=phases, leaves=leaves, on_unsettled=on_unsettled, proof=proof
     )
     update = _sgd("local_ep", _listed(params, model), lr, momentum, weight_decay, nesterov)
     return EPOptimizer(estimator, update, low_memory=low_memory)
@@ -459,6 +471,11 @@ def muon_backprop(
     estimator = Backprop(model, cost)
     update = Muon(_listed(params, model), lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov)
     return EPOptimizer(estimator, update)
+
+
+def _embeddings(model: nn.Module) -> list[Any]:
+    """The tables of a model: rows that are looked up, and stretch nothing."""
+    return [m.weight for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))]
 
 
 def _listed(params: ParamsT, model: nn.Module) -> list[Any]:

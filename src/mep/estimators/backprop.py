@@ -8,10 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mep.cost import BatchCost, PerExample, make_cost
+from mep.capture.state import Buffers, check_state, trained_parameters
+from mep.cost import BatchCost, PerExample, make_cost, mean_cost
 from mep.errors import ArgumentError, DivergedError
 from mep.estimators.estimate import Estimate, Gradients, accumulate, finished
-from mep.estimators.inputs import batch_size, call_model, check_mode, check_model, check_target, undone_on_error
+from mep.estimators.inputs import batch_size, check_mode, check_model, check_target, noise_undone_on_error
+from mep.graph.inputs import call_model
+from mep.hooks import without_hooks
 from mep.settle import Result
 
 
@@ -27,9 +30,10 @@ class Backprop:
 
     def __init__(self, model: nn.Module, cost: str | PerExample | type[BatchCost] = "cross_entropy"):
         check_model(model, "Backprop")
+        check_state(model, hooks=False)
         self.model = model
         self.cost = cost
-        self._cost = make_cost(cost)
+        make_cost(cost)
 
     def __call__(self, x: Any, target: Tensor) -> Estimate:
         """Accumulate the gradient into `p.grad`."""
@@ -43,20 +47,22 @@ class Backprop:
             raise ArgumentError("Backprop: there is no equilibrium to begin at; leave indices out.")
         check_mode()
         batch_size(x)
-        check_target(target)
+        check_target(target, self.cost)
         check_model(self.model, "Backprop")
-        with undone_on_error(self.model) as buffers, torch.enable_grad():
-            output = call_model(self.model, x)
-            buffers.keep_writes()
-            loss = self._cost(output.detach(), target).value(output).mean()
-            value = float(loss.detach())
-            if not math.isfinite(value):
-                raise DivergedError(f"The loss is {value}: check target and weights. Nothing was changed.")
-            trained = [p for p in self.model.parameters() if p.requires_grad]
-            found = torch.autograd.grad(loss, trained, allow_unused=True)
-            gradients = finished({p: g for p, g in zip(trained, found, strict=True) if g is not None})
-            estimate = Estimate(loss.detach(), None, 0, Result.BACKPROP)
-        return gradients, estimate
+        trained = trained_parameters(self.model, self.cost)
+        buffers = Buffers(self.model)
+        try:
+            with noise_undone_on_error(), without_hooks(trained), torch.enable_grad():
+                loss = mean_cost(self.cost, call_model(self.model, x), target)
+                value = float(loss.detach())
+                if not math.isfinite(value):
+                    raise DivergedError(f"The loss is {value}: check target and weights. Nothing was changed.")
+                found = torch.autograd.grad(loss, trained, allow_unused=True)
+                gradients = finished({p: g.to_dense() for p, g in zip(trained, found, strict=True) if g is not None})
+        except BaseException:
+            buffers.undo()
+            raise
+        return gradients, Estimate(loss.detach(), None, 0, Result.BACKPROP)
 
     def predict(self, x: Any) -> Tensor:
         """The model's output."""

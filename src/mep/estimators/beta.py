@@ -10,7 +10,8 @@ keeps it at `largest` for each example: 0.01 for solvers that carry errors, 0.1 
 to stand out from their rounding. Where Jacobians are constant the response M x of the free equilibrium is known before
 any state has moved; then the bound is exact, and a tolerance of 0.01 takes one sweep. Elsewhere k is the gain
 `<x, M x> / <x, x> = sum_n |A_n^T x|^2 / |x|^2`, which the first backward walk gives exactly and which is no larger. The
-gradient as a whole, in deep networks, may be biased several times as much as the output's error.
+gradient as a whole, in deep networks, may be biased several times as much as the output's error: where one sweep is not
+enough, `phases.py` measures that, and lowers beta.
 Examples that are coupled have one beta, from the gain of all together.
 """
 

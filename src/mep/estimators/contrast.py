@@ -44,6 +44,14 @@ def pieces(phases: Sequence[Phase], batch: int) -> Iterator[Gradients]:
     nodes = phases[0][1].graph.states
     last = {p: node for node in nodes for p in node.parameters}
     unfinished: Gradients = {}
+    with torch.no_grad():
+        for weight, energy, settled in phases:
+            cost = energy.nudge.cost if energy.nudge else None
+            if cost is not None:
+                _add(unfinished, cost.parameter_gradient(energy.output(settled.point), weight / batch))
+    alone = finished({p: unfinished.pop(p) for p in list(unfinished) if p not in last})
+    if alone:
+        yield alone
     for node in nodes:
         with torch.no_grad():
             for weight, energy, settled in phases:

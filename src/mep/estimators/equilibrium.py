@@ -6,17 +6,26 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
+from mep.capture import Leaves, check_leaves
+from mep.capture.cache import Graphs
+from mep.capture.state import check_state
 from mep.cost import BatchCost, PerExample, make_cost
 from mep.energy import Energy, State, make_coupling
-from mep.errors import ArgumentError, DivergedError, InputError, NotConvergedError
+from mep.errors import (
+    ArgumentError,
+    DivergedError,
+    InputError,
+    NotConvergedError,
+    NotConvergedWarning,
+    warn,
+)
 from mep.estimators.contrast import Phase, contrast, pieces
 from mep.estimators.estimate import Estimate, Gradients, accumulate, finished
-from mep.estimators.graphs import Graphs
 from mep.estimators.inputs import (
     batch_size,
     check_finite,
@@ -24,8 +33,7 @@ from mep.estimators.inputs import (
     check_model,
     check_target,
     count_examples,
-    undone_on_error,
-    warn,
+    noise_undone_on_error,
 )
 from mep.estimators.kronecker import SettledLayer, settled_layers
 from mep.estimators.phases import estimate_of, settle_phases
@@ -33,13 +41,14 @@ from mep.estimators.program import Setting
 from mep.estimators.programs import Programs
 from mep.estimators.recall import Recall, check_indices
 from mep.estimators.settings import check_settings, check_solver
+from mep.graph import Graph
+from mep.graph.node import Held
+from mep.graph.ops import Slot
+from mep.interrupts import uninterrupted
 from mep.layout import per_example
-from mep.nodes import Held
 from mep.settle import Result, Settled, Solver, rounded, settle
-from mep.snapshot import Buffers
 from mep.solvers import Descent, Sweep
 from mep.solvers.networks import CheckpointedPoint
-from mep.tracing import Leaves
 
 Found = TypeVar("Found")
 
@@ -51,8 +60,10 @@ class EquilibriumPropagation:
     to first order in beta (`phases="one-sided"`) or to second (`"centered"`).
 
     Args:
-        model: any module that `mep.trace` can read. It is not changed.
-        cost: "cross_entropy", "mse", or a function of `(output, target)` that returns one number per example.
+        model: any module that `torch.export` can record. It is captured with the first batch, and not changed.
+        cost: "cross_entropy", "mse", or a function of what the model returns and the target, with one number per
+            example. It may read parameters, have some of its own (a module), and read what `forward` leaves on modules;
+            where it does, one number for the whole batch will do, too.
         beta: the nudging strength of every example in every phase. None: each example has one of its own, chosen before
             anything moves: 0.01 over its gain where that exceeds one (0.1 for descent), so that the output's error is
             biased by 1% at most; see `mep.estimators.beta`. The estimate has them as `betas`.
@@ -74,6 +85,8 @@ class EquilibriumPropagation:
             six sweeps, or the sweeps times the nodes are more than four hundred.
             What the model reads besides tensors and attributes of its modules is then fixed. Only for `mep.Sweep`, held
             branches, the costs that have names, and models without noise.
+        proof: when the graph is compared with the model, on the batch of a step: "amortised" before steps 1, 4, 16, 64,
+            ... of every graph, "always", or "never". The same loss, new buffers and gradient, or a TraceError.
         checkpoint: keep neither states nor errors of all nodes, and compute them again where they are needed: memory
             of the order of the cube root of the depth, for two to three times the time. The gradient is the same to
             rounding. Only for `mep.Sweep`, held branches, and affine graphs (linear layers, convolutions, pooling,
@@ -109,8 +122,10 @@ class EquilibriumPropagation:
         compile: bool = False,
         checkpoint: bool = False,
         on_unsettled: str = "warn",
+        proof: str = "amortised",
     ):
         check_model(model, "EquilibriumPropagation")
+        check_state(model)
         self.model = model
         self.cost = cost
         self._cost = make_cost(cost)
@@ -124,8 +139,10 @@ class EquilibriumPropagation:
         check_solver(self.solver)
         self.beta = beta
         self.compile, self.checkpoint = compile, checkpoint
-        self.on_unsettled, self._has_warned = on_unsettled, False
+        self.on_unsettled, self._has_warned, self._has_warned_of_softmax = on_unsettled, False, False
+        self.proof = proof
         check_settings(self)
+        check_leaves(model, self.leaves)
         self._recall = Recall()
         self._trace()
 
@@ -149,9 +166,11 @@ class EquilibriumPropagation:
         check_mode()
         if self.programs is not None and indices is None:
             count_examples(x)
-            check_target(target)
-            if (compiled := self._compiled(x, target)) is not None:
+            check_target(target, self.cost)
+            graph = self._graphs.of(x, target)
+            if (compiled := self._compiled(graph, x, target)) is not None:
                 return compiled
+            return self._contracted(x, target, indices, self._contrast, graph)
         return self._contracted(x, target, indices, self._contrast)
 
     @torch.no_grad()
@@ -167,9 +186,14 @@ class EquilibriumPropagation:
     @torch.no_grad()
     def predict(self, x: Any) -> Tensor:
         """The output of the free equilibrium; for the prediction energy that is `model(x)`."""
-        with undone_on_error(self.model) as buffers:
-            energy, free = self._free(x, batch_size(x), buffers)
+        with noise_undone_on_error():
+            energy, free = self._free(self._graphs.of(x), x, batch_size(x))
+        _write(energy.held.new_buffers)
         return energy.output(free.point)
+
+    def share_graphs(self, graphs: Graphs) -> None:
+        """Use the graphs of another estimator of the same model, cost, energy, branches and leaves, as they are."""
+        self._graphs = graphs
 
     def state_dict(self) -> dict[str, Any]:
         """What the estimator keeps from step to step: equilibria by index."""
@@ -189,27 +213,35 @@ class EquilibriumPropagation:
 
     def _trace(self) -> None:
         """What belongs to this very model."""
-        self._graphs = Graphs(self.model, self.leaves, self.coupling.name, self.branches)
+        self._graphs = Graphs(self.model, self.leaves, self.coupling.name, self.branches, self.cost, self.proof)
         self.programs: Programs | None = None
         if self.compile:
             assert isinstance(self.solver, Sweep)
             self.programs = Programs(Setting(self.solver, self.phases, self.observe is not None), self._cost)
 
     def _contracted(
-        self, x: Any, target: Tensor, indices: Tensor | None, contract: Callable[[Sequence[Phase], int], Found]
+        self,
+        x: Any,
+        target: Tensor,
+        indices: Tensor | None,
+        contract: Callable[[Sequence[Phase], int], Found],
+        graph: Graph | None = None,
     ) -> tuple[Found, Estimate]:
         """What `contract` makes of the phases, once they have settled; and how they did."""
         batch = count_examples(x)
-        check_target(target)
+        check_target(target, self.cost)
         indices = None if indices is None else self._checked_indices(indices, batch)
         check_finite(x)
         check_model(self.model, "EquilibriumPropagation")
-        with undone_on_error(self.model) as buffers:
-            energy, free = self._free(x, batch, buffers, indices)
+        with noise_undone_on_error():
+            in_parts = self.checkpoint or contract is _checked_pieces
+            graph = graph or self._graphs.of(x, target, max(1, batch // _SLICE) if in_parts else None)
+            self._check_graph(graph)
+            energy, free = self._free(graph, x, batch, indices)
             output = energy.output(free.point)
             if len(output) != batch:
                 raise InputError(f"The output has {len(output)} rows for {batch} examples; dimension 0 is the batch.")
-            cost = self._cost(output, target)
+            cost = self._graphs.cost_of(graph, self._cost, energy.inputs, output, target)
             loss = cost.value(output).mean()
             if not math.isfinite(float(loss)):
                 raise DivergedError(
@@ -219,31 +251,33 @@ class EquilibriumPropagation:
             phases = settle_phases(
                 energy, free, cost, self.solver, self.phases, self.beta, self._recalled(energy, free, indices)
             )
-            estimate = estimate_of(loss, free, phases, self.solver.tol, self.diagnostics)
+            estimate = estimate_of(loss, free, phases, self.solver.tol, self.diagnostics, graph.share_kept)
             self._report(estimate, phases[-1][1], free)
             found = contract(phases, batch)
             if self.observe is not None:
                 self.observe(settled_layers((e, settled) for _, e, settled in phases if e.nudge is not None))
         if self.programs is not None:
-            self.programs.keep(self._graphs.known)  # a graph that is new takes its first steps here
+            self.programs.keep(self._graphs.graphs)  # a graph that is new takes its first steps here
             self.programs.learn(x, target, *phases[-1][1:])
+        if contract is _checked_pieces:  # autograd has kept the buffers for the pieces that are still to be made
+            found = cast(Found, _then_written(found, energy.held.new_buffers))
+        else:
+            _write(energy.held.new_buffers)
         if indices is not None:
             self._recall.keep(indices, self._worth_keeping(*phases[-1][1:], free))
         return found, estimate
 
-    def _free(self, x: Any, batch: int, buffers: Buffers, indices: Tensor | None = None) -> tuple[Energy, Settled]:
+    def _free(self, graph: Graph, x: Any, batch: int, indices: Tensor | None = None) -> tuple[Energy, Settled]:
         """The free equilibrium, and the energy as the nudged phases are to see it."""
-        graph = self._graphs.of(x)
         hold = self.branches == "held"
         is_forward = self.coupling.vanishes_when_free
-        held = Held(hold_branches=hold and is_forward, buffers=buffers)
+        held = Held(hold_branches=hold and is_forward)
         energy = Energy(graph, self.coupling, graph.bind(x), held, batch)
         sweeps_affine = isinstance(self.solver, Sweep) and energy.is_affine
         point = (
             CheckpointedPoint(energy) if self.checkpoint else energy.rest(lean=sweeps_affine and not self.diagnostics)
         )
         held.recording = False
-        buffers.keep_writes()
         if held.noise and self.compile:
             raise ArgumentError(
                 f"compile=True: {', '.join(held.noise)} draws random numbers in every step, which a compiled step "
@@ -260,6 +294,22 @@ class EquilibriumPropagation:
             energy = replace(energy, held=replace(held, hold_branches=True))
             free = replace(free, point=energy.at(energy.state(free.point)))
         return energy, free
+
+    def _check_graph(self, graph: Graph) -> None:
+        """Refuse what cannot be checkpointed, and warn of a softmax before the cost that has one."""
+        if self.checkpoint and graph.writes:
+            raise ArgumentError(
+                f"checkpoint=True: {type(self.model).__name__} writes to `{graph.writes[0].slots[0].name}` from values "
+                "that are not kept. Leave checkpoint out."
+            )
+        last = graph.by_name[graph.output].program[-1].label
+        if self.cost == "cross_entropy" and last in ("softmax", "_softmax") and not self._has_warned_of_softmax:
+            self._has_warned_of_softmax = True
+            warn(
+                f"{type(self.model).__name__} ends in a softmax, and cost='cross_entropy' has one of its own: two of "
+                "them train slowly, and never to certainty. Let the model return what it gives to its softmax.",
+                UserWarning,
+            )
 
     def _recalled(self, energy: Energy, free: Settled, indices: Tensor | None) -> State | None:
         """The errors of the same examples at their last equilibrium."""
@@ -286,7 +336,8 @@ class EquilibriumPropagation:
         self._has_warned = True
         warn(
             message
-            + " Their estimate is used as it is; this is said once (on_unsettled='ignore' never, 'raise' stops)."
+            + " Their estimate is used as it is; this is said once (on_unsettled='ignore' never, 'raise' stops).",
+            NotConvergedWarning,
         )
 
     def _worth_keeping(self, energy: Energy, settled: Settled, free: Settled) -> Mapping[str, Tensor]:
@@ -306,10 +357,10 @@ class EquilibriumPropagation:
     def _contrast(self, phases: Sequence[Phase], batch: int) -> Gradients:
         return finished(contrast(phases, batch))
 
-    def _compiled(self, x: Any, target: Tensor) -> tuple[Gradients, Estimate] | None:
+    def _compiled(self, graph: Graph, x: Any, target: Tensor) -> tuple[Gradients, Estimate] | None:
         """The step by a compiled program, or None if it has to be made without one."""
         assert self.programs is not None
-        found = self.programs.step(self._graphs.of(x), x, target, self.beta)
+        found = self.programs.step(graph, x, target, self.beta)
         if found is None:
             return None
         if self.observe is not None:
@@ -317,7 +368,14 @@ class EquilibriumPropagation:
         settled = found.worst <= rounded(self.solver.tol, found.residual.dtype)
         result = Result.CONVERGED if settled else Result.FIXED_STEPS
         estimate = Estimate(
-            found.loss, found.residual, found.sweeps, result, found.betas, found.counts, self.solver.tol
+            found.loss,
+            found.residual,
+            found.sweeps,
+            result,
+            found.betas,
+            found.counts,
+            self.solver.tol,
+            in_leaves=graph.share_kept,
         )
         return found.gradients, estimate
 
@@ -328,6 +386,21 @@ def _checked_pieces(phases: Sequence[Phase], batch: int) -> Iterator[Gradients]:
     return pieces(phases, batch)
 
 
+def _then_written(found: Any, new_buffers: Mapping[Slot, Tensor]) -> Iterator[Gradients]:
+    yield from found
+    with torch.no_grad():
+        _write(new_buffers)
+
+
+def _write(new_buffers: Mapping[Slot, Tensor]) -> None:
+    """What the model writes to its buffers, once a step that is known to be good."""
+    with uninterrupted():
+        for slot, value in new_buffers.items():
+            slot.value.copy_(value)
+
+
+_SLICE = 8
+"""A step that saves memory is proven on so small a part of its batch, since autograd keeps all of it."""
 _FREE = 100
 """The free phase is settled so many times better than the nudged ones, whose residuals count what it leaves."""
 _HOPFIELD_SOLVER = Descent(settle_steps=500, settle_lr=0.3, adaptive=True, tol=1e-4)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mep.errors import DivergedError
+from mep.hooks import hooks_of
 from mep.settle import Result, rounded
 
 Gradients = dict[nn.Parameter, Tensor]
@@ -30,6 +31,8 @@ class Estimate:
         tol: the residual to which examples were to settle.
         left_branch: fraction of piecewise-linear units off the branch on which they were held; None if not asked.
         turns: how often each node was computed, by name; None unless the solver is `mep.Local`.
+        in_leaves: how many numbers of the trained parameters learn by backprop inside modules kept whole, and how many
+            there are.
     """
 
     loss: Tensor
@@ -41,6 +44,7 @@ class Estimate:
     tol: float = 0.0
     left_branch: float | None = None
     turns: Mapping[str, int] | None = None
+    in_leaves: tuple[int, int] = (0, 0)
 
     def __str__(self) -> str:
         """One line.
@@ -52,7 +56,9 @@ class Estimate:
         settled = "" if self.residual is None else f", residual {float(self.residual.max()):.1g} at most"
         left = "" if self.left_branch is None else f", {self.left_branch:.1%} off their branch"
         counted = f"{self.iterations} iterations, beta {self.beta:.3g}"
-        return f"loss {float(self.loss):.4g}{settled}, {counted}{left}: {self.result}"
+        inside, total = self.in_leaves
+        kept = f" ({inside:,} of {total:,} parameters learn by backprop inside leaves)" if inside else ""
+        return f"loss {float(self.loss):.4g}{settled}, {counted}{left}: {self.result}{kept}"
 
     @property
     def beta(self) -> float:
@@ -91,9 +97,11 @@ def finished(gradients: Gradients) -> Gradients:
 
 
 def accumulate(gradients: Mapping[nn.Parameter, Tensor]) -> None:
-    """Add to `p.grad` what `loss.backward()` would add."""
+    """Add to `p.grad` what `loss.backward()` would add, through the hooks of the parameters."""
     for p, g in gradients.items():
-        if p.grad is None:
+        if hooks_of(p):
+            p.backward(g)
+        elif p.grad is None:
             p.grad = g
         else:
             p.grad.add_(g)

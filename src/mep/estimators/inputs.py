@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-import sys
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mep.errors import ArgumentError, InputError, NotConvergedWarning, ParameterError
-from mep.snapshot import Buffers, generators, set_generators
+from mep.cost import recorded_function
+from mep.errors import ArgumentError, InputError, ParameterError, TraceError
+from mep.graph.inputs import flattened
+from mep.noise import generators, set_generators
 
 
 def batch_size(x: Any) -> int:
@@ -33,14 +33,9 @@ def count_examples(x: Any) -> int:
     return len(tensors[0])
 
 
-def input_values(x: Any) -> Sequence[Any]:
-    """All that an input gives to the model, in order."""
-    return list(x.values()) if isinstance(x, Mapping) else x if isinstance(x, (tuple, list)) else [x]
-
-
 def input_tensors(x: Any) -> list[Tensor]:
     """The tensors of an input, in order."""
-    return [v for v in input_values(x) if isinstance(v, Tensor)]
+    return [v for v in flattened(x)[0] if isinstance(v, Tensor)]
 
 
 def check_finite(x: Any) -> None:
@@ -53,9 +48,9 @@ def check_finite(x: Any) -> None:
             raise InputError("The input contains NaN or Inf. Nothing was changed; mend or drop this batch.")
 
 
-def check_target(target: Any) -> None:
-    """Refuse a target that is no tensor; its shape and values are the cost's business."""
-    if not isinstance(target, Tensor):
+def check_target(target: Any, cost: Any = None) -> None:
+    """Refuse a target that is no tensor, unless the cost is a function; shape and values are the cost's business."""
+    if not isinstance(target, Tensor) and (target is None or recorded_function(cost) is None):
         raise InputError(f"The target must be a tensor, not {type(target).__name__}: torch.as_tensor(target).")
 
 
@@ -69,36 +64,21 @@ def check_model(model: nn.Module, caller: str) -> None:
     """Refuse what is no module, or has nothing to train."""
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"{caller}(model={model!r}): must be a torch.nn.Module.")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TraceError(
+            f"{caller}(model={type(model).__name__}): a scripted model cannot be read. Way out: pass the module that "
+            "was scripted; scripted modules inside a model are kept whole."
+        )
     if not any(p.requires_grad for p in model.parameters()):
         raise ParameterError(f"{type(model).__name__} has no parameter that requires a gradient: nothing to train.")
 
 
 @contextmanager
-def undone_on_error(model: nn.Module) -> Iterator[Buffers]:
-    """However often the model is evaluated inside, its buffers end as the first evaluation left them.
-
-    On an error, an interruption included, they and the random number generators end as they began.
-    """
-    buffers, noise = Buffers(model), generators()
+def noise_undone_on_error() -> Iterator[None]:
+    """On an error, an interruption included, torch's random number generators end as they began."""
+    noise = generators()
     try:
-        yield buffers
-        buffers.finish()
+        yield
     except BaseException:
-        buffers.undo()
         set_generators(noise)
         raise
-
-
-def call_model(model: nn.Module, x: Any) -> Any:
-    """`model(x)`, `model(*x)` for a tuple, `model(**x)` for a dict."""
-    if isinstance(x, Mapping):
-        return model(**x)
-    return model(*x) if isinstance(x, (tuple, list)) else model(x)
-
-
-def warn(message: str) -> None:
-    """A NotConvergedWarning at the line of the caller's own code that led here."""
-    frame, level = sys._getframe(), 1
-    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in ("mep", "torch"):
-        frame, level = frame.f_back, level + 1
-    warnings.warn(message, NotConvergedWarning, stacklevel=level)

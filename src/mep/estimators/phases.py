@@ -9,15 +9,18 @@ import torch
 from torch import Tensor
 
 from mep.cost import BatchCost
-from mep.energy import Energy, Free, State, nudge
+from mep.energy import Energy, Free, State, example_norm, nudge
 from mep.errors import DivergedError
 from mep.estimators.beta import chosen_beta
 from mep.estimators.contrast import CONTRASTS
 from mep.estimators.estimate import Estimate
-from mep.nodes import Beta
-from mep.settle import Result, Settled, Solver, Start, settle
+from mep.graph.node import Beta
+from mep.settle import Response, Result, Settled, Solver, Start, settle
 from mep.solvers.networks import linear_response
 
+LARGEST_BIAS = 0.02
+"""A beta that was chosen is lowered where the errors of the settled states are further from backpropagation's."""
+_TRIES = 3
 SettledPhase = tuple[float, Energy, Settled]
 """As `mep.estimators.contrast.Phase`, with all that settling reports."""
 
@@ -51,6 +54,44 @@ def settle_phases(
     if beta is None:
         assert response is not None
         strength = chosen_beta(unit, free.point, response, solver.largest_default_beta)
+        for _ in range(_TRIES):
+            found = _settled(energy, free, cost, solver, phases, strength, errors, noted, response)
+            bias = bias_of(unit, free, found)
+            if bias is None or not bool((bias > LARGEST_BIAS).any()):
+                return found
+            bias = bias if strength.ndim else bias.max()
+            strength = torch.where(bias > LARGEST_BIAS, strength * (LARGEST_BIAS / 2 / bias), strength)
+            response = None
+    return _settled(energy, free, cost, solver, phases, strength, errors, noted, response)
+
+
+def bias_of(unit: Energy, free: Settled, phases: Sequence[SettledPhase]) -> Tensor | None:
+    """How far the errors of all states are from backpropagation's, by example; None where one sweep was enough.
+
+    Where the first sweep balances everything to the tolerance, the errors are backpropagation's to that accuracy.
+    """
+    settled = max((settled for _, _, settled in phases), key=lambda s: s.iterations)
+    if settled.iterations <= 1 or settled.errors is None or unit.is_affine or not unit.coupling.vanishes_when_free:
+        return None
+    exact = linear_response(unit, free.point).errors
+    assert exact is not None
+    off = torch.stack([example_norm(settled.errors[n] - e, unit.batch) for n, e in exact.items()]).square().sum(0)
+    size = torch.stack([example_norm(e, unit.batch) for e in exact.values()]).square().sum(0)
+    return (off / size.add_(torch.finfo(size.dtype).tiny)).sqrt().nan_to_num(0.0)
+
+
+def _settled(
+    energy: Energy,
+    free: Settled,
+    cost: BatchCost,
+    solver: Solver,
+    phases: str,
+    strength: Beta,
+    errors: State | None,
+    noted: dict[str, Free] | None,
+    response: Response | None,
+) -> list[SettledPhase]:
+    """Every phase of the contrast, settled at its multiple of beta."""
     found: list[SettledPhase] = []
     last = [multiple for multiple, _ in CONTRASTS[phases] if multiple][-1]
     for multiple, weight in CONTRASTS[phases]:
@@ -84,7 +125,14 @@ def _named(beta: Beta) -> str:
     return f"beta={float(beta.min()):.3g} and more" if isinstance(beta, Tensor) else f"beta={beta:g}"
 
 
-def estimate_of(loss: Tensor, free: Settled, phases: Sequence[SettledPhase], tol: float, diagnostics: bool) -> Estimate:
+def estimate_of(
+    loss: Tensor,
+    free: Settled,
+    phases: Sequence[SettledPhase],
+    tol: float,
+    diagnostics: bool,
+    in_leaves: tuple[int, int] = (0, 0),
+) -> Estimate:
     """What is reported of these phases. What the free one has left is part of the residuals of the nudged ones."""
     nudged = [settled for _, _, settled in phases if settled is not free]
     residual = reduce(torch.maximum, [settled.residual for settled in nudged])
@@ -100,6 +148,7 @@ def estimate_of(loss: Tensor, free: Settled, phases: Sequence[SettledPhase], tol
         tol=tol,
         left_branch=max(e.left_branch(settled.point) for _, e, settled in phases) if diagnostics else None,
         turns=last.turns,
+        in_leaves=in_leaves,
     )
 
 

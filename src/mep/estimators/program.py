@@ -23,9 +23,9 @@ from mep.estimators.estimate import Gradients
 from mep.estimators.kronecker import SettledLayer, settled_layers
 from mep.estimators.phases import betas_of
 from mep.graph import Graph
-from mep.nodes import Beta, Held
+from mep.graph.node import Beta, Held
+from mep.graph.ops import Slot
 from mep.settle import Start, rounded
-from mep.snapshot import Buffers
 from mep.solvers import Sweep
 from mep.solvers.networks import linear_response
 
@@ -74,12 +74,8 @@ class Program:
         self.fixed = {name: value for name, value in inputs.items() if not isinstance(value, Tensor)}
         self.is_named = beta is not None
         """Whether beta is an argument; else the program chooses it."""
-        buffers = Buffers(graph.model)
-        self.buffers = buffers.targets()
-        try:
-            self.run = compiled(self._step, self._tensors(x, cost, beta))
-        finally:
-            buffers.undo()
+        self.buffers: list[Slot] = []
+        self.run = compiled(self._step, self._tensors(x, cost, beta))
 
     def __call__(self, x: Any, cost: BatchCost, beta: float | None) -> Found | None:
         """The step, or None if something in it is not finite."""
@@ -89,9 +85,9 @@ class Program:
             return None
         rest = iter(found)
         gradients = {p: next(rest) for p in self.parameters}
-        buffers = [(buffer, next(rest)) for buffer in self.buffers]
+        buffers = [(slot.value, next(rest)) for slot in self.buffers]
         layers = [
-            SettledLayer(y.weight, y.bias, y.examples, [(module, next(rest), next(rest)) for module, _, _ in y.uses])
+            SettledLayer(y.weight, y.bias, y.examples, [(step, next(rest), next(rest)) for step, _, _ in y.uses])
             for y in self.layers
         ]
         return Found(gradients, loss, residual, int(sweeps), worst, betas, counts, layers, buffers)
@@ -106,14 +102,12 @@ class Program:
         """What is compiled."""
         inputs, parts = tensors[: len(self.names)], tensors[len(self.names) : len(tensors) - self.is_named]
         cost = self.cost.with_parts(dict(zip(self.cost.parts(), parts, strict=True)))
-        buffers = Buffers(self.graph.model)
-        buffers.rewind()
-        held = Held(buffers=buffers)
+        held = Held()
         bound = {**self.fixed, **dict(zip(self.names, inputs, strict=True))}
         energy = nudge(Energy(self.graph, Prediction(), bound, held, self.batch), cost, 1.0)
         free = energy.rest()
         held.recording = False
-        buffers.keep_writes()
+        self.buffers = list(held.new_buffers)
         solver = self.setting.solver
         response = linear_response(energy, free)
         beta: Beta = tensors[-1] if self.is_named else chosen_beta(energy, free, response, solver.largest_default_beta)
@@ -140,4 +134,4 @@ class Program:
         numbers = torch.stack([finite, course[-1].max().float(), counts.max().float()])
         used = [t for layer in self.layers for _, inputs, errors in layer.uses for t in (inputs, errors)]
         betas = betas_of(beta, self.batch, loss.device)
-        return [numbers, loss, course[-1], betas, counts, *gradients.values(), *buffers.written(), *used]
+        return [numbers, loss, course[-1], betas, counts, *gradients.values(), *held.new_buffers.values(), *used]

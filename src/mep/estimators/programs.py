@@ -12,9 +12,9 @@ from torch import Tensor
 from mep.cost import BatchCost, Cost
 from mep.energy import Energy
 from mep.errors import ArgumentError
-from mep.estimators.inputs import input_values
 from mep.estimators.program import Found, Program, Setting
 from mep.graph import Graph
+from mep.graph.inputs import flattened
 from mep.settle import Settled, rounded
 
 _EAGER = 4
@@ -73,6 +73,8 @@ class Programs:
         found = program(x, cost, beta)
         if found is None:
             return None
+        if beta is None and found.sweeps > 1 and not graph.is_affine_when_held:
+            return None  # a beta that was chosen may have to be lowered, see `mep.estimators.phases`
         if self.setting.solver.adaptive and found.worst > rounded(self.setting.solver.tol, found.residual.dtype):
             self._at_least = sweeps + 1
             return None
@@ -125,7 +127,7 @@ def _rounded(sweeps: int) -> int:
 
 def _key(graph: Graph, x: Any, target: Tensor) -> Key | None:
     """All that a program depends on besides the values of tensors; None if some input may change unseen."""
-    values = input_values(x)
+    values = flattened(x)[0]
     if not all(isinstance(value, _INPUTS) for value in values):
         return None
     kind = target.device.type
@@ -135,7 +137,6 @@ def _key(graph: Graph, x: Any, target: Tensor) -> Key | None:
         casts,
         *(_kind(value) if isinstance(value, Tensor) else (type(value), value) for value in (*values, target)),
         *((p.requires_grad, _kind(p)) for p in graph.parameters),
-        *map(id, graph.snapshot.buffers()),
     )
 
 

@@ -42,6 +42,8 @@ def _check_values(ep: EquilibriumPropagation) -> None:
         raise ArgumentError(f"{_CALL}(branches={ep.branches!r}): choose 'held' or 'exact'.")
     if ep.on_unsettled not in ("warn", "raise", "ignore"):
         raise ArgumentError(f"{_CALL}(on_unsettled={ep.on_unsettled!r}): choose 'warn', 'raise' or 'ignore'.")
+    if ep.proof not in ("amortised", "always", "never"):
+        raise ArgumentError(f"{_CALL}(proof={ep.proof!r}): choose 'amortised', 'always' or 'never'.")
     if ep.observe is not None and not callable(ep.observe):
         raise ArgumentError(f"{_CALL}(observe={ep.observe!r}): must be callable, as update.observe.")
     if ep.observe is not None and energy != "prediction":

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from mep.energy import Energy, State, example_dot, example_norm, relative_residual
 from mep.graph import Point
+from mep.graph.node import Node, displaced
 from mep.layout import per_example
-from mep.nodes import Node, displaced
 from mep.solvers.networks.network import output_residual, spread_length
 from mep.solvers.sweep import barzilai_borwein
 

@@ -20,8 +20,8 @@ from torch import Tensor
 from mep.energy import Energy, State, example_norm, inside_box
 from mep.errors import ArgumentError
 from mep.graph import Point
+from mep.graph.node import Node, spread
 from mep.layout import per_example
-from mep.nodes import Node, spread
 from mep.settle import Iterate, Solver, Start
 from mep.solvers.stiffness import largest_step
 

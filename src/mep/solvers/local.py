@@ -27,8 +27,8 @@ from torch import Tensor
 from mep.energy import Energy
 from mep.errors import ArgumentError
 from mep.graph import Point
+from mep.graph.node import Node, spread
 from mep.layout import accurate
-from mep.nodes import Node, spread
 from mep.settle import Iterate, Solver, Start
 from mep.solvers.cells import Cell, Network
 from mep.solvers.networks.network import has_grown

@@ -23,9 +23,23 @@ def scale_(tensors: list[Tensor], factor: float) -> None:
 
 def accumulate_(buffers: list[Tensor], grads: list[Tensor], momentum: float, nesterov: bool) -> list[Tensor]:
     """Let the momentum `buffers` decay and add `grads`; return the directions, which may be the buffers themselves."""
+    if any(g.dtype is torch.float16 for g in grads):
+        return _accumulate_in_half_(buffers, grads, momentum, nesterov)
     scale_(buffers, momentum)
     torch._foreach_add_(buffers, grads)
     return list(torch._foreach_add(grads, buffers, alpha=momentum)) if nesterov else buffers
+
+
+def _accumulate_in_half_(buffers: list[Tensor], grads: list[Tensor], momentum: float, nesterov: bool) -> list[Tensor]:
+    """The same where sums may exceed the largest number: in float32, and no further than that number."""
+    directions = []
+    for buffer, g in zip(buffers, grads, strict=True):
+        largest = torch.finfo(buffer.dtype).max
+        total = (momentum * buffer.float() + g.float()).clamp_(-largest, largest)
+        buffer.copy_(total)
+        direction = (g.float() + momentum * total).clamp_(-largest, largest) if nesterov else total
+        directions.append(direction.to(g.dtype))
+    return directions
 
 
 class Update(torch.optim.Optimizer, ABC):
@@ -44,7 +58,7 @@ class Update(torch.optim.Optimizer, ABC):
             raise ArgumentError(f"{call}(lr=...) must hold one number; got shape {list(group['lr'].shape)}.")
         limits = {"lr": math.inf, "momentum": 1.0, "weight_decay": math.inf, "vector_scale": math.inf}
         for name, limit in limits.items():
-            if not 0 <= group[name] < limit:
+            if not isinstance(group[name], (int, float, Tensor)) or not 0 <= group[name] < limit:
                 raise ArgumentError(f"{call}({name}={group[name]!r}) must be at least 0 and below {limit}.")
         if not isinstance(group["nesterov"], bool):
             raise ArgumentError(f"{call}(nesterov={group['nesterov']!r}) must be True or False.")

@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from mep.errors import ArgumentError
-from mep.updates.base import Update, scale_
+from mep.updates.base import Update, accumulate_, scale_
 from mep.updates.muon import SCALES, check_muon_step, muon_step_, vector_step_
 
 
@@ -163,7 +163,7 @@ class Dion(Update):
 
     def _dion_step_(self, group: dict[str, Any], matrices: list[Tensor]) -> None:
         buffers = [self._momentum_buffer(p) for p in matrices]
-        torch._foreach_add_(buffers, [p.grad for p in matrices if p.grad is not None])
+        accumulate_(buffers, [p.grad for p in matrices if p.grad is not None], 1.0, nesterov=False)
         lr = float(group["lr"])
         scale_(matrices, 1 - lr * group["weight_decay"])
         for p, buffer in zip(matrices, buffers, strict=True):

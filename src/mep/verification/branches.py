@@ -14,17 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mep.activations import Kink, Largest
+from mep.capture import Leaves
 from mep.energy import Energy
 from mep.errors import ArgumentError
 from mep.estimators.contrast import contrast
 from mep.estimators.estimate import finished
 from mep.estimators.inputs import batch_size, check_model, check_target
 from mep.graph import Graph, Point
+from mep.graph.closed_forms import Kink, Largest
+from mep.noise import generators_kept
 from mep.settle import Result, Settled, settle
-from mep.snapshot import generators_kept
 from mep.solvers import Sweep
-from mep.tracing import Leaves
 from mep.verification.gradients import cosine
 from mep.verification.subject import CostArgument, How, Subject
 

@@ -10,11 +10,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mep.activations import Activation, Kink, Largest
 from mep.energy import Energy, State
 from mep.estimators.contrast import CONTRASTS
 from mep.graph import Point
-from mep.nodes import Node
+from mep.graph.closed_forms import Activation, Kink, Largest
+from mep.graph.node import Node
 from mep.settle import Result, Settled, settle
 from mep.solvers import Sweep
 from mep.verification.report import Stall

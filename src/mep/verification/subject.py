@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from mep.capture import Leaves
+from mep.capture.cache import Graphs
+from mep.capture.proof import loss_of
+from mep.capture.state import Buffers, copied_together
 from mep.cost import BatchCost, PerExample, make_cost
 from mep.energy import Energy, make_coupling, nudge
 from mep.errors import ArgumentError
 from mep.estimators import Backprop, EquilibriumPropagation, Estimate
 from mep.estimators.estimate import Gradients
-from mep.estimators.inputs import batch_size, call_model
+from mep.estimators.inputs import batch_size
 from mep.graph import Point
-from mep.nodes import Held
-from mep.snapshot import Buffers, generators, set_generators
+from mep.graph.node import Held
+from mep.noise import generators, set_generators
 from mep.solvers import Sweep
-from mep.tracing import Leaves, argument_names, trace, trace_kinks
 
 CostArgument = str | PerExample | type[BatchCost]
 
@@ -42,10 +44,14 @@ class Subject:
     """
 
     def __init__(self, model: nn.Module, x: Any, target: Tensor, how: How, dtype: torch.dtype | None):
-        self.model = _copy(model, dtype)
-        self.x, self.target, self.how, self.dtype = _cast(x, dtype), _cast(target, dtype), how, dtype
+        self.model, cost = _copy(model, how.cost, dtype)
+        self.how = how = replace(how, cost=cost)
+        self.x, self.target, self.dtype = _cast(x, dtype), _cast(target, dtype), dtype
         self.names = {p: name for name, p in self.model.named_parameters()}
+        if isinstance(cost, nn.Module):
+            self.names |= {p: f"cost.{name}" for name, p in cost.named_parameters()}
         self.noise, self.buffers = generators(everyones=True), Buffers(self.model)
+        self.graphs = Graphs(self.model, how.leaves, "prediction", how.branches, how.cost, proof="amortised")
 
     def try_out(self) -> None:
         """Run the model once, and raise an ArgumentError where it fails in this precision."""
@@ -73,6 +79,7 @@ class Subject:
             diagnostics=True,
             on_unsettled="ignore",
         )
+        ep.share_graphs(self.graphs)
         self._as_found()
         return ep.gradients(self.x, self.target)
 
@@ -85,17 +92,15 @@ class Subject:
     def mean_cost(self) -> float:
         """The mean cost of the batch at the parameters as they are now: no autograd, no equilibrium."""
         self._as_found()
-        output = call_model(self.model, _fresh(self.x))
-        return float(make_cost(self.how.cost)(output, self.target).value(output).mean())
+        return float(loss_of(self.model, self.how.cost, _fresh(self.x), self.target))
 
     @torch.no_grad()
     def energy(self, hold_branches: bool | None = None) -> tuple[Energy, Point]:
         """The free energy of the batch, and its equilibrium; the branches are held as `how` says, unless given."""
-        reading = trace if self.how.branches == "held" else trace_kinks
-        graph = reading(self.model, self.how.leaves, argument_names(self.model, self.x))
+        graph = self.graphs.of(self.x, self.target)
         self._as_found()
         hold = self.how.branches == "held" if hold_branches is None else hold_branches
-        held = Held(hold_branches=hold, buffers=self.buffers)
+        held = Held(hold_branches=hold)
         energy = Energy(graph, make_coupling("prediction"), graph.bind(self.x), held, batch_size(self.x))
         point = energy.rest()
         held.recording = False
@@ -103,22 +108,28 @@ class Subject:
 
     def nudged(self, energy: Energy, free: Point, beta: float) -> Energy:
         """The energy nudged toward the target."""
-        return nudge(energy, make_cost(self.how.cost)(energy.output(free), self.target), beta)
+        make = make_cost(self.how.cost)
+        cost = self.graphs.cost_of(energy.graph, make, energy.inputs, energy.output(free), self.target)
+        return nudge(energy, cost, beta)
 
     def _as_found(self) -> None:
         self.buffers.undo()
         set_generators(self.noise)
 
 
-def _copy(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
+def _copy(model: nn.Module, cost: Any, dtype: torch.dtype | None) -> tuple[nn.Module, Any]:
     try:
-        twin = copy.deepcopy(model)
+        twin, cost = copied_together(model, cost)
     except Exception as error:
         raise ArgumentError(
             f"verify({type(model).__name__}): works on a copy, and copy.deepcopy(model) failed: {error}. Way out: pass "
             "a freshly built model; tensors that are results of operations do not belong on a module."
         ) from error
-    return twin if dtype is None else twin.to(dtype)
+    if dtype is not None:
+        twin.to(dtype)
+        if isinstance(cost, nn.Module):
+            cost.to(dtype)
+    return twin, cost
 
 
 def _cast(x: Any, dtype: torch.dtype | None) -> Any:

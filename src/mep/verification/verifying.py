@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mep.capture import Leaves
 from mep.errors import ArgumentError, DivergedError
 from mep.estimators.contrast import CONTRASTS
 from mep.estimators.inputs import batch_size, check_model, check_target
-from mep.snapshot import generators_kept
+from mep.noise import generators_kept
 from mep.solvers import Sweep
-from mep.tracing import Leaves
 from mep.verification import verdict
 from mep.verification.differences import Difference, differences
 from mep.verification.equilibrium import Equilibria

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from mep.energy import Energy, State, example_dot, example_norm
 from mep.graph import Point
-from mep.nodes import Beta, displaced, of_rows, spread
+from mep.graph.node import Beta, displaced, of_rows, spread
 from mep.settle import Response
 from mep.solvers.networks.coupling import are_independent
 from mep.solvers.networks.network import Network, length_along, no_autocast, output_residual, spread_length

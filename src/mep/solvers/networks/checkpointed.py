@@ -24,7 +24,7 @@ from torch import Tensor
 from mep.energy import Energy, State
 from mep.errors import ArgumentError
 from mep.graph import Point
-from mep.nodes import Held, Node, of_rows
+from mep.graph.node import Held, Node, of_rows
 from mep.settle import Response
 from mep.solvers.networks.affine import AffineNetwork, OnDemand
 

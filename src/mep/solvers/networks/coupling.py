@@ -12,8 +12,8 @@ from torch import Tensor
 from mep.cost import BatchCost
 from mep.energy import Energy
 from mep.graph import Point
+from mep.graph.node import Node
 from mep.layout import per_example
-from mep.nodes import Node
 
 
 def are_independent(energy: Energy, free: Point) -> bool:

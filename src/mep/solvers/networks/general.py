@@ -93,6 +93,9 @@ class GeneralNetwork(Network):
             norms.append(torch.stack([example_norm(t, self.in_play.batch) for t in (self.r[name], S, delta)]))
         violated, one, two = torch.stack(norms, 1)
         self.largest = two.amax(0)
+        # A node at which nothing arrives but rounding has nothing to balance.
+        idle = torch.maximum(one, two) <= 100 * torch.finfo(delta.dtype).eps * self.largest
+        violated = violated.masked_fill(idle, 0)
         self.note((violated / torch.maximum(one, two).add_(torch.finfo(violated.dtype).tiny)).amax(0))
         if self.rows is None:
             self.all_now = self.now

@@ -14,11 +14,11 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from mep.activations import Activation, Kink, Largest, Windows
 from mep.graph import Graph, Point
-from mep.nodes import Beta, Node
+from mep.graph.closed_forms import Activation, Kink, Largest, Windows
+from mep.graph.node import Beta, Node
 from mep.solvers.networks import ties
 
 
@@ -43,9 +43,9 @@ def relax(
     over the shape of mu.
 
     Example: mu = 0.1, pulled down by 3 through a ReLU; the unit stops at zero.
-        >>> from mep.activations import of_module
+        >>> from mep.graph.closed_forms import activation_of
         >>> one = torch.ones(1)
-        >>> relax(0.1 * one, 0 * one, 3 * one, 0.1, of_module(nn.ReLU()), one)
+        >>> relax(0.1 * one, 0 * one, 3 * one, 0.1, activation_of("relu"), one)
         (tensor([1.]), tensor([0.]))
     """
     gain = gain * (beta * u * _bend(mu, kink) > 0).to(mu.dtype)
@@ -136,8 +136,7 @@ def gains(graph: Graph, free: Point) -> dict[str, Tensor | float]:
 
 
 def _gain(node: Node, below: float) -> Tensor | float:
-    last = node.program[-1].target
-    if isinstance(last, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-        rows = below * last.weight.detach().flatten(1).square().sum(1)
-        return rows if isinstance(last, nn.Linear) else rows.view(-1, *[1] * len(last.stride))
+    if node.weighted is not None and node.weighted.has_rows:
+        weight = node.weighted.weight.detach()
+        return (below * weight.flatten(1).square().sum(1)).view(-1, *[1] * (weight.ndim - 2))
     return below * math.prod(op.target.overlap() for op in node.program if isinstance(op.target, Windows))

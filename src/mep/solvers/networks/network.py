@@ -23,8 +23,8 @@ from torch import Tensor
 from mep.cost import BatchCost
 from mep.energy import Energy, example_dot
 from mep.graph import Point
+from mep.graph.node import spread
 from mep.layout import accurate, per_example
-from mep.nodes import spread
 from mep.settle import Response
 
 _SHORTEST, _LONGEST = 1e-4, 1.5

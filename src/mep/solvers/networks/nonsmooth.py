@@ -12,11 +12,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from mep.activations import Kink
 from mep.energy import Energy, State, example_dot, example_norm, relative_residual
 from mep.graph import Point
+from mep.graph.closed_forms import Kink
+from mep.graph.node import Node, displaced, spread
 from mep.layout import per_example
-from mep.nodes import Node, displaced, spread
 from mep.settle import Response
 from mep.solvers.networks import kinks
 from mep.solvers.networks.coupling import are_independent

@@ -24,7 +24,7 @@ import math
 import torch
 from torch import Tensor
 
-from mep.nodes import Beta
+from mep.graph.node import Beta
 
 
 def relax(mu: Tensor, f: Tensor, u: Tensor, beta: Beta, x0: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,18 +1,17 @@
-"""The closed forms of torch's pointwise activations, by module and by function."""
+"""The closed forms of torch's pointwise operations, by the name of the ATen operation."""
 
 from __future__ import annotations
 
 import math
-import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from mep.activations.pointwise import Activation
+from mep.graph.closed_forms.pointwise import Activation
 
 aten = torch.ops.aten
 
@@ -82,20 +81,20 @@ def _identity_backward(grad: Tensor, x: Tensor, y: Tensor) -> Tensor:
     return grad
 
 
-# Builders take what the torch function of the same name takes after its input, so that a recorded call fits.
+# Builders take what the operation of the same name takes after its input, so that a recorded call fits.
 
 
-def _make_relu(inplace: bool = False) -> Activation:
+def _make_relu() -> Activation:
     return Activation("relu", torch.relu, _relu_backward, (0.0,), (0.0, 1.0), (0.0, math.inf))
 
 
-def _make_leaky_relu(negative_slope: float = 0.01, inplace: bool = False) -> Activation:
+def _make_leaky_relu(negative_slope: float = 0.01) -> Activation:
     value = partial(F.leaky_relu, negative_slope=negative_slope)
     backward = partial(_leaky_backward, slope=negative_slope)
     return Activation("leaky_relu", value, backward, (0.0,), (negative_slope, 1.0))
 
 
-def _make_hardtanh(min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> Activation:
+def _make_hardtanh(min_val: float = -1.0, max_val: float = 1.0) -> Activation:
     value = partial(F.hardtanh, min_val=min_val, max_val=max_val)
     backward = partial(_hardtanh_backward, low=min_val, high=max_val)
     kinks = tuple(k for k in (min_val, max_val) if math.isfinite(k))
@@ -103,13 +102,13 @@ def _make_hardtanh(min_val: float = -1.0, max_val: float = 1.0, inplace: bool = 
     return Activation("hardtanh", value, backward, kinks, slopes, (min_val, max_val))
 
 
-def _make_relu6(inplace: bool = False) -> Activation:
+def _make_relu6() -> Activation:
     return _make_hardtanh(0.0, 6.0)
 
 
 def _make_clamp(min: float | None = None, max: float | None = None) -> Activation | None:
     bounds = (-math.inf if min is None else min, math.inf if max is None else max)
-    return None if any(isinstance(b, Tensor) for b in bounds) else _make_hardtanh(*bounds)
+    return _make_hardtanh(*bounds) if all(isinstance(b, (int, float)) for b in bounds) else None
 
 
 def _make_clamp_min(min: float) -> Activation | None:
@@ -120,14 +119,14 @@ def _make_clamp_max(max: float) -> Activation | None:
     return _make_clamp(None, max)
 
 
-def _make_threshold(threshold: float, value: float, inplace: bool = False) -> Activation | None:
+def _make_threshold(threshold: float, value: float) -> Activation | None:
     """None where it jumps: that is no kink."""
     backward = partial(_threshold_backward, threshold=threshold)
     apply = partial(torch.threshold, threshold=threshold, value=value)
     return Activation("threshold", apply, backward, (threshold,), (0.0, 1.0)) if value == threshold else None
 
 
-def _make_hardsigmoid(inplace: bool = False) -> Activation:
+def _make_hardsigmoid() -> Activation:
     return Activation("hardsigmoid", F.hardsigmoid, _hardsigmoid_backward, (-3.0, 3.0), (0.0, 1 / 6, 0.0))
 
 
@@ -153,11 +152,11 @@ def _make_gelu(approximate: str = "none") -> Activation:
     return Activation("gelu", value, partial(_gelu_backward, approximate=approximate))
 
 
-def _make_silu(inplace: bool = False) -> Activation:
+def _make_silu() -> Activation:
     return Activation("silu", F.silu, _silu_backward)
 
 
-def _make_elu(alpha: float = 1.0, inplace: bool = False) -> Activation:
+def _make_elu(alpha: float = 1.0) -> Activation:
     return Activation("elu", partial(F.elu, alpha=alpha), partial(_elu_backward, alpha=alpha))
 
 
@@ -172,52 +171,40 @@ def _make_identity() -> Activation:
 
 Builder = Callable[..., Activation | None]
 
-FUNCTIONS: dict[Any, Builder] = {
-    F.relu: _make_relu, torch.relu: _make_relu, "relu": _make_relu,
-    F.leaky_relu: _make_leaky_relu,
-    F.hardtanh: _make_hardtanh, F.relu6: _make_relu6,
-    torch.clamp: _make_clamp, torch.clip: _make_clamp, "clamp": _make_clamp, "clip": _make_clamp,
-    torch.clamp_min: _make_clamp_min, "clamp_min": _make_clamp_min,
-    torch.clamp_max: _make_clamp_max, "clamp_max": _make_clamp_max,
-    F.threshold: _make_threshold, torch.threshold: _make_threshold,
-    F.hardsigmoid: _make_hardsigmoid, F.softshrink: _make_softshrink,
-    torch.abs: _make_abs, "abs": _make_abs, abs: _make_abs, operator.abs: _make_abs,
-    F.tanh: _make_tanh, torch.tanh: _make_tanh, "tanh": _make_tanh,
-    F.sigmoid: _make_sigmoid, torch.sigmoid: _make_sigmoid, "sigmoid": _make_sigmoid,
-    F.gelu: _make_gelu, F.silu: _make_silu, F.elu: _make_elu, F.softplus: _make_softplus,
-    own_state: _make_identity,
-}  # fmt: skip
-"""Functions, and methods by name: their arguments after the input go to the builder."""
-
-MODULES: Mapping[type[nn.Module], tuple[Builder, tuple[str, ...]]] = {
-    nn.ReLU: (_make_relu, ()),
-    nn.LeakyReLU: (_make_leaky_relu, ("negative_slope",)),
-    nn.Hardtanh: (_make_hardtanh, ("min_val", "max_val")),
-    nn.ReLU6: (_make_relu6, ()),
-    nn.Threshold: (_make_threshold, ("threshold", "value")),
-    nn.Hardsigmoid: (_make_hardsigmoid, ()),
-    nn.Softshrink: (_make_softshrink, ("lambd",)),
-    nn.Tanh: (_make_tanh, ()),
-    nn.Sigmoid: (_make_sigmoid, ()),
-    nn.GELU: (_make_gelu, ("approximate",)),
-    nn.SiLU: (_make_silu, ()),
-    nn.ELU: (_make_elu, ("alpha",)),
-    nn.Softplus: (_make_softplus, ("beta", "threshold")),
-    nn.Identity: (_make_identity, ()),
+TABLE: dict[str, Builder] = {
+    "relu": _make_relu,
+    "leaky_relu": _make_leaky_relu,
+    "hardtanh": _make_hardtanh,
+    "relu6": _make_relu6,
+    "clamp": _make_clamp,
+    "clip": _make_clamp,
+    "clamp_min": _make_clamp_min,
+    "clamp_max": _make_clamp_max,
+    "threshold": _make_threshold,
+    "hardsigmoid": _make_hardsigmoid,
+    "softshrink": _make_softshrink,
+    "abs": _make_abs,
+    "absolute": _make_abs,
+    "tanh": _make_tanh,
+    "sigmoid": _make_sigmoid,
+    "gelu": _make_gelu,
+    "silu": _make_silu,
+    "elu": _make_elu,
+    "softplus": _make_softplus,
+    "own_state": _make_identity,
 }
-"""Module types with the attributes that their builder takes."""
+"""By the name of the operation; its arguments after the input go to the builder."""
 
 
-def of_module(module: nn.Module) -> Activation | None:
-    """The closed form of an activation module, or None if there is none."""
-    builder, attributes = MODULES.get(type(module), (None, ()))
-    return builder(*(getattr(module, a) for a in attributes)) if builder else None
+def activation_of(name: str, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Activation | None:
+    """The closed form of an operation with these arguments after its input, or None if there is none.
 
-
-def of_call(target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Activation | None:
-    """The closed form of a function or method call on `args[0]`, or None if there is none."""
+    Example:
+        >>> activation_of("leaky_relu", (0.2,)).slopes
+        (0.2, 1.0)
+    """
+    builder = TABLE.get(name)
     try:
-        builder = FUNCTIONS.get(target)
-        return builder(*args[1:], **kwargs) if builder else None
-    except TypeError:  # unhashable target, or arguments that this closed form does not know
+        return builder(*args, **(kwargs or {})) if builder else None
+    except TypeError:  # arguments that this closed form does not have
         return None

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from mep.activations import Activation, MaxPool
+from mep.graph.closed_forms import Activation, MaxPool
 from mep.layout import as_laid_out, rows_of
-from mep.nodes import Held
-from mep.ops import Op
+
+if TYPE_CHECKING:
+    from mep.graph.node import Held
 
 aten = torch.ops.aten
 Key = tuple[str, str]
@@ -79,19 +80,19 @@ class Pointwise(Step):
 
 
 class Reshape(Step):
-    """`flatten`."""
+    """`reshape` to numbers, with -1 for the examples: they stay first."""
 
-    def __init__(self, op: Op):
-        self.op = op
+    def __init__(self, sizes: Sequence[int]):
+        self.sizes = tuple(sizes)
 
     def value(self, h: Tensor, held: Held) -> tuple[Tensor, Any]:
-        return self.op.run({self.op.args[0].name: h}), h.shape
+        return h.reshape(self.sizes), h.shape
 
     def pull(self, kept: Any, g: Tensor) -> Tensor:
         return g.reshape(-1, *kept[1:])
 
     def push(self, kept: Any, t: Tensor) -> Tensor:
-        return self.op.run({self.op.args[0].name: t})
+        return t.reshape(self.sizes)
 
     def rows(self, kept: Any, index: Tensor) -> Any:
         return kept
@@ -121,26 +122,58 @@ class Pool(Step):
         return rows_of(kept[0], index), kept[1]
 
 
-class AveragePool(Step):
-    """`nn.AvgPool2d` and `nn.AdaptiveAvgPool2d`."""
+class Mean(Step):
+    """The mean over some dimensions of an example, counted from the last, so that the rank does not matter."""
 
-    def __init__(self, module: nn.AvgPool2d | nn.AdaptiveAvgPool2d):
-        self.module = module
+    def __init__(self, dims: Sequence[int], keepdim: bool):
+        self.dims, self.keepdim = tuple(dims), keepdim
 
     def value(self, h: Tensor, held: Held) -> tuple[Tensor, Any]:
-        return self.module(h), h
+        return h.mean(self.dims, self.keepdim), h.shape
 
     def pull(self, kept: Any, g: Tensor) -> Tensor:
-        m = self.module
-        if isinstance(m, nn.AdaptiveAvgPool2d):
-            return aten._adaptive_avg_pool2d_backward(g, kept)
-        size, stride, padding = _pair(m.kernel_size), _pair(m.stride), _pair(m.padding)
-        options = (m.ceil_mode, m.count_include_pad, m.divisor_override)
-        return aten.avg_pool2d_backward(g, kept, size, stride, padding, *options)
+        size = 1
+        for d in sorted(self.dims):
+            size *= kept[d]
+            if not self.keepdim:
+                g = g.unsqueeze(len(kept) + d)
+        return (g / size).expand(-1, *kept[1:])
 
     def push(self, kept: Any, t: Tensor) -> Tensor:
-        return self.module(t)
+        return t.mean(self.dims, self.keepdim)
+
+    def rows(self, kept: Any, index: Tensor) -> Any:
+        return kept
 
 
-def _pair(size: int | Sequence[int]) -> Sequence[int]:
-    return (size, size) if isinstance(size, int) else size
+class AveragePool(Step):
+    """`avg_pool2d` with the arguments after its input."""
+
+    def __init__(self, size: Sequence[int], stride: Sequence[int] = (), padding: Sequence[int] = (0,), *options: Any):
+        options = (*options, *(False, True, None)[len(options) :])
+        self.arguments = (list(size), list(stride) or list(size), list(padding), *options)
+
+    def value(self, h: Tensor, held: Held) -> tuple[Tensor, Any]:
+        return self.push(None, h), h
+
+    def pull(self, kept: Any, g: Tensor) -> Tensor:
+        return aten.avg_pool2d_backward(g, kept, *self.arguments)
+
+    def push(self, kept: Any, t: Tensor) -> Tensor:
+        return aten.avg_pool2d(t, *self.arguments)
+
+
+class AdaptiveAveragePool(Step):
+    """`adaptive_avg_pool2d` to a size."""
+
+    def __init__(self, size: Sequence[int]):
+        self.size = list(size)
+
+    def value(self, h: Tensor, held: Held) -> tuple[Tensor, Any]:
+        return aten.adaptive_avg_pool2d(h, self.size), h
+
+    def pull(self, kept: Any, g: Tensor) -> Tensor:
+        return aten._adaptive_avg_pool2d_backward(g, kept)
+
+    def push(self, kept: Any, t: Tensor) -> Tensor:
+        return aten.adaptive_avg_pool2d(t, self.size)

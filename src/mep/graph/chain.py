@@ -9,18 +9,17 @@ of its parents forward, without evaluating anything anew.
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from mep.graph.closed_forms.steps import Pointwise, Pool, Step
+from mep.graph.closed_forms.table import step_of, weighted_step
+from mep.graph.node import AutogradNode, Beta, Held, Node, displaced
+from mep.graph.ops import Op, Ref, leaves_of
 from mep.layout import in_dtype
-from mep.nodes import Beta, Held, Local, Node, displaced
-from mep.ops import Op, Ref, has_hooks
-from mep.steps import AveragePool, Key, Pointwise, Pool, Reshape, Step
-from mep.weighted_steps import Convolution, LayerNorm, Linear
 
 
 class Saved(NamedTuple):
@@ -88,11 +87,16 @@ class Chain(Node):
         return saved._replace(kept=kept, terms=terms)
 
 
-def make_node(program: Sequence[Op], parents: Sequence[str], **fields: Any) -> Node:
+def make_node(program: Sequence[Op], parents: Sequence[str], op: str, **fields: Any) -> Node:
     """The closed form where there is one, the local autograd graph elsewhere."""
-    steps = _steps(program, parents, fields["name"])
-    fields |= {"program": tuple(program), "parents": tuple(parents)}
-    return Local(**fields) if steps is None else Chain(steps, **fields)
+    last = next(o for o in program if o.name == op)
+    weighted = weighted_step(last)
+    fields |= {"program": tuple(program), "parents": tuple(parents), "op": op}
+    steps = _steps(program, parents, fields["name"]) if last is program[-1] and not fields["writes"] else None
+    if steps is None:
+        return AutogradNode(weighted=weighted if last is program[-1] else None, **fields)
+    fields["parameters"] = tuple(p for p in steps[-1].parameters if isinstance(p, nn.Parameter)) if steps else ()
+    return Chain(steps, weighted=weighted if steps and steps[-1].parameters else None, **fields)
 
 
 def _steps(program: Sequence[Op], parents: Sequence[str], name: str) -> list[Step] | None:
@@ -102,16 +106,23 @@ def _steps(program: Sequence[Op], parents: Sequence[str], name: str) -> list[Ste
         if not _is_sum(operations[0], parents):
             return None
         previous = operations.pop(0).name
+    elif not parents:
+        return None
     else:
         previous = parents[0]
     steps = []
     for op in operations:
-        step = _step(op, (name, op.name)) if op.args[:1] == (Ref(previous),) else None
-        if step is None or (op.kwargs and not (op.activation or op.pool)):
+        step = step_of(op, (name, op.name))
+        if step is None or _read(op) != [previous]:
             return None
         steps.append(step)
         previous = op.name
     return None if any(step.parameters for step in steps[:-1]) else _pooled_early(steps)
+
+
+def _read(op: Op) -> list[str]:
+    """The values that an operation reads, once each time."""
+    return [ref.name for ref in leaves_of((op.args, op.kwargs), Ref)]
 
 
 def _pooled_early(steps: Sequence[Step]) -> list[Step]:
@@ -127,46 +138,9 @@ def _pooled_early(steps: Sequence[Step]) -> list[Step]:
     return ordered
 
 
-def _step(op: Op, key: Key) -> Step | None:
-    if op.activation:  # of complex numbers, abs is not piecewise linear: `Local` sees what it gets
-        return None if op.activation.name == "abs" else Pointwise(op.activation, key)
-    if op.pool:
-        return Pool(op.pool, key)
-    if _is_flatten(op):
-        return Reshape(op)
-    if op.kind != "module" or has_hooks(op.target):
-        return None
-    make = _MODULES.get(type(op.target))
-    return make(op.target) if make else None
-
-
-def _convolution(module: Any) -> Step | None:
-    plain = module.padding_mode == "zeros" and not isinstance(module.padding, str)
-    return Convolution(module) if plain else None
-
-
-_MODULES: dict[type[nn.Module], Callable[[Any], Step | None]] = {
-    nn.Linear: Linear,
-    nn.Conv1d: _convolution,
-    nn.Conv2d: _convolution,
-    nn.Conv3d: _convolution,
-    nn.LayerNorm: LayerNorm,
-    nn.AvgPool2d: AveragePool,
-    nn.AdaptiveAvgPool2d: AveragePool,
-}
-
-
 def _is_sum(op: Op, parents: Sequence[str]) -> bool:
     """Whether an operation adds up the parents, each once, and does nothing else."""
-    adds = op.target in (operator.add, torch.add) or (op.kind == "method" and op.target == "add")
-    return adds and not op.kwargs and op.args == tuple(map(Ref, parents))
-
-
-def _is_flatten(op: Op) -> bool:
-    if op.kind == "module":
-        return type(op.target) is nn.Flatten and not has_hooks(op.target)
-    plain = all(isinstance(a, int) for a in op.args[1:])
-    return plain and (op.target is torch.flatten or (op.kind == "method" and op.target == "flatten"))
+    return op.label == "add" and not op.kwargs and sorted(_read(op)) == sorted(parents) and len(op.args) == len(parents)
 
 
 def _sum(tensors: Sequence[Tensor]) -> Tensor | None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from mep.layout import as_laid_out, layout
 
@@ -35,6 +35,10 @@ class MaxPool:
         """The pooled values and the winners."""
         name = f"{'adaptive_' if self.adaptive else ''}max_pool{self.n}d"
         return getattr(F, name)(x, **self.options, return_indices=True)
+
+    def value(self, x: Tensor) -> Tensor:
+        """The pooled values."""
+        return self.value_and_branch(x)[0]
 
     def held(self, x: Tensor, winners: Tensor) -> Tensor:
         """The values of `x` at the given winners, in their layout."""
@@ -151,31 +155,23 @@ class Windows:
         return math.prod(counts)
 
 
-_POOL_OPTIONS = ("kernel_size", "stride", "padding", "dilation", "ceil_mode")
-_POOL_MODULES = {getattr(nn, f"MaxPool{n}d"): n for n in (1, 2, 3)}
-_ADAPTIVE_MODULES = {getattr(nn, f"AdaptiveMaxPool{n}d"): n for n in (1, 2, 3)}
-_POOL_FUNCTIONS = {getattr(home, f"max_pool{n}d"): n for n in (1, 2, 3) for home in (F, torch)}
-_ADAPTIVE_FUNCTIONS = {getattr(F, f"adaptive_max_pool{n}d"): n for n in (1, 2, 3)}
+_OPTIONS = ("kernel_size", "stride", "padding", "dilation", "ceil_mode")
+_POOLS = {f"max_pool{n}d": (n, False, _OPTIONS) for n in (1, 2, 3)} | {
+    f"adaptive_max_pool{n}d": (n, True, ("output_size",)) for n in (1, 2, 3)
+}
 
 
-def pool_of_module(module: nn.Module) -> MaxPool | None:
-    """The max pooling that a module does, or None."""
-    kind = type(module)
-    if kind in _POOL_MODULES and not module.return_indices:
-        return MaxPool(_POOL_MODULES[kind], options={o: getattr(module, o) for o in _POOL_OPTIONS})
-    if kind in _ADAPTIVE_MODULES and not module.return_indices:
-        return MaxPool(_ADAPTIVE_MODULES[kind], True, {"output_size": module.output_size})
-    return None
+def pool_of(name: str, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> MaxPool | None:
+    """The max pooling that an operation does, given its arguments after the input, or None.
 
-
-def pool_of_call(target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> MaxPool | None:
-    """The max pooling that a function call on `args[0]` does, or None."""
-    if target is largest:
+    `stride=[]` and `stride=None` stand for the size of the kernel.
+    """
+    if name == "largest":
         return Largest()
-    adaptive = target in _ADAPTIVE_FUNCTIONS
-    n = _ADAPTIVE_FUNCTIONS.get(target) or _POOL_FUNCTIONS.get(target)
-    if n is None or len(args) < 1:
+    n, adaptive, names = _POOLS.get(name, (0, False, ()))
+    options = dict(zip(names, args, strict=False)) | dict(kwargs or {})
+    if not n or not options or len(args) > len(names) or not options.keys() <= set(names):
         return None
-    names = ("output_size", "return_indices") if adaptive else (*_POOL_OPTIONS, "return_indices")
-    options = dict(zip(names, args[1:], strict=False)) | dict(kwargs)
-    return None if options.pop("return_indices", False) else MaxPool(n, adaptive, options)
+    if not options.get("stride", True):
+        del options["stride"]
+    return MaxPool(n, adaptive, options)

@@ -5,32 +5,31 @@
     contract(saved, force, weight) -> one gradient a parameter: weight * (dmu/dtheta)^T force
     push(saved, tangents)  -> sum over the parents of J tangent, where J is constant
 
-`Local` does this for any operations through an autograd graph of its own, which lives as long as `saved`;
-`mep.chain.Chain` does it in closed form. There is never a graph through more than one node.
+`AutogradNode` does this for any operations through an autograd graph of its own, which lives as long as `saved`;
+`mep.graph.chain.Chain` does it in closed form. There is never a graph through more than one node.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
-from mep.activations import Activation, MaxPool, kink_of_call
+from mep.graph.closed_forms import Activation, MaxPool
+from mep.graph.ops import Op, Program, Slot, is_tensor
+from mep.hooks import without_hooks
 from mep.layout import as_laid_out, per_example
-from mep.ops import Op, has_hooks
-from mep.snapshot import Buffers, Noise, generators, set_generators
+from mep.noise import Noise, generators, set_generators
+
+if TYPE_CHECKING:
+    from mep.graph.closed_forms.weighted import WeightedStep
 
 Beta = float | Tensor
 """A nudging strength: a number, a tensor without dimensions where a step is compiled for any, or one each: [batch]."""
-
-WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-"""Modules whose parameter gradient is a sum of outer products of their input and the error of their output."""
 
 
 @dataclass
@@ -38,10 +37,10 @@ class Held:
     """What stays the same within a step, so that every evaluation sees one and the same energy.
 
     `branches`: where each piecewise-linear operation stood at the free equilibrium; `noise`: the state of the random
-    number generators before each stochastic node; `clamped`: the predictions of nodes that see only the input.
-    The first evaluation (`recording`) fills it. With `hold_branches=False` kinks stay kinks; a branch not yet known is
-    that of the evaluation in which it is first asked for. While `departures` is a
-    list, every held operation appends how many of its units are off their branch, and how many it has.
+    number generators before each stochastic node; `clamped`: the predictions of nodes that see only the input;
+    `new_buffers`: what the model writes to its buffers. The first evaluation (`recording`) fills it. With
+    `hold_branches=False` kinks stay kinks; a branch not yet known is that of the first evaluation that reads it. While
+    `departures` is a list, every held operation appends how many of its units are off their branch, and of how many.
     """
 
     hold_branches: bool = True
@@ -50,7 +49,7 @@ class Held:
     branches: dict[tuple[str, str], Tensor] = field(default_factory=dict)
     noise: dict[str, Noise] = field(default_factory=dict)
     clamped: dict[str, tuple[Tensor, Any]] = field(default_factory=dict)
-    buffers: Buffers | None = None
+    new_buffers: dict[Slot, Tensor] = field(default_factory=dict)
 
     def on_branch(self, key: tuple[str, str], piece: Activation | MaxPool, x: Tensor) -> Tensor:
         """The operation on the branch of that key, which is that of `x` if it is not known yet."""
@@ -68,12 +67,14 @@ class Held:
             self.departures.append((piece.left_branch(x.detach(), branch).sum(), branch.numel()))
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Node:
     """One prediction of the model, or a junction: a parameter-free value that several nodes read.
 
-    `parents` names the values it reads; `flows[i]` says whether a force may reach parent i (an input is clamped).
-    `box` bounds the state of a Hopfield node. A junction owns no state: forces pass through it.
+    `program` are the operations from the `parents` to the prediction, which is the value of `op`. `flows[i]` says
+    whether a force may reach parent i (an input is clamped). `writes` are buffers of the model with the values, of this
+    program, that they are to have. `box` bounds the state of a Hopfield node. `weighted` is the linear layer or
+    convolution that the program ends in, if it does. A junction owns no state: forces pass through it.
     """
 
     name: str
@@ -82,25 +83,31 @@ class Node:
     owns_state: bool
     program: tuple[Op, ...]
     parameters: tuple[nn.Parameter, ...]
+    op: str = ""
+    writes: tuple[tuple[Slot, str], ...] = ()
     box: tuple[float, float] = (-math.inf, math.inf)
+    weighted: WeightedStep | None = None
+    shape: tuple[Any, ...] = ()
 
     def __post_init__(self) -> None:
+        self.op = self.op or self.program[-1].name
         self.clamped = not any(self.flows)
         """Whether it sees only the input, so that its prediction never changes while settling."""
-        self.runs_foreign_code = any(op.kind == "module" and _is_foreign(op.target) for op in self.program)
-        """Whether it keeps a module whole that is not torch's own."""
+        self.runs_foreign_code = any(op.whole for op in self.program)
+        """Whether it keeps a module or function whole."""
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.name}, reading {', '.join(self.parents)}>"
+
+    @property
+    def where(self) -> str:
+        """Its name and the line of the model's source."""
+        return f"node `{self.name}`" + (f" ({self.program[-1].where})" if self.program[-1].where else "")
 
     @property
     def is_affine_when_held(self) -> bool:
         """Whether J is constant while the branches are held, as far as is known."""
         return False
-
-    @property
-    def weighted(self) -> nn.Module | None:
-        """The linear layer or convolution that the program ends in, if it does; see `weighted_input`."""
-        last = self.program[-1]
-        plain = last.kind == "module" and type(last.target) in WEIGHTED and not has_hooks(last.target)
-        return last.target if plain else None
 
     def weighted_input(self, saved: Any) -> Tensor:
         """What `weighted` was applied to."""
@@ -145,7 +152,7 @@ class Node:
     """Whether `saved` consists of tensors whose rows are the examples, see `mep.layout.replace_rows_`."""
 
 
-class Local(Node):
+class AutogradNode(Node):
     """Any operations, through a small autograd graph local to the node.
 
     A clamped node's graph is kept over the sweeps of a step, hence `retain_graph`.
@@ -153,30 +160,26 @@ class Local(Node):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.takes_any_layout = all(
-            op.kind == "module" and type(op.target) is nn.BatchNorm2d and not has_hooks(op.target)
-            for op in self.program
+        self.takes_any_layout = all("batch_norm" in op.label or op.label == "getitem" for op in self.program)
+        """Whether it is as fast, and the same, with channels last; torch 2.13 crashes in other norms there."""
+        reads = self.weighted.reads if self.weighted else self.op
+        self._run = Program(self.program, self.parents, [self.op, reads], self.name)
+        self._run_and_write = Program(
+            self.program, self.parents, [self.op, reads, *(value for _, value in self.writes)], self.name
         )
-        """Whether it is as fast, and the same, with channels last: else it gets what `view` needs."""
 
     def predict(self, parents: Sequence[Any], held: Held) -> tuple[Tensor, Any]:
         """Run the recorded operations on detached parents."""
+        run = self._run_and_write if held.recording and self.writes else self._run
         with torch.enable_grad():
             inputs = [
-                self._laid_out(p).detach().requires_grad_()
-                if flows and (p.is_floating_point() or p.is_complex())
-                else p
+                self._laid_out(p).detach().requires_grad_() if flows and is_tensor(p) else p
                 for p, flows in zip(parents, self.flows, strict=True)
             ]
-            values = dict(zip(self.parents, inputs, strict=True))
             with _same_noise(self, held):
-                for op in self.program:
-                    with HeldInside(self.name, op, held) if _is_opaque(op) and held.hold_branches else nullcontext():
-                        values[op.name] = self._run(op, values, held)
-            last = self.program[-1]
-            h = values[last.args[0].name].detach() if self.weighted else None
-            mu = values[last.name]
-        return mu.detach(), (inputs, mu, h)
+                mu, h, *new = run(held, *inputs)
+        held.new_buffers.update((slot, value.detach()) for (slot, _), value in zip(self.writes, new, strict=False))
+        return mu.detach(), (inputs, mu, h.detach() if self.weighted else None)
 
     def _laid_out(self, p: Tensor) -> Tensor:
         return p if self.takes_any_layout else p.contiguous()
@@ -184,13 +187,6 @@ class Local(Node):
     def weighted_input(self, saved: Any) -> Tensor:
         """Kept by the autograd graph anyway."""
         return saved[2]
-
-    def _run(self, op: Op, values: dict[str, Any], held: Held) -> Any:
-        piece = op.pool or (op.activation if op.activation and op.activation.piecewise else None)
-        if piece is None or not held.hold_branches:
-            return op.run(values)
-        x = values[op.args[0].name]
-        return op.run(values) if x.is_complex() else held.on_branch((self.name, op.name), piece, x)
 
     def pull(self, saved: Any, force: Tensor) -> Sequence[Tensor | None]:
         """One backward pass through this node."""
@@ -206,37 +202,9 @@ class Local(Node):
         """One backward pass to this node's parameters."""
         _, mu, _ = saved
         wanted = [p for p in self.parameters if p.requires_grad]
-        found = dict(zip(wanted, _grad(mu, wanted, as_laid_out(force, mu)), strict=True))
-        return [None if (g := found.get(p)) is None else g * weight for p in self.parameters]
-
-
-class HeldInside(TorchFunctionMode):
-    """Holds the kinks inside a module that is kept whole: its calls of ReLU, max pooling... in their order."""
-
-    def __init__(self, node: str, op: Op, held: Held):
-        super().__init__()
-        self.node, self.op, self.held, self.calls = node, op, held, 0
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        name = getattr(func, "__name__", "")
-        target = name if getattr(Tensor, name, None) is func else func
-        piece = kink_of_call(target, args, kwargs) if args and isinstance(args[0], Tensor) else None
-        if piece is None:
-            return func(*args, **kwargs)
-        self.calls += 1
-        return self.held.on_branch((self.node, f"{self.op.name}/{self.calls}"), piece, args[0])
-
-
-def _is_foreign(module: nn.Module) -> bool:
-    return any(not type(m).__module__.startswith("torch.") for m in module.modules())
-
-
-def _is_opaque(op: Op) -> bool:
-    """Whether a module is kept whole that is more than one operation."""
-    return op.kind == "module" and any(True for _ in op.target.children())
+        with without_hooks(wanted):
+            found = dict(zip(wanted, _grad(mu, wanted, as_laid_out(force, mu)), strict=True))
+        return [None if (g := found.get(p)) is None else g.to_dense() * weight for p in self.parameters]
 
 
 def _grad(output: Tensor, inputs: Sequence[Tensor], force: Tensor) -> Sequence[Tensor | None]:

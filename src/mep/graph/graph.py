@@ -6,12 +6,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from mep.activations import Kink
 from mep.errors import InputError
-from mep.nodes import Held, Node
-from mep.snapshot import Snapshot
+from mep.graph.closed_forms import Kink
+from mep.graph.inputs import describe, flattened
+from mep.graph.node import Held, Node
+from mep.graph.ops import Program, Ref, Slot
+from mep.graph.table import table_of
 
 Transmit = Callable[[Node, Tensor | None], Tensor | None]
 
@@ -25,16 +28,50 @@ class Point:
     saved: Mapping[str, Any]
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True, eq=False)
+class Write:
+    """What a model writes to its buffers beside its nodes: a program from some values of a point."""
+
+    program: Program
+    reads: tuple[str, ...]
+    slots: tuple[Slot, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class CostProgram:
+    """A cost that reads more than output and target: penalties on parameters, values left on modules, own modules.
+
+    `run` computes it, one number or one per example, from the graph's output (`join.split` makes states of it), the
+    inputs by name and the leaves of the target.
+    """
+
+    run: Program
+    join: Any
+    inputs: tuple[Any, ...]
+    parameters: tuple[nn.Parameter, ...]
+
+
+@dataclass(eq=False, repr=False)
 class Graph:
-    """Nodes in topological order. `inputs` are the clamped arguments of `forward`, `output` the node of its result."""
+    """Nodes in topological order. `inputs` are the clamped arguments of `forward`, `output` the node of its result.
+
+    `structure` is that of the batch that was captured, and `leaves` its leaves: the name of a tensor, or the value of
+    anything else, which is fixed. `kept` are the parameters of modules kept whole. `sizes` has a number for every
+    dimension of every tensor that was recorded, or a symbol that stands for any size between two.
+    """
 
     model: nn.Module
     inputs: tuple[str, ...]
     nodes: tuple[Node, ...]
     output: str
+    structure: Any = None
+    leaves: tuple[Any, ...] = ()
+    writes: tuple[Write, ...] = ()
+    cost: CostProgram | None = None
+    kept: tuple[nn.Parameter, ...] = ()
+    sizes: Sequence[tuple[Any, ...]] = ()
     kinks: Mapping[str, Kink] = field(default_factory=dict)
-    """Junction -> the operation with kinks that it is, directly behind a state (`trace_kinks` only)."""
+    """Junction -> the operation with kinks that it is, directly behind a state (`branches="exact"` only)."""
 
     def __post_init__(self) -> None:
         self.states = tuple(n for n in self.nodes if n.owns_state)
@@ -55,7 +92,20 @@ class Graph:
         """Whether no Jacobian couples two examples; None until checked."""
         self.selects: dict[int, bool] = {}
         """Size of batch -> whether some of its examples can be evaluated without the others, where that was tried."""
-        self.snapshot = Snapshot(self.model)
+
+    def __str__(self) -> str:
+        """A table: node, operations, shape, parameters, parents, module and source line."""
+        return table_of(self)
+
+    def __repr__(self) -> str:
+        return f"<Graph of {type(self.model).__name__}: {len(self.nodes)} nodes, {len(self.states)} states>"
+
+    @property
+    def share_kept(self) -> tuple[int, int]:
+        """How many numbers of the trained parameters are inside modules kept whole, and how many there are."""
+        inside = set(self.kept)
+        trained = [p for p in self.parameters if p.requires_grad]
+        return sum(p.numel() for p in trained if p in inside), sum(p.numel() for p in trained)
 
     def _last_read(self) -> dict[str, list[str]]:
         reached = {self.output}
@@ -63,20 +113,19 @@ class Graph:
             if node.name in reached:
                 reached.update(p for p, flows in zip(node.parents, node.flows, strict=True) if flows)
         last_read: dict[str, list[str]] = {node.name: [] for node in self.nodes}
+        written = {name for write in self.writes for name in write.reads}
         for node in self.nodes:
-            if self.readers[node.name] and node.name in reached:
+            if self.readers[node.name] and node.name in reached and node.name not in written:
                 last_read[self.readers[node.name][-1].name].append(node.name)
         return last_read
 
     def bind(self, x: Any) -> dict[str, Any]:
         """The inputs by name, detached: `x` is a tensor, a tuple (by position) or a dict (by name)."""
-        if isinstance(x, Mapping):
-            values = dict(x)
-        else:
-            values = dict(zip(self.inputs, x if isinstance(x, (tuple, list)) else (x,), strict=False))
-        if set(values) != set(self.inputs) or (isinstance(x, (tuple, list)) and len(x) != len(values)):
+        values, structure = flattened(x)
+        if structure != self.structure or len(values) != len(self.leaves):
             raise InputError(f"The model takes the inputs {', '.join(self.inputs)}; got {describe(x)}.")
-        return {k: v.detach() if isinstance(v, Tensor) else v for k, v in values.items()}
+        pairs = zip(self.leaves, values, strict=True)
+        return {name.name: value.detach() for name, value in pairs if isinstance(name, Ref)}
 
     def evaluate(
         self,
@@ -91,8 +140,6 @@ class Graph:
         What was known `before` is kept where no parent has moved since, that is, where its value is the same object.
         A `lean` point forgets the values and predictions that have been read, see `last_read`.
         """
-        if held.buffers and not held.recording:
-            held.buffers.rewind()
         values, predictions = dict(inputs), dict[str, Tensor]()
         saved: dict[str, Any] = {}
         for node in self.nodes:
@@ -110,12 +157,15 @@ class Graph:
                 for name in self.last_read[node.name]:
                     del values[name]
                     predictions.pop(name, None)
+        if held.recording:
+            with torch.no_grad():
+                for write in self.writes:
+                    new = write.program(held, *(values[name] for name in write.reads))
+                    held.new_buffers.update(zip(write.slots, new, strict=True))
         return Point(values, predictions, saved)
 
     def reevaluate(self, node: Node, values: Mapping[str, Any], held: Held) -> tuple[Any, Any]:
         """One node alone, within a step: its prediction from these values, and what its `pull` needs."""
-        if held.buffers:
-            held.buffers.rewind()
         return node.evaluate([values[p] for p in node.parents], held)
 
     def pull(self, saved: Mapping[str, Any], output_force: Tensor | None, transmit: Transmit) -> None:
@@ -189,10 +239,3 @@ class Graph:
                 if g is not None:
                     total[p] = total[p] + g if p in total else g
         return total
-
-
-def describe(x: Any) -> str:
-    """What kind of input this is, for messages."""
-    if isinstance(x, Mapping):
-        return "a dict of " + ", ".join(map(str, x))
-    return f"a tuple of {len(x)}" if isinstance(x, (tuple, list)) else type(x).__name__

@@ -1,0 +1,84 @@
+"""Reading a model: `torch.export` records it, `reading.py` makes nodes of the record, `proof.py` compares the two."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import nn
+
+from mep.capture.export import Leaves as Leaves
+from mep.capture.export import check_leaves as check_leaves
+from mep.capture.export import export
+from mep.capture.kinks import read_kinks
+from mep.capture.reading import Reading
+from mep.errors import ArgumentError, InputError, TraceError
+from mep.graph.graph import Graph
+from mep.graph.inputs import flattened, unflattened
+
+
+def trace(model: nn.Module, x: Any, leaves: Leaves = ()) -> Graph:
+    """The graph of a model: nodes, junctions and what connects them. `print` shows it as a table.
+
+    Args:
+        model: any module that `torch.export` can record. It is not changed.
+        x: an example input, [batch, ...]; a tuple or dict for several.
+        leaves: module types, or qualified names, that are kept whole: autograd inside, equilibrium between.
+
+    Raises:
+        TraceError: the model cannot be represented; the message names the place and the way out.
+
+    Example:
+        >>> import mep, torch
+        >>> net = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+        >>> [(node.name, node.parents) for node in mep.trace(net, torch.ones(2, 4)).nodes]
+        [('0', ('input',)), ('2', ('0',))]
+    """
+    return capture(model, x, leaves)
+
+
+def _read(model: nn.Module, x: Any, leaves: Leaves, cost: Callable[..., Any] | None, target: Any) -> Reading:
+    """A batch of one example is recorded as two, so that it has the graph of all others."""
+    if len(next(leaf for leaf in flattened(x)[0] if hasattr(leaf, "shape"))) == 1:
+        with suppress(TraceError):
+            reading = Reading(export(model, _twice(x), leaves, cost, _twice(target)), model, x)
+            if not isinstance(reading.batch, int):
+                return reading
+    with suppress(TraceError):
+        return Reading(export(model, x, leaves, cost, target), model, x)
+    # Sizes that were symbols may have become numbers on the way.
+    return Reading(export(model, x, leaves, cost, target, symbols=False), model, x)
+
+
+def _twice(x: Any) -> Any:
+    leaves, structure = flattened(x)
+    double = [torch.cat([v, v]) if isinstance(v, torch.Tensor) and v.ndim and len(v) == 1 else v for v in leaves]
+    return unflattened(double, structure)
+
+
+def capture(
+    model: nn.Module,
+    x: Any,
+    leaves: Leaves = (),
+    energy: str = "prediction",
+    branches: str = "held",
+    cost: Callable[..., Any] | None = None,
+    target: Any = None,
+) -> Graph:
+    """As `trace`, for an energy and a treatment of branches, and with a cost function that is recorded beside.
+
+    - "prediction", "held": states behind the operations that read parameters.
+    - "prediction", "exact": every kink is a junction of its own as well, directly behind a state.
+    - "hopfield": states behind the activations, each in the interval onto which that projects.
+    """
+    if not isinstance(model, nn.Module):
+        raise ArgumentError(f"trace(model={model!r}): must be a torch.nn.Module.")
+    if not any(hasattr(leaf, "shape") for leaf in flattened(x)[0]):
+        raise InputError(f"x must be a tensor, or a tuple or dict of them, not {type(x).__name__}: torch.as_tensor(x).")
+    reading = _read(model, x, leaves, cost, target)
+    if energy == "hopfield":
+        reading.move_states_behind_activations()
+        return reading.graph()
+    return reading.graph() if branches == "held" else read_kinks(reading)

@@ -1,0 +1,58 @@
+"""A cost that was recorded with its model: it may read parameters, values inside the model, and its input."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mep.cost import BatchCost
+from mep.errors import InputError
+from mep.graph.graph import Graph
+from mep.graph.inputs import flattened
+from mep.hooks import without_hooks
+
+
+class RecordedCost(BatchCost):
+    """The cost of one batch as a function of the graph's output; one number stands for the mean of all examples'.
+
+    Args:
+        graph: with a cost.
+        inputs: of the batch, by name.
+        target: what the cost function takes.
+    """
+
+    def __init__(self, graph: Graph, inputs: Mapping[str, Any], target: Any):
+        assert graph.cost is not None
+        self.program = graph.cost
+        leaves = [v for v in flattened(target)[0] if isinstance(v, Tensor)]
+        self.given = [leaves[name[1]] if isinstance(name, tuple) else inputs[name] for name in self.program.inputs]
+
+    def value(self, output: Tensor) -> Tensor:
+        parts = self.program.join.split(output) if self.program.join else [output]
+        (value,) = self.program.run(None, *parts, *self.given)
+        if value.ndim == 0:
+            return value.expand(len(output))
+        if value.shape != output.shape[:1]:
+            raise InputError(
+                f"cost: the function must return one number per example, shape {tuple(output.shape[:1])}, or one for "
+                f"the batch, got {tuple(value.shape)}."
+            )
+        return value
+
+    def gradient(self, output: Tensor) -> Tensor:
+        """By autograd through the cost alone."""
+        with torch.enable_grad():
+            leaf = output.detach().requires_grad_()
+            (gradient,) = torch.autograd.grad(self.value(leaf).sum(), leaf)
+        return gradient
+
+    def parameter_gradient(self, output: Tensor, weight: float) -> dict[nn.Parameter, Tensor]:
+        trained = [p for p in self.program.parameters if p.requires_grad]
+        if not trained:
+            return {}
+        with without_hooks(trained), torch.enable_grad():
+            found = torch.autograd.grad(self.value(output.detach()).sum(), trained, allow_unused=True)
+        return {p: g * weight for p, g in zip(trained, found, strict=True) if g is not None}

@@ -1,0 +1,304 @@
+"""The proof, on a batch, that a graph is its model: the same loss, the same new buffers, the same gradient.
+
+The model's side is the user's own model and cost, run as they are, and autograd through them. The graph's side is the
+free equilibrium, backpropagation's errors carried back by the nodes' own `pull`, and `contract`: the limit of
+equilibrium propagation for beta -> 0, by the very operations that settling uses. Never autograd over the graph.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mep.capture import Leaves, capture
+from mep.capture.cost import RecordedCost
+from mep.capture.state import Buffers, Snapshot, copied_together, trained_parameters, untouched
+from mep.cost import make_cost, mean_cost, recorded_function
+from mep.energy import FREE, Energy, make_coupling
+from mep.errors import MepError, TraceError
+from mep.graph.graph import Graph
+from mep.graph.inputs import call_model, flattened, unflattened
+from mep.graph.node import Held, Node
+from mep.hooks import without_hooks
+from mep.noise import generators, set_generators
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """How far two gradients of one parameter may differ: `relative` to its norm, plus `absolute` of all together."""
+
+    relative: float
+    absolute: float
+    loose: float
+    """What passes where no more accurate comparison is possible."""
+
+
+BOUNDS = {
+    torch.float64: Bounds(1e-7, 1e-11, 1e-7),
+    torch.float32: Bounds(1e-3, 1e-5, 2e-2),
+    torch.bfloat16: Bounds(5e-2, 5e-2, 0.3),
+    torch.float16: Bounds(1e-2, 1e-2, 0.3),
+}
+"""By the least accurate dtype of the parameters, or of autocast. What exceeds them is compared again in float64."""
+
+
+@dataclass(frozen=True, eq=False)
+class Proof:
+    """What is compared: a graph, and the model and cost that it is to be."""
+
+    model: nn.Module
+    graph: Graph
+    cost: Any
+    energy: str
+    branches: str
+    leaves: Leaves
+    snapshot: Snapshot | None = None
+
+
+@dataclass(frozen=True)
+class Side:
+    """What one of the two computes on a batch."""
+
+    loss: float
+    gradients: Mapping[nn.Parameter, Tensor]
+    buffers: Sequence[Tensor]
+
+
+def loss_of(model: nn.Module, cost: Any, x: Any, target: Any) -> Tensor:
+    """The mean cost of a batch by the model itself, with autograd's graph if that is on."""
+    return mean_cost(cost, call_model(model, x), target)
+
+
+def prove(proof: Proof, x: Any, target: Any, rows: int | None = None) -> bool:
+    """Compare the two sides; False where the loss is not finite, so that nothing can be compared.
+
+    Args:
+        proof: what is compared.
+        x: the input of a batch.
+        target: its target.
+        rows: compare on so many of the first examples only, where sizes of the batch are free.
+
+    Raises:
+        TraceError: they differ; the message names the parameter, the node and the source line.
+    """
+    x, target = _first(proof, x, target, rows)
+    wanted, found = _sides(proof, x, target)
+    if not math.isfinite(wanted.loss):
+        return False
+    bounds = _bounds(proof.model, x)
+    complaint = _complaint(proof, wanted, found, bounds.relative, bounds.absolute)
+    if complaint is None:
+        return True
+    again = _in_double(proof, x, target) if bounds.relative > BOUNDS[torch.float64].relative else complaint
+    if again is _IMPOSSIBLE:
+        again = _complaint(proof, wanted, found, bounds.loose, bounds.loose)
+    if again is not None:
+        raise TraceError(again)
+    return True
+
+
+def _sides(proof: Proof, x: Any, target: Any) -> tuple[Side, Side]:
+    """The model run twice, and the graph once: same batch, same buffers, same random numbers; nothing is changed."""
+    criterion = [proof.cost] if isinstance(proof.cost, nn.Module) else []
+    kept = [(p, p._version, p.detach().clone()) for p in proof.graph.kept]
+    with untouched(proof.model, *criterion) as buffers:
+        noise = generators(everyones=True)
+        wanted = _model_side(proof, x, target, buffers)
+        written = [(p, old) for p, version, old in kept if p._version != version or not torch.equal(p, old)]
+        if written:
+            with torch.no_grad():
+                for p, old in written:
+                    p.copy_(old)
+            raise TraceError(
+                f"{type(proof.model).__name__} writes to its parameter `{_named(proof, written[0][0])}` in forward, "
+                "inside a module kept whole, in every evaluation. Way out: write after the step, or make it a buffer."
+            )
+        after, first = generators(everyones=True), _changes(proof)
+        buffers.undo()
+        set_generators(noise)
+        with torch.no_grad():
+            again = float(loss_of(proof.model, proof.cost, x, target))
+        _check_repeats(proof, wanted, again, buffers.values(), first)
+        buffers.undo()
+        set_generators(noise)
+        found = _graph_side(proof, x, target, buffers)
+        if after.differs(generators(everyones=True)):
+            raise TraceError(
+                f"{type(proof.model).__name__} draws random numbers that its graph does not: from Python's or NumPy's "
+                "generator, or in code that was not recorded. Way out: torch.rand_like(x), nn.Dropout, or keep the "
+                "module that draws them whole, leaves=(ThatModule,)."
+            )
+    return wanted, found
+
+
+def _model_side(proof: Proof, x: Any, target: Any, buffers: Buffers) -> Side:
+    trained = trained_parameters(proof.model, proof.cost)
+    trained += [p for p in proof.graph.parameters if p.requires_grad and all(p is not q for q in trained)]
+    with torch.enable_grad(), without_hooks(trained):
+        loss = loss_of(proof.model, proof.cost, x, target)
+        found = torch.autograd.grad(loss, trained, allow_unused=True) if loss.requires_grad else [None] * len(trained)
+    gradients = {p: g.to_dense().detach() for p, g in zip(trained, found, strict=True) if g is not None}
+    return Side(float(loss.detach()), gradients, buffers.values())
+
+
+@torch.no_grad()
+def _graph_side(proof: Proof, x: Any, target: Any, buffers: Buffers) -> Side:
+    graph, batch = proof.graph, len(next(t for t in flattened(x)[0] if isinstance(t, Tensor)))
+    held = Held(hold_branches=proof.branches == "held" and proof.energy == "prediction")
+    energy = Energy(graph, make_coupling(proof.energy), graph.bind(x), held, batch)
+    free = energy.rest()
+    held.recording = False
+    output = energy.output(free)
+    cost: Any = RecordedCost(graph, energy.inputs, target) if graph.cost else make_cost(proof.cost)(output, target)
+    errors: dict[str, Tensor] = {}
+
+    def transmit(node: Node, force: Tensor | None) -> Tensor | None:
+        if node.owns_state and force is None:
+            force = torch.zeros_like(free.values[node.name])
+        if node.owns_state and node.box != FREE and force is not None:
+            mu = free.predictions[node.name]
+            force = force * ((mu > node.box[0]) & (mu < node.box[1]))
+        if node.owns_state and force is not None:
+            errors[node.name] = force
+        return force
+
+    graph.pull(free.saved, cost.gradient(output), transmit)
+    gradients = graph.contract(free, errors, 1 / batch)
+    for p, g in cost.parameter_gradient(output, 1 / batch).items():
+        gradients[p] = gradients[p] + g if p in gradients else g
+    loss = float(cost.value(output).mean())
+    for slot, value in held.new_buffers.items():
+        slot.home[slot.key].copy_(value)
+    return Side(loss, gradients, buffers.values())
+
+
+def _complaint(proof: Proof, wanted: Side, found: Side, relative: float, absolute: float) -> str | None:
+    """What differs, or None."""
+    name = type(proof.model).__name__
+    whole = math.sqrt(sum(float(g.double().square().sum()) for g in wanted.gradients.values()))
+    worst: tuple[float, nn.Parameter | None] = (1.0, None)
+    for p in dict.fromkeys((*wanted.gradients, *found.gradients)):
+        b, g = wanted.gradients.get(p), found.gradients.get(p)
+        size = 0.0 if b is None else float(b.double().norm())
+        off = float((_or_zero(g, p) - _or_zero(b, p)).norm()) / (relative * size + absolute * whole + 1e-300)
+        if not off <= worst[0]:
+            worst = off, p
+    if worst[1] is not None:
+        p = worst[1]
+        b, g = _or_zero(wanted.gradients.get(p), p), _or_zero(found.gradients.get(p), p)
+        off = float((g - b).norm()) / max(float(b.norm()), 1e-300)
+        nodes = [node.where for node in proof.graph.nodes if any(q is p for q in node.parameters)]
+        return (
+            f"The graph of {name} is not {name}: the gradient of `{_named(proof, p)}` differs from autograd's by "
+            f"{off:.2g} of its size, in {', '.join(nodes[:3]) or 'no node: nothing that was recorded reads it'}. "
+            "Something in forward is not seen: a value written in place, a gradient changed by hand. Way out: keep the "
+            "module that does so whole, leaves=(ThatModule,)."
+        )
+    if not abs(wanted.loss - found.loss) <= (relative + absolute) * (1 + abs(wanted.loss)):
+        return (
+            f"The graph of {name} is not {name}: its loss is {found.loss:.6g} and the model's {wanted.loss:.6g}. Way "
+            "out: keep the module that is not seen whole, leaves=(ThatModule,)."
+        )
+    for b, g in zip(wanted.buffers, found.buffers, strict=True):
+        scale = (relative + absolute) * (float(b.double().abs().max()) if b.numel() and not b.is_complex() else 1.0)
+        if b.shape != g.shape or not torch.allclose(b, g, rtol=relative, atol=scale, equal_nan=True):
+            which = [n for n, own in proof.model.named_buffers() if own.shape == b.shape]
+            return (
+                f"The graph of {name} is not {name}: a buffer like `{(which or ['?'])[0]}` is written otherwise. Way "
+                "out: keep the module that writes it whole, leaves=(ThatModule,)."
+            )
+    return None
+
+
+def _or_zero(g: Tensor | None, p: Tensor) -> Tensor:
+    return torch.zeros_like(p, dtype=torch.float64) if g is None else g.detach().double()
+
+
+def _changes(proof: Proof) -> dict[tuple[int, Any], Any]:
+    """What the model has noted down on itself, and how it stands now."""
+    if proof.snapshot is None:
+        return {}
+    return {key: proof.snapshot.fact(key) for key in proof.snapshot.changes()}
+
+
+def _check_repeats(
+    proof: Proof, wanted: Side, again: float, buffers: Sequence[Tensor], first: Mapping[tuple[int, Any], Any]
+) -> None:
+    """Whether a second run did what the first one did; what it notes down once and for all may stay."""
+    name, snapshot = type(proof.model).__name__, proof.snapshot
+    way_out = "no graph can hold it. Way out: keep it in a buffer (register_buffer), or give it to forward as an input."
+    if snapshot is not None:
+        second = _changes(proof)
+        for key, fact in second.items():
+            if isinstance(fact, (bool, int, float, str)) and first.get(key) != fact and not isinstance(key[1], tuple):
+                raise TraceError(f"{snapshot.named(key)} of {name} changes whenever forward runs: {way_out}")
+        snapshot.notes |= second.keys()
+    slack = 1e-5 * (1 + abs(again))
+    if math.isfinite(again) and not abs(again - wanted.loss) <= slack:
+        raise TraceError(
+            f"{name} computes something else when it is run a second time on the same batch with the same random "
+            f"numbers (loss {wanted.loss:.6g}, then {again:.6g}): it keeps state that is no buffer, and {way_out}"
+        )
+
+
+def _bounds(model: nn.Module, x: Any) -> Bounds:
+    device = next(t for t in flattened(x)[0] if isinstance(t, Tensor)).device.type
+    dtypes = [p.dtype for p in model.parameters() if p.is_floating_point()]
+    if torch.is_autocast_enabled(device):
+        dtypes.append(torch.get_autocast_dtype(device))
+    return max((BOUNDS.get(dtype, BOUNDS[torch.float32]) for dtype in dtypes), key=lambda b: b.relative)
+
+
+_IMPOSSIBLE = "no copy in double precision"
+
+
+def _in_double(proof: Proof, x: Any, target: Any) -> str | None:
+    """The same comparison of a copy in float64, captured anew: where a kink is near, or the precision low."""
+    device = next(t for t in flattened(x)[0] if isinstance(t, Tensor)).device.type
+    with torch.autocast(device, enabled=False):
+        try:
+            twin, cost = copied_together(proof.model, proof.cost)
+            twin.double()
+            if isinstance(cost, nn.Module):
+                cost.double()
+            x, target = _double(x), _double(target)
+            function = recorded_function(cost) if proof.graph.cost else None
+            graph = capture(twin, x, proof.leaves, proof.energy, proof.branches, function, target)
+            again = Proof(twin, graph, cost, proof.energy, proof.branches, proof.leaves)
+            wanted, found = _sides(again, x, target)
+        except (RuntimeError, TypeError, MepError):
+            return _IMPOSSIBLE
+        bounds = BOUNDS[torch.float64]
+        return _complaint(again, wanted, found, bounds.relative, bounds.absolute)
+
+
+def _double(x: Any) -> Any:
+    leaves, structure = flattened(x)
+    return unflattened(
+        [v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for v in leaves], structure
+    )
+
+
+def _first(proof: Proof, x: Any, target: Any, rows: int | None) -> tuple[Any, Any]:
+    """The first examples of a batch, where the graph takes fewer."""
+    values, structure = flattened(x)
+    targets, target_structure = flattened(target)
+    sizes = proof.graph.sizes
+    batch = len(next(t for t in values if isinstance(t, Tensor)))
+    symbol = sizes[0][0] if sizes and sizes[0] else None
+    if rows is None or rows >= batch or not isinstance(symbol, tuple) or rows < symbol[1]:
+        return x, target
+
+    def cut(leaves: list[Any]) -> list[Any]:
+        return [v[:rows] if isinstance(v, Tensor) and v.ndim and len(v) == batch else v for v in leaves]
+
+    return unflattened(cut(values), structure), unflattened(cut(targets), target_structure)
+
+
+def _named(proof: Proof, p: nn.Parameter) -> str:
+    return next((name for name, own in proof.model.named_parameters() if own is p), f"a parameter of {tuple(p.shape)}")

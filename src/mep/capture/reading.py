@@ -1,0 +1,494 @@
+"""What a recorded graph says: which operations need a state, and which merely feed them.
+
+A **node** is an operation that reads parameters, together with the parameter-free operations that feed it; it owns a
+state, and so does the output. A parameter-free value that several nodes read becomes a **junction**: computed once, no
+state. Expressions of parameters alone belong to the nodes that use them.
+
+    linear -> relu -> linear           nodes: (linear) (relu, linear)
+    h = fc1(x);  fc2(h) + h            nodes: (fc1) (fc2) (add: the output)
+
+A state has the examples as rows. What reads parameters and has none (a batch mean, weights that are computed from the
+input, integers) is computed anew within every node that reads it.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from mep.capture.export import Exported, source_line
+from mep.capture.rewriting import in_few_forms, label, value
+from mep.capture.whole import KeptModule, Whole
+from mep.errors import TraceError
+from mep.graph.chain import make_node
+from mep.graph.closed_forms import activation_of, pool_of
+from mep.graph.closed_forms.activations import own_state
+from mep.graph.graph import CostProgram, Graph, Write
+from mep.graph.inputs import flattened, input_names
+from mep.graph.node import Node
+from mep.graph.ops import Op, Program, Ref, Slot, leaves_of
+
+Box = tuple[float, float]
+_FREE: Box = (-math.inf, math.inf)
+_SHAPE_ONLY = {
+    "ones_like", "zeros_like", "empty_like", "full_like", "rand_like", "randn_like", "randint_like", "new_zeros",
+    "new_ones", "new_empty", "new_full", "sym_size", "sym_numel", "sym_stride",
+}  # fmt: skip
+"""Operations whose result does not depend on the numbers that they are given."""
+
+
+class Reading:
+    """A recorded graph on its way to nodes: `roots` are the values with a state, and their boxes."""
+
+    def __init__(self, exported: Exported, model: nn.Module, x: Any):
+        self.exported, self.model, self.fx, self.slots = exported, model, exported.graph, exported.slots
+        leaves, self.structure = flattened(x)
+        named = zip(input_names(model, x), leaves, strict=True)
+        tensors = iter(exported.inputs)
+        self.leaves = tuple(Ref(name) if isinstance(v, Tensor) else v for name, v in named)
+        self.inputs = {next(tensors): ref.name for ref in self.leaves if isinstance(ref, Ref)}
+        self.batch = value(exported.inputs[0]).shape[0]
+        in_few_forms(self.fx, exported.inputs)
+        self.read()
+
+    def read(self) -> None:
+        """Read the graph as it stands now."""
+        self.nodes = [n for n in self.fx.nodes if n.op == "call_function"]
+        self.alias: dict[fx.Node, fx.Node] = {}
+        self.data: dict[fx.Node, bool] = dict.fromkeys(self.inputs, True)
+        self.parametrised: dict[fx.Node, bool] = {
+            n: isinstance(slot.value, nn.Parameter) for n, slot in self.slots.items()
+        }
+        self.needed: set[fx.Node] = set()
+        self.output: fx.Node
+        self.by_example: set[fx.Node] = set()
+        self.roots: dict[fx.Node, Box] = {}
+        self.junctions: set[fx.Node] = set()
+        first: dict[tuple[fx.Node, Any], fx.Node] = {}
+        in_cost: set[fx.Node] = set()
+        for n in self.nodes:
+            reads = [] if label(n) in _SHAPE_ONLY else n.all_input_nodes
+            self.data[n] = isinstance(value(n), (Tensor, tuple, list, type(None))) and any(map(self._is_data, reads))
+            self.parametrised[n] = any(self.parametrised.get(a, False) and not self._is_data(a) for a in reads)
+            if n.target is operator.getitem:
+                self.alias[n] = first.setdefault((n.args[0], n.args[1]), n)
+                self.parametrised[n] = self.parametrised.get(n.args[0], False)
+            if self._is_by_example(n):
+                self.by_example.add(n)
+            if self._is_of_the_cost(n) or any(a in in_cost for a in n.all_input_nodes):
+                in_cost.add(n)  # the parameters of the cost have their gradient from it alone
+            elif (self.data[n] and self.parametrised[n] and self._can_be_state(n)) or n.target is own_state:
+                self.roots[self.alias.get(n, n)] = _FREE
+            elif self._is_random(n) and not isinstance(value(n), (tuple, list)):
+                self.junctions.add(self.alias.get(n, n))  # noise is drawn in the model's order
+        self.alias = {n: a for n, a in self.alias.items() if a is not n}
+        self.names = self._names()
+        self._find_output()
+        self.ops = {n: self._op(n) for n in self.nodes}
+
+    def data_ops(self) -> list[fx.Node]:
+        """The operations whose value depends on an input, not merely on its shape."""
+        return [n for n in self.nodes if self.data[n] and n in self.needed]
+
+    def graph(self) -> Graph:
+        """Fold what feeds one node into it, make a junction of what feeds several, and connect."""
+        self._find_junctions()
+        chosen = [n for n in self.nodes if (n in self.roots or n in self.junctions) and n in self.needed]
+        folded = {n: self._closure([n], set(chosen) - {n}) for n in chosen}
+        attached, apart = self._writes(folded)
+        made: dict[fx.Node, Node] = {}
+        for n in chosen:
+            made[n] = self._node(n, *folded[n], attached.get(n, []), made)
+        kept = dict.fromkeys(p for module in self.exported.kept for p in module.parameters())
+        return Graph(
+            model=self.model,
+            inputs=tuple(self.inputs.values()),
+            nodes=tuple(made.values()),
+            output=self.names[self.output],
+            structure=self.structure,
+            leaves=self.leaves,
+            writes=tuple(apart),
+            cost=self.cost,
+            kept=tuple(kept),
+            sizes=self.exported.sizes,
+        )
+
+    def move_states_behind_activations(self) -> None:
+        """The input of every activation becomes a root whose box is the activation's; nothing else is one."""
+        self.roots = {}
+        for n in self.data_ops():
+            activation = self.ops[n].activation
+            if activation is None or activation.name == "identity":
+                continue
+            read = n.all_input_nodes[0]
+            before = self.alias.get(read, read)
+            if activation.box is None:
+                raise TraceError(
+                    f"The Hopfield energy has states in a box, and {self.place(n)} ({activation.name}) projects on "
+                    "none. Use ReLU, ReLU6, Hardtanh or clamp, or the energy 'prediction'."
+                )
+            if len([u for u in before.users if u in self.needed]) > 1 or before.op == "placeholder":
+                raise TraceError(
+                    f"The Hopfield energy cannot read {self.place(before)} both before and behind {self.place(n)}. "
+                    "Use the energy 'prediction'."
+                )
+            self.alias[n], self.roots[before] = before, activation.box
+        self.output = self.alias.get(self.output, self.output)
+        self.roots.setdefault(self.output, _FREE)
+        self.ops = {n: self._op(n) for n in self.ops}
+
+    def place(self, n: fx.Node) -> str:
+        """The name of a value and the innermost line of the user's that made it."""
+        line = source_line(n)
+        return f"node `{self.names.get(n, n.name)}`" + (f" ({line})" if line else "")
+
+    def _is_of_the_cost(self, n: fx.Node) -> bool:
+        paths = [path for path, _ in (n.meta.get("nn_module_stack") or {}).values()]
+        paths = [path for path in paths if not path.startswith("_empty")]  # of sizes, torch does not say
+        return bool(paths) and self.exported.cost is not None and not any(p.split(".")[0] == "model" for p in paths)
+
+    def _is_data(self, n: fx.Node) -> bool:
+        return self.data.get(n, False)
+
+    def _is_random(self, n: fx.Node) -> bool:
+        tags = getattr(n.target, "tags", ())
+        if n.target is operator.getitem and isinstance(n.args[0], fx.Node):
+            return self._is_random(n.args[0])
+        if "scaled_dot_product" in label(n):
+            return any(isinstance(a, float) and a > 0 for a in n.args[4:5]) or bool(n.kwargs.get("dropout_p"))
+        if label(n) in ("lstm", "gru", "rnn_tanh", "rnn_relu"):
+            return bool(n.args[5] and n.args[6])  # the probability of dropout, and whether it trains
+        return torch.Tag.nondeterministic_seeded in tags and not (label(n) == "dropout" and not n.args[2])
+
+    def _can_be_state(self, n: fx.Node) -> bool:
+        """Whether a value has real numbers and the examples as rows, as far as sizes tell."""
+        t = value(n)
+        if not isinstance(t, Tensor) or not t.is_floating_point() or t.ndim == 0:
+            return False
+        if n not in self.by_example:
+            return False
+        if isinstance(self.batch, int):
+            return isinstance(t.shape[0], int) and t.shape[0] % self.batch == 0
+        rows, batch = t.shape[0], self.batch.node.expr
+        return isinstance(rows, torch.SymInt) and batch not in (rows.node.expr / batch).as_numer_denom()[1].free_symbols
+
+    def _is_by_example(self, n: fx.Node) -> bool:
+        """Whether the rows of an example are neighbours: they are the examples, or have come from such by a reshape."""
+        t = value(n)
+        if isinstance(t, (tuple, list)):
+            return True
+        if not isinstance(t, Tensor) or t.ndim == 0:
+            return False
+        rows = str(t.shape[0])
+        if rows == str(self.batch):
+            return True
+        read = [a for a in n.all_input_nodes if isinstance(u := value(a), Tensor) and u.ndim and self._is_data(a)]
+        kept = [a for a in read if str(value(a).shape[0]) == rows]
+        if kept:
+            return all(a in self.by_example for a in kept)
+        is_reshape = label(n) in ("reshape", "flatten", "view", "_unsafe_view")
+        return is_reshape and all(str(value(a).shape[0]) == str(self.batch) for a in read)
+
+    def _find_output(self) -> None:
+        """The value whose state is nudged, and the program of the cost where that reads more than output and target."""
+        self.cost: CostProgram | None = None
+        result, cost = self._result(), self.exported.cost
+        if cost is None:
+            assert result is not None
+            self.output = self.alias.get(result, result)
+        else:
+            if result is not None:
+                self.roots[self.alias.get(result, result)] = _FREE
+            program, reads = self._closure([cost], set(self.roots))
+            states = [n for n in reads if n in self.roots]
+            parameters = self._parameters(program)
+            plain = states == [self.alias.get(result, result)] and not parameters if result is not None else False
+            plain = plain and not any(n in self.inputs or n in self.junctions for n in (*reads, *program))
+            if not states:
+                raise TraceError(f"The cost does not depend on what {type(self.model).__name__} computes.")
+            self.output = states[0]
+            join = None
+            if len(states) > 1:
+                self.output, join = self._joined(states)
+            if not plain:
+                self._check_cost_draws_nothing(program)
+                ops = [self._op(n) for n in program]
+                others = [n for n in reads if n not in self.roots]
+                names = [self.names[n] for n in (*states, *others)]
+                run = Program(ops, names, [self.names[cost]], "the cost")
+                targets = set(self.exported.targets)
+                inputs = tuple(
+                    ("target", self.exported.targets.index(n)) if n in targets else self.inputs[n] for n in others
+                )
+                self.cost = CostProgram(run, join, inputs, parameters)
+        self.roots[self.output] = _FREE
+        self.junctions -= self.roots.keys()
+        wanted = [n for n, _ in self.exported.writes if n.op == "call_function"]
+        self.needed = self._ancestors([self.output])
+        beside = [a for a in self._closure(wanted, set(self.roots) | self.junctions)[1] if a not in self.inputs]
+        self.needed |= self._ancestors(beside)
+
+    def _result(self) -> fx.Node | None:
+        """The one tensor that the model returns; None where the cost takes something else from it."""
+        structure, are_tensors = self.exported.structure
+        outputs = self.exported.outputs
+        n: fx.Node | None = outputs[0] if structure.is_leaf() and outputs else None
+        has_cost = self.exported.cost is not None
+        if n is None and not has_cost:
+            n = self._logits(structure, are_tensors)
+        usable = n is not None and n.op == "call_function" and self._is_data(n) and self._can_be_state(n)
+        if usable or has_cost:
+            return n if usable else None
+        got = "no tensor" if n is None else f"a tensor of shape {tuple(value(n).shape)}, {value(n).dtype}"
+        raise TraceError(
+            f"Cannot read {type(self.model).__name__}: forward returns {got}; the output must be one tensor of real "
+            "numbers, computed from the input, with the examples as rows. Way out: a cost that takes what it needs, "
+            "cost=lambda out, y: ..., or a module around the model that returns that tensor."
+        )
+
+    def _logits(self, structure: Any, are_tensors: Sequence[bool]) -> fx.Node | None:
+        """The entry "logits" of a dictionary or record."""
+        keys = getattr(structure, "context", None)
+        keys = keys[1] if isinstance(keys, (tuple, list)) and len(keys) == 2 and isinstance(keys[1], list) else keys
+        if not isinstance(keys, (list, tuple)) or "logits" not in keys:
+            return None
+        before = sum(structure.child(i).num_leaves for i in range(list(keys).index("logits")))
+        return self.exported.outputs[sum(are_tensors[:before])]
+
+    def _joined(self, states: Sequence[fx.Node]) -> tuple[fx.Node, Join]:
+        """All values that the cost reads side by side, as one output."""
+        join = Join()
+        last = self.fx.output_node()
+        with self.fx.inserting_before(last):
+            n = self.fx.create_node("call_function", join, (self.exported.inputs[0], *states), name="joined")
+        n.meta["val"] = value(states[0]).flatten(1) if value(states[0]).ndim > 1 else value(states[0])
+        self.nodes.append(n)
+        self.names[n] = "joined"
+        self.data[n] = True
+        self.parametrised[n] = False
+        return n, join
+
+    def _check_cost_draws_nothing(self, program: Iterable[fx.Node]) -> None:
+        for n in program:
+            if self._is_random(n):
+                raise TraceError(
+                    f"The cost draws random numbers: {self.place(n)}. Way out: draw them in the model, which returns "
+                    "them, or before the step, as part of the target."
+                )
+
+    def _ancestors(self, ends: Iterable[fx.Node]) -> set[fx.Node]:
+        found: set[fx.Node] = set()
+        stack = list(ends)
+        while stack:
+            n = stack.pop()
+            if n not in found:
+                found.add(n)
+                stack += [self.alias.get(a, a) for a in n.all_input_nodes]
+                stack += n.all_input_nodes
+        return found
+
+    def _closure(self, ends: Sequence[fx.Node], stops: set[fx.Node]) -> tuple[list[fx.Node], list[fx.Node]]:
+        """The operations from `stops` and inputs to the ends, in order, and which of those they read, in order."""
+        program: set[fx.Node] = set()
+        reads: dict[fx.Node, None] = {}
+        stack = [e for e in ends]
+        while stack:
+            n = stack.pop()
+            if n in program:
+                continue
+            if n in stops or n.op == "placeholder":
+                reads[n] = None
+            else:
+                program.add(n)
+                stack += [self.alias.get(a, a) for a in n.all_input_nodes]
+        order = {n: i for i, n in enumerate(self.fx.nodes)}
+        return sorted(program, key=order.__getitem__), sorted(
+            (n for n in reads if n not in self.slots), key=order.__getitem__
+        )
+
+    def _parameters(self, program: Iterable[fx.Node]) -> tuple[nn.Parameter, ...]:
+        """Those that a program reads for their numbers."""
+        read = [
+            self.slots[a].value
+            for n in program
+            if label(n) not in _SHAPE_ONLY
+            for a in n.all_input_nodes
+            if a in self.slots
+        ]
+        return tuple(dict.fromkeys(p for p in read if isinstance(p, nn.Parameter)))
+
+    def _find_junctions(self) -> None:
+        """Walk backwards, noting which roots each operation feeds. What carries parameters is repeated, not shared."""
+        carries: dict[fx.Node, bool] = {}
+        for n in self.nodes:
+            folded = [a for a in n.all_input_nodes if a not in self.roots and self._is_data(a)]
+            carries[n] = self.parametrised[n] or any(carries.get(a, False) for a in folded)
+        self.junctions = {n for n in self.junctions if not carries.get(n, False)}
+        copies: dict[fx.Node, list[fx.Node]] = defaultdict(list)
+        for n, original in self.alias.items():
+            copies[original].append(n)
+        feeds: dict[fx.Node, set[fx.Node]] = {}
+        for n in reversed(self.nodes):
+            if n not in self.needed:
+                continue
+            users = [u for m in (n, *copies[n]) for u in m.users if u not in self.alias and u in self.needed]
+            fed = {o for u in users for o in ({u} if u in self.roots else feeds.get(u, {u}))}
+            unpacked = isinstance(value(n), (tuple, list))
+            shared = self.data[n] and len(fed) > 1
+            if shared and n not in self.roots and not carries[n] and not unpacked:
+                self.junctions.add(n)
+            feeds[n] = {n} if n in self.junctions else fed
+        self.junctions &= self.needed
+
+    def _node(
+        self,
+        root: fx.Node,
+        program: list[fx.Node],
+        parents: list[fx.Node],
+        writes: list[tuple[fx.Node, Slot]],
+        made: dict[fx.Node, Node],
+    ) -> Node:
+        """A root or junction with everything that only feeds it."""
+        extra = self._closure([v for v, _ in writes], set(parents) | set(program))[0] if writes else []
+        ops = [self.ops[n] for n in (*program, *extra)]
+        read_for_numbers = {
+            self.alias.get(a, a) for n in program if label(n) not in _SHAPE_ONLY for a in n.all_input_nodes
+        }
+        return make_node(
+            ops,
+            [self._name(p) for p in parents],
+            op=self.names[root],
+            name=self.names[root],
+            flows=tuple(
+                p in made and p in read_for_numbers and (made[p].owns_state or not made[p].clamped) for p in parents
+            ),
+            owns_state=root in self.roots,
+            parameters=self._parameters(program),
+            writes=tuple((slot, self.names[v]) for v, slot in writes),
+            box=self.roots.get(root, _FREE),
+            shape=tuple(value(root).shape) if isinstance(value(root), Tensor) else (),
+        )
+
+    def _writes(
+        self, folded: dict[fx.Node, tuple[list[fx.Node], list[fx.Node]]]
+    ) -> tuple[dict[fx.Node, list[tuple[fx.Node, Slot]]], list[Write]]:
+        """New buffer values: by the node that computes them beside its own (batch normalisation), and those apart."""
+        attached: dict[fx.Node, list[tuple[fx.Node, Slot]]] = {}
+        apart: list[Write] = []
+        for v, slot in self.exported.writes:
+            program, reads = self._closure([v], set(folded))
+            several = {n for n in program if isinstance(value(n), (tuple, list))}
+            homes = [n for n, (own, _) in folded.items() if several & set(own)]
+            home = homes[-1] if homes and self._is_beside(v, *folded[homes[-1]]) else None
+            if home is not None:
+                attached.setdefault(home, []).append((v, slot))
+                continue
+            names = [self._name(n) for n in reads]
+            result = self.names[v] if v in self.names else self._name(v)
+            if v in self.slots:
+                names, program = [], [self._copy(v)]
+                result = self.names[program[0]]
+            run = Program([self.ops[n] for n in program], names, [result], "a buffer")
+            apart.append(Write(run, tuple(names), (slot,)))
+        return attached, apart
+
+    def _is_beside(self, v: fx.Node, program: list[fx.Node], parents: list[fx.Node]) -> bool:
+        reads = self._closure([v], set(program) | set(parents))[1]
+        return all(n in program or n in parents for n in reads)
+
+    def _copy(self, slot: fx.Node) -> fx.Node:
+        """An operation that returns a tensor of the model."""
+        with self.fx.inserting_before(self.fx.output_node()):
+            n = self.fx.create_node("call_function", torch.clone, (slot,), name=f"{slot.name}_copy")
+        self.names[n] = n.name
+        self.ops[n] = self._op(n)
+        return n
+
+    def _name(self, n: fx.Node) -> str:
+        return self.inputs.get(n) or self.names[n]
+
+    def _names(self) -> dict[fx.Node, str]:
+        """A readable unique name each: the path of torch's module where there is one, numbered from use 2 on."""
+        names: dict[fx.Node, str] = {n: name for n, name in self.inputs.items()}
+        names |= {n: f"target_{i}" for i, n in enumerate(self.exported.targets)}
+        copies: Counter[str] = Counter(names.values())
+        for n in sorted(self.nodes, key=lambda n: n not in self.roots):  # states first; the order stays else
+            wanted = self._torch_module(n) or n.name
+            if copies[wanted] and n not in self.roots:
+                wanted = f"{wanted}/{n.name}"
+            copies[wanted] += 1
+            names[n] = wanted if copies[wanted] == 1 else f"{wanted}#{copies[wanted]}"
+        return names
+
+    def _torch_module(self, n: fx.Node) -> str:
+        """The path of the module of torch's that made this call, if its result is what the module is there for."""
+        if not self.data[n] or not isinstance(value(n), (Tensor, type(None))):
+            return ""
+        path, kind = self._module(n)
+        return path if kind.startswith(("torch.nn.modules", KeptModule.__module__)) else ""
+
+    def _module(self, n: fx.Node) -> tuple[str, str]:
+        """The path and the type of the innermost module that made a call."""
+        stack = n.meta.get("nn_module_stack") or (
+            n.args and isinstance(n.args[0], fx.Node) and n.args[0].meta.get("nn_module_stack")
+        )
+        if not stack:
+            return "", ""
+        path, kind = list(stack.values())[-1]
+        name = kind if isinstance(kind, str) else f"{kind.__module__}.{kind.__qualname__}"
+        return path.removeprefix("model").removeprefix("."), name
+
+    def _op(self, n: fx.Node) -> Op:
+        """The operation that was recorded, with its closed form if it has one."""
+        args, kwargs = self._plain(n.args), self._plain(dict(n.kwargs))
+        op = Op(self.names[n], n.target, args, kwargs, module=self._module(n)[0], where=source_line(n))  # type: ignore[arg-type]
+        if isinstance(n.target, Whole):
+            return replace(op, whole=True)
+        if not args or not isinstance(args[0], Ref) or [*leaves_of((args[1:], kwargs), (Ref, Slot))]:
+            return op
+        is_real = isinstance(value(n), Tensor) and value(n).is_floating_point()
+        if not is_real:
+            return op
+        return replace(
+            op, activation=activation_of(op.label, args[1:], kwargs), pool=pool_of(op.label, args[1:], kwargs)
+        )
+
+    def _plain(self, template: Any) -> Any:
+        """fx's immutable lists and dicts as ordinary ones, its nodes as references and slots."""
+        if isinstance(template, fx.Node):
+            slot = self.slots.get(template)
+            return slot or Ref(self._name(self.alias.get(template, template)))
+        if isinstance(template, (tuple, list)):
+            items = [self._plain(t) for t in template]
+            return items if isinstance(template, list) else tuple(items)
+        if isinstance(template, dict):
+            return {k: self._plain(v) for k, v in template.items()}
+        if isinstance(template, slice):
+            return slice(*(self._plain(t) for t in (template.start, template.stop, template.step)))
+        return template
+
+
+class Join:
+    """Values of the model side by side, example by example, and how they are taken apart again."""
+
+    def __init__(self) -> None:
+        self.shapes: list[tuple[int, ...]] = []
+        """Of the values when they were last joined: rows an example, and what a row is."""
+
+    def __call__(self, x: Tensor, *values: Tensor) -> Tensor:
+        """`[batch, numbers]`; x has the batch as its first dimension."""
+        self.shapes = [(len(v) // len(x), *v.shape[1:]) for v in values]
+        return torch.cat([v.reshape(len(x), -1) for v in values], 1)
+
+    def split(self, joined: Tensor) -> list[Tensor]:
+        """The values."""
+        sizes = [math.prod(shape) for shape in self.shapes]
+        parts = zip(joined.split(sizes, 1), self.shapes, strict=True)
+        return [part.reshape(len(joined) * rows, *shape) for part, (rows, *shape) in parts]

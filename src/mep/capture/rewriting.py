@@ -1,0 +1,342 @@
+"""Bringing a recorded graph to few forms, so that closed forms and held branches are found by the operation alone.
+
+    view, flatten...      reshape, with -1 for the examples                 clone, alias, assertions: nothing
+    h @ W.t(), addmm      linear                                            mean(dims >= 0): counted from the last
+    dropout(x)            x * dropout(ones), so that the noise is a value of its own, drawn once a step
+    maximum(a, b)         reduced(largest(pair(a, b)))                      minimum, amin: the negatives of negatives
+    amax(x, dims)         reduced(largest(gathered(x, dims)))               max(x, dim), if only its values are read
+    prelu(x)              leaking(x, relu(x), slope)
+
+For exact branches max pooling also becomes `largest` of its windows, and the kinks' inputs get states of their own.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from mep.graph.closed_forms import maxima
+from mep.graph.closed_forms.activations import own_state
+from mep.graph.closed_forms.maxima import MaxPool, Windows
+from mep.graph.closed_forms.pointwise import leaking
+
+aten = torch.ops.aten
+_ASSERTIONS = ("_assert_scalar", "_assert_tensor_metadata", "_assert_async", "sym_constrain_range_for_size")
+_SAME = ("clone", "alias", "lift_fresh_copy", "lift", "lift_fresh", "contiguous")
+
+
+def label(n: fx.Node) -> str:
+    """The name of the operation that a node calls, without its overload."""
+    if n.op != "call_function":
+        return ""
+    packet = getattr(n.target, "_overloadpacket", n.target)
+    return str(getattr(packet, "__name__", type(packet).__name__))
+
+
+def value(n: Any) -> Any:
+    """What a node stood for when it was recorded: a fake tensor, a tuple of them, or a number."""
+    return n.meta.get("val") if isinstance(n, fx.Node) else n
+
+
+def in_few_forms(graph: fx.Graph, inputs: Sequence[fx.Node]) -> None:
+    """Rewrite every operation that has another spelling. Sizes are read from the inputs wherever these have them."""
+    graph.eliminate_dead_code(_is_impure)
+    homes = {str(size): (n, d) for n in reversed(inputs) for d, size in enumerate(value(n).shape)}
+    for n in list(graph.nodes):
+        name = label(n)
+        if name == "sym_size" and str(value(n)) in homes:
+            n.args = homes[str(value(n))]
+        if name in _ASSERTIONS or (n.op == "call_function" and not n.users and _is_assertion(n)):
+            graph.erase_node(n)
+        elif name in _SAME:
+            _replace([n], n.args[0])
+        elif name in ("dropout", "native_dropout"):
+            _noise_apart(n, homes)
+        elif name == "scaled_dot_product_attention":
+            _attention_noise_apart(n, homes)
+        elif name in _REWRITES:
+            _REWRITES[name](n)
+    graph.eliminate_dead_code(_is_impure)
+
+
+def _is_impure(n: fx.Node) -> bool:
+    return n.op in ("placeholder", "output")
+
+
+def _is_assertion(n: fx.Node) -> bool:
+    return label(n) in ("ge", "le", "gt", "lt", "eq") and not isinstance(value(n), Tensor)
+
+
+def _as_reshape(n: fx.Node) -> None:
+    """A change of shape with -1 for the number of rows; other views may copy, if they must."""
+    after = list(t.shape) if isinstance(t := value(n), Tensor) else []
+    if after and all(isinstance(size, int) for size in after[1:]) and 0 not in after[1:]:
+        n.target, n.args, n.kwargs = aten.reshape.default, (n.args[0], [-1, *after[1:]]), {}
+    elif label(n) in ("view", "_unsafe_view") and isinstance(n.args[1], (list, tuple)):
+        n.target = aten.reshape.default
+
+
+def _as_linear(n: fx.Node) -> None:
+    """A product with the transpose of a matrix."""
+    given: list[Any] = list(n.args)
+    h, weight, before = given[-2], given[-1], given[:-2]
+    inner = weight.args[0] if label(weight) in ("t", "transpose", "permute", "numpy_T") else None
+    is_matrix = inner is not None and isinstance(value(inner), Tensor) and value(inner).ndim == 2
+    if is_matrix and value(h).ndim >= 2 and not n.kwargs and all(value(b).ndim == 1 for b in before):
+        n.target = aten.linear.default
+        n.args = (h, inner, before[0]) if before else (h, inner)
+
+
+def _from_the_last(n: fx.Node) -> None:
+    dims: Any = n.args[1] if len(n.args) > 1 else None
+    rank = value(n.args[0]).ndim
+    if isinstance(dims, (list, tuple)) and dims and all(d % rank for d in dims):
+        n.update_arg(1, [d % rank - rank for d in dims])
+
+
+def _with_numbers(n: fx.Node) -> None:
+    """`padding="same"` of a convolution as numbers, where both sides are alike."""
+    padding = n.args[4] if len(n.args) > 4 else None
+    if not isinstance(padding, str):
+        return
+    weight = value(n.args[1])
+    dilation: Any = n.args[5] if len(n.args) > 5 else [1]
+    dilations = list(dilation) * (weight.ndim - 2) if len(dilation) == 1 else dilation
+    total = [d * (k - 1) if padding == "same" else 0 for k, d in zip(weight.shape[2:], dilations, strict=True)]
+    if not any(t % 2 for t in total):
+        target: Any = n.target
+        n.target = target._overloadpacket.default
+        n.update_arg(4, [t // 2 for t in total])
+
+
+def _as_new(old: Tensor, new: Tensor) -> Tensor:
+    """What `old.copy_(new)` leaves: torch has no derivative of the pure form."""
+    return new.to(old.dtype).expand_as(old)
+
+
+def _copy(n: fx.Node) -> None:
+    n.target, n.args = _as_new, n.args[:2]
+
+
+def _without_whole_slices(n: fx.Node) -> None:
+    """A slice from the first to the last row is the tensor, and one that is written so is what is written."""
+    given: list[Any] = list(n.args)
+    x, rest = given[0], given[1:]
+    window = rest[1:] if label(n) == "slice_scatter" else rest
+    defaults: list[Any] = [0, None, 2**63 - 1]
+    _, start, end, *step = window + defaults[len(window) :]
+    if not start and isinstance(end, int) and end >= 2**62 and step in ([], [1]) and not n.kwargs:
+        _replace([n], rest[0] if label(n) == "slice_scatter" else x)
+
+
+def _noise_apart(n: fx.Node, homes: dict[str, tuple[fx.Node, int]]) -> None:
+    """Dropout as a product with the dropout of ones, which depends on the shape alone; `homes` has the free sizes."""
+    x: Any
+    x, *options = n.args
+    picked = [user for user in n.users if user.target is operator.getitem]
+    if options[0] == 0 or not options[1]:
+        if label(n) == "dropout" or [user.args[1] for user in picked] == [0]:
+            _replace([n] if label(n) == "dropout" else picked, x)
+        return
+    if label(n) == "native_dropout" and [user.args[1] for user in picked] == [0] and len(n.users) == 1:
+        noise_of, ends = aten.native_dropout.default, picked
+    elif label(n) == "dropout":
+        noise_of, ends = aten.dropout.default, [n]
+    else:
+        return
+    put = _Putting(n)
+    ones = _ones(put, value(x), value(x).shape, homes) or put(
+        aten.ones_like.default, x, memory_format=torch.contiguous_format
+    )
+    ones = _laid_out_as(put, ones, value(x))
+    ones.meta["val"] = value(x)
+    noise = put(noise_of, ones, *options)
+    if noise_of is aten.native_dropout.default:
+        noise.meta["val"] = (value(x), value(x))
+        noise = put(operator.getitem, noise, 0)
+        noise.meta["val"] = value(x)
+    product = put(aten.mul.Tensor, x, noise)
+    product.meta["val"] = value(x)
+    _replace(ends, product)
+    if ends != [n]:
+        n.graph.erase_node(n)
+
+
+def _ones(put: _Putting, like: Tensor, shape: Sequence[Any], homes: dict[str, tuple[fx.Node, int]]) -> fx.Node | None:
+    """Ones of a shape whose sizes are numbers or those of the inputs, else None."""
+    if not all(isinstance(size, int) or str(size) in homes for size in shape):
+        return None
+    sizes = [s if isinstance(s, int) else put(aten.sym_size.int, *homes[str(s)]) for s in shape]
+    return put(aten.ones.default, sizes, dtype=like.dtype, device=like.device)
+
+
+def _laid_out_as(put: _Putting, ones: fx.Node, like: Tensor) -> fx.Node:
+    """Noise is drawn in the order of memory: the ones must lie there as the values of the model do."""
+    strides = [int(s.node.hint) if isinstance(s, torch.SymInt) else s for s in like.stride()]
+    order = sorted(range(like.ndim), key=lambda d: -strides[d])
+    if order == list(range(like.ndim)) or 0 in strides or ones.target is not aten.ones.default:
+        return ones
+    sizes: Any = ones.args[0]
+    ones.args = ([sizes[d] for d in order],)
+    return put(aten.permute.default, ones, [order.index(d) for d in range(like.ndim)])
+
+
+def _attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, noise: Tensor, causal: bool, scale: float | None
+) -> Tensor:
+    """Attention as torch computes it where it drops out, with the noise given."""
+    root = math.sqrt(1 / math.sqrt(q.shape[-1]) if scale is None else scale)
+    scores = (q * root) @ (k * root).transpose(-2, -1)
+    if causal:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf) if mask.dtype is torch.bool else scores + mask
+    return (scores.softmax(-1) * noise) @ v
+
+
+def _attention_noise_apart(n: fx.Node, homes: dict[str, tuple[fx.Node, int]]) -> None:
+    """Attention with dropout, with its noise as a value of its own."""
+    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+    given: dict[str, Any] = dict(zip(names, n.args, strict=False)) | dict(n.kwargs)
+    p, q, k = given.get("dropout_p", 0.0), given["query"], given["key"]
+    if not p or given.get("enable_gqa"):
+        return
+    put = _Putting(n)
+    ones = _ones(put, value(q), [*value(q).shape[:-1], value(k).shape[-2]], homes)
+    if ones is None:
+        return
+    ones.meta["val"] = value(q)
+    noise = put(aten.dropout.default, ones, p, True)
+    options = given.get("attn_mask"), noise, given.get("is_causal", False), given.get("scale")
+    attended = put(_attention, q, k, given["value"], *options)
+    attended.meta["val"] = value(n)
+    _replace([n], attended)
+
+
+def _as_pool(n: fx.Node) -> None:
+    """The values of a pooling that also finds its winners, where nothing reads these."""
+    if label(n).startswith("adaptive") or label(n).endswith("_with_indices"):
+        users = list(n.users)
+        if not all(u.target is operator.getitem and u.args[1] == 0 for u in users):
+            return
+        put = _Putting(n)
+        name = label(n).removesuffix("_with_indices")
+        pooled = put(_POOLS[name], *n.args, **n.kwargs)
+        pooled.meta["val"] = value(n)[0] if value(n) is not None else None
+        _replace(users, pooled)
+        n.graph.erase_node(n)
+
+
+def _pooling(name: str) -> Callable[..., Tensor]:
+    function = getattr(aten, name)
+
+    def pool(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        found = function(x, *args, **kwargs)
+        return found if isinstance(found, Tensor) else found[0]
+
+    pool.__name__ = name
+    return pool
+
+
+_POOLS = {name: _pooling(name) for n in (1, 2, 3) for name in (f"adaptive_max_pool{n}d", f"max_pool{n}d")}
+
+
+def unroll_pool(n: fx.Node, pool: MaxPool) -> None:
+    """Max pooling as the largest of its windows."""
+    put = _Putting(n)
+    _replace([n], put(torch.squeeze, put(maxima.largest, put(Windows(pool), n.args[0])), -1))
+
+
+def insert_state(at: fx.Node, readers: Iterable[fx.Node]) -> fx.Node:
+    """A state of its own on a value; it is what these readers read from now on."""
+    with at.graph.inserting_after(at):
+        state = at.graph.create_node("call_function", own_state, (at,), name=f"{at.name}_state")
+    state.meta = dict(at.meta)
+    for reader in readers:
+        reader.replace_input_with(at, state)
+    return state
+
+
+class _Putting:
+    """Calls that stand in place of a node."""
+
+    def __init__(self, n: fx.Node):
+        self.n = n
+
+    def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
+        with self.n.graph.inserting_before(self.n):
+            name = getattr(function, "__name__", type(function).__name__.lower()).partition(".")[0]
+            made = self.n.graph.create_node("call_function", function, args, kwargs, name=name)
+        made.meta = {k: v for k, v in self.n.meta.items() if k != "val"}
+        given = [value(a) for a in args if isinstance(a, fx.Node)]
+        made.meta["val"] = given[0] if given and isinstance(given[0], Tensor) else None
+        if function is aten.sym_size.int:
+            made.meta["val"] = given[0].shape[args[1]]
+        return made
+
+
+def _extreme(n: fx.Node) -> None:
+    """A maximum or minimum of two tensors, or over dimensions."""
+    x, other, keepdim = _arguments(n)
+    name = label(n)
+    dims = (other,) if isinstance(other, int) else tuple(other) if isinstance(other, (tuple, list)) else ()
+    ends, result = [n], value(n)
+    if dims and name in ("max", "min"):
+        ends, result = list(n.users), result[0] if isinstance(result, tuple) else None
+        if not all(user.target is operator.getitem and user.args[1] == 0 for user in ends):
+            return
+    is_real = isinstance(value(x), Tensor) and value(x).is_floating_point()
+    if not is_real or not (dims or isinstance(other, fx.Node)) or (name in ("maximum", "minimum") and dims):
+        return
+    put = _Putting(n)
+    together = put(maxima.gathered, x, dims) if dims else put(maxima.pair, x, other)
+    is_minimum = "min" in name
+    found = put(maxima.largest, put(torch.neg, together) if is_minimum else together)
+    found = put(torch.neg, found) if is_minimum else found
+    last = put(maxima.reduced, found, dims, keepdim) if dims else put(torch.squeeze, found, -1)
+    last.meta["val"] = result
+    _replace(ends, last)
+    if ends != [n]:
+        n.graph.erase_node(n)
+
+
+def _arguments(n: fx.Node) -> tuple[Any, Any, bool]:
+    """What is compared, what with (or over which dimensions), and `keepdim`."""
+    given = dict(zip(("self", "other", "keepdim"), n.args, strict=False)) | dict(n.kwargs)
+    return given.get("self"), given.get("other", given.get("dim")), bool(given.get("keepdim", False))
+
+
+def _prelu(n: fx.Node) -> None:
+    x, slope = n.args
+    put = _Putting(n)
+    _replace([n], put(leaking, x, put(aten.relu.default, x), slope))
+
+
+def _replace(old: Iterable[fx.Node], new: Any) -> None:
+    for n in old:
+        n.replace_all_uses_with(new)
+        n.graph.erase_node(n)
+
+
+_REWRITES: dict[str, Callable[[fx.Node], None]] = {
+    **dict.fromkeys(("view", "_unsafe_view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze"), _as_reshape),
+    "matmul": _as_linear,
+    "mm": _as_linear,
+    "addmm": _as_linear,
+    "mean": _from_the_last,
+    "conv1d": _with_numbers,
+    "conv2d": _with_numbers,
+    "conv3d": _with_numbers,
+    "copy": _copy,
+    "slice": _without_whole_slices,
+    "slice_scatter": _without_whole_slices,
+    **{f"adaptive_max_pool{n}d": _as_pool for n in (1, 2, 3)},
+    **{f"max_pool{n}d_with_indices": _as_pool for n in (1, 2, 3)},
+    **dict.fromkeys(("maximum", "minimum", "amax", "amin", "max", "min"), _extreme),
+    "prelu": _prelu,
+}

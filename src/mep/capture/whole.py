@@ -1,0 +1,222 @@
+"""Modules and autograd functions that are kept whole: one operation of the graph, with autograd inside.
+
+While a model is exported they stand in its graph as calls of one operator of ours, which takes all tensors that they
+read, parameters and buffers included, and returns new buffer values beside the results. So the graph stays functional.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import _disable_current_modes
+
+from mep.capture.state import Buffers
+from mep.graph.closed_forms import kink_of_call
+from mep.graph.node import Held
+from mep.noise import generators_kept
+
+_KEPT: dict[int, Whole] = {}
+_KEYS = itertools.count()
+
+
+class Whole:
+    """One call of a module or autograd function, as a function of the tensors that it reads."""
+
+    def __init__(self, call: Callable[..., Any], args: Any, module: nn.Module | None = None):
+        self.call, self.module = call, module
+        leaves, self.structure = pytree.tree_flatten(args)
+        self.fixed = [None if isinstance(v, Tensor) else v for v in leaves]
+        self.places = [i for i, v in enumerate(leaves) if isinstance(v, Tensor)]
+        self.given = [leaves[i] for i in self.places]
+        self.is_scripted = isinstance(module, torch.jit.ScriptModule)
+        self.buffers = [name for name, _ in module.named_buffers()] if module and not self.is_scripted else []
+        self.result: Any = None
+        self.tensors: list[int] = []
+        self.__name__ = type(module).__name__ if module is not None else call.__self__.__name__  # type: ignore[attr-defined]
+
+    def run(self, tensors: Sequence[Tensor], parameters: dict[str, Tensor] | None = None) -> list[Tensor]:
+        """The tensors of the result, then the new buffers. `parameters` stand in place of the module's own."""
+        leaves = list(self.fixed)
+        for i, t in zip(self.places, tensors, strict=False):
+            leaves[i] = t.clone() if self.module is not None else t  # it may write to its input
+        args, kwargs = pytree.tree_unflatten(leaves, self.structure)
+        if self.module is None or self.is_scripted:
+            scripted: Any = self.module
+            run = scripted._c._get_method("forward") if self.is_scripted else self.call
+            found, new = run(*args, **kwargs), []
+        else:
+            old = tensors[len(tensors) - len(self.buffers) :] if self.buffers else []
+            values = {name: b.clone() for name, b in zip(self.buffers, old, strict=True)}
+            found = torch.func.functional_call(self.module, (parameters or {}) | values, args, kwargs)
+            new = list(values.values())
+        results, self.result = pytree.tree_flatten(found)
+        self.tensors = [i for i, v in enumerate(results) if isinstance(v, Tensor)]
+        return [results[i] for i in self.tensors] + new
+
+    def __call__(self, context: Held | None, key: tuple[str, str], tensors: Sequence[Tensor], _: int) -> list[Tensor]:
+        """As recorded in a graph; kinks inside a module are held where the step holds them."""
+        holds = self.module is not None and context is not None and context.hold_branches
+        with _HeldInside(key, context) if holds and context else nullcontext():
+            return self.run(tensors)
+
+    def record(self, parameters: Sequence[Tensor] = (), buffers: Sequence[Tensor] = ()) -> Any:
+        """The call while a model is exported."""
+        key = next(_KEYS)
+        _KEPT[key] = self
+        found = torch.ops.mep.whole([*self.given, *parameters, *buffers], key)
+        self.given = []
+        results: list[Any] = [None] * self.result.num_leaves
+        for i, t in zip(self.tensors, found, strict=False):
+            results[i] = t
+        for buffer, new in zip(buffers, found[len(self.tensors) :], strict=True):
+            buffer.copy_(new)
+        return pytree.tree_unflatten(results, self.result)
+
+
+@torch.library.custom_op("mep::whole", mutates_args=())
+def _whole(tensors: list[Tensor], key: int) -> list[Tensor]:
+    return [t.clone() for t in _KEPT[key].run(tensors)]
+
+
+@_whole.register_fake
+def _fake(tensors: list[Tensor], key: int) -> list[Tensor]:
+    """Shapes and dtypes of the result: by the call itself if it runs on shapes alone, else on ones."""
+    whole = _KEPT[key]
+    given = tensors[: len(whole.places)]
+    mode: Any = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
+    env = getattr(mode, "shape_env", None)
+    try:
+        if whole.is_scripted:
+            raise RuntimeError("scripted code takes no fake tensors")
+        names = [name for name, _ in whole.module.named_parameters()] if whole.module else []
+        parameters = dict(zip(names, tensors[len(given) :], strict=False))
+        with env.ignore_fresh_unbacked_symbols() if env else nullcontext():
+            found = whole.run(tensors, parameters)
+        return [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device) for t in found]
+    except Exception as error:
+        shapes = _shapes_on_ones(whole, given, error)
+        return [torch.empty(shape, dtype=dtype, device=given[0].device) for shape, dtype in shapes]
+
+
+def _shapes_on_ones(whole: Whole, given: Sequence[Tensor], error: Exception) -> list[tuple[list[Any], torch.dtype]]:
+    """From the call itself on ones, for a batch as it is and for a longer one: what grows with it is its symbol."""
+    symbols = {str(size): size for t in given for size in t.shape if isinstance(size, torch.SymInt)}
+    if len(symbols) > 1:
+        raise error  # which of them a result follows is not known: without symbols it is tried again
+    more = [0, 1] if symbols else [0]
+    found = []
+    for extra in more:
+        sizes = [[size if isinstance(size, int) else size.node.hint + extra for size in t.shape] for t in given]
+        found.append(_on_ones(whole, [(size, t.dtype, t.device) for size, t in zip(sizes, given, strict=True)], error))
+    symbol = next(iter(symbols.values()), None)
+    shapes = []
+    for one, other in zip(found[0], found[-1], strict=True):
+        pairs = zip(one.shape, other.shape, strict=True)
+        shapes.append(([symbol if a != b else a for a, b in pairs], one.dtype))
+    return shapes
+
+
+def _on_ones(whole: Whole, kinds: Sequence[tuple[Any, ...]], error: Exception) -> list[Tensor]:
+    with _disable_current_modes(), torch.no_grad(), generators_kept():
+        ones = [torch.ones(size, dtype=dtype, device=device) for size, dtype, device in kinds]
+        buffers = Buffers(whole.module) if whole.module is not None and not whole.is_scripted else None
+        own = [b.clone() for b in whole.module.buffers()] if buffers and whole.module else []
+        try:
+            found = whole.run([*ones, *own])
+        except Exception as real:
+            raise real from error
+        finally:
+            if buffers:
+                buffers.undo()
+        return found
+
+
+class KeptModule(nn.Module):
+    """Stands in the place of a module that is kept whole while its model is exported."""
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.training = module.training
+        object.__setattr__(self, "module", module)
+        for i, p in enumerate(module.parameters()):
+            self._parameters[f"p{i}"] = p
+        for i, b in enumerate(module.buffers() if not isinstance(module, torch.jit.ScriptModule) else ()):
+            self._buffers[f"b{i}"] = b
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        module: Any = object.__getattribute__(self, "module")
+        whole = Whole(module, (args, kwargs), module)
+        return whole.record(list(self._parameters.values()), list(self._buffers.values()))  # type: ignore[arg-type]
+
+
+@contextmanager
+def kept_whole(root: nn.Module, is_leaf: Callable[[str, nn.Module], bool]) -> Iterator[list[nn.Module]]:
+    """Inside, `KeptModule`s stand in the places of the leaves of `root`, and autograd functions are recorded as such.
+
+    Yields the modules that were kept.
+    """
+    kept: dict[int, KeptModule] = {}
+    homes: list[tuple[dict[str, Any], str, nn.Module]] = []
+
+    def visit(module: nn.Module, path: str) -> None:
+        for name, child in list(module._modules.items()):
+            if child is None:
+                continue
+            where = f"{path}.{name}" if path else name
+            if is_leaf(where, child) or isinstance(child, torch.jit.ScriptModule):
+                homes.append((module._modules, name, child))
+                module._modules[name] = kept.setdefault(id(child), KeptModule(child))
+            elif not isinstance(child, KeptModule):
+                visit(child, where)
+
+    apply = vars(torch.autograd.Function)["apply"]
+
+    def recorded(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        call = apply.__get__(None, cls)
+        tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        if cls.__module__.startswith("torch.") or not tensors:
+            return call(*args, **kwargs)
+        return Whole(call, (args, kwargs)).record()
+
+    visit(root, "")
+    torch.autograd.Function.apply = classmethod(recorded)  # type: ignore[method-assign, assignment]
+    try:
+        yield [child for _, _, child in homes]
+    finally:
+        torch.autograd.Function.apply = apply  # type: ignore[method-assign]
+        for home, name, child in homes:
+            home[name] = child
+        _KEPT.clear()
+
+
+def target_of(key: int) -> Whole:
+    """The call that an operation of an exported graph stands for."""
+    return _KEPT[key]
+
+
+class _HeldInside(TorchFunctionMode):
+    """Holds the kinks inside a module that is kept whole: its calls of ReLU, max pooling... in their order."""
+
+    def __init__(self, key: tuple[str, str], held: Held):
+        super().__init__()
+        self.key, self.held, self.calls = key, held, 0
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        plain = {k: v for k, v in kwargs.items() if k not in ("inplace", "return_indices") or v}
+        is_tensor = bool(args) and isinstance(args[0], Tensor) and args[0].is_floating_point()
+        piece = kink_of_call(name, args[1:], plain) if is_tensor else None
+        if piece is None:
+            return func(*args, **kwargs)
+        self.calls += 1
+        return self.held.on_branch((self.key[0], f"{self.key[1]}/{self.calls}"), piece, args[0])
