@@ -7,6 +7,7 @@ whole model. What happens to examples that do not settle is said by `on_unsettle
 """
 
 import copy
+import math
 import warnings
 
 import pytest
@@ -222,7 +223,8 @@ def test_in_an_affine_network_the_response_limits_the_chosen_beta(name, cost):
 
 @pytest.mark.parametrize("cost", SMOOTHNESS)
 @pytest.mark.parametrize("name", GENERAL)
-def test_elsewhere_the_gain_limits_the_chosen_beta(name, cost):
+def test_elsewhere_the_gain_limits_the_chosen_beta(name, cost, monkeypatch):
+    monkeypatch.setattr("mep.estimators.phases.LARGEST_BIAS", math.inf)
     model, x, target = instance(GENERAL[name], cost)
     pulled, size = gains(model, x, lambda output: COSTS[cost].value(output, target))
     expected = chosen(pulled / size, SMOOTHNESS[cost])
@@ -230,6 +232,32 @@ def test_elsewhere_the_gain_limits_the_chosen_beta(name, cost):
         ep = mep.EquilibriumPropagation(model, COSTS[cost].argument, None, solver, on_unsettled="ignore")
         torch.testing.assert_close(ep(x, target).betas, expected, rtol=1e-9, atol=0)
     assert bool((expected < 0.01).any())
+
+
+def steep(width=8):
+    """Layer normalisation of small numbers: its Jacobian is large, and changes as soon as a state moves."""
+    first = nn.Linear(5, width)
+    with torch.no_grad():
+        first.weight.mul_(0.02), first.bias.zero_()
+    return nn.Sequential(first, nn.LayerNorm(width), nn.GELU(), nn.Linear(width, 4))
+
+
+def test_a_chosen_beta_is_lowered_where_its_bias_exceeds_a_fiftieth(monkeypatch):
+    """The settled errors are then within that of backpropagation's, and without it they are not."""
+    model, x, target = instance(steep)
+    loss = nn.functional.mse_loss(model(x), target)
+    exact = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
+
+    def off(limit):
+        monkeypatch.setattr("mep.estimators.phases.LARGEST_BIAS", limit)
+        found, estimate = mep.EquilibriumPropagation(model, "mse").gradients(x, target)
+        return float(
+            (torch.cat([found[p].flatten() for p in model.parameters()]) - exact).norm() / exact.norm()
+        ), estimate
+
+    error, free = off(math.inf)
+    limited_error, limited = off(0.02)
+    assert bool((limited.betas < free.betas).any()) and limited_error < 0.025 < error
 
 
 def test_the_gain_is_at_most_the_response():
@@ -257,8 +285,9 @@ def test_hopfield_networks_choose_at_most_a_tenth():
     assert ((estimate.betas > 0) & (estimate.betas <= 0.1)).all()
 
 
-def test_examples_that_batch_norm_couples_have_one_beta():
+def test_examples_that_batch_norm_couples_have_one_beta(monkeypatch):
     """From the gain of all together, `sum |A^T x|^2 / sum |x|^2`."""
+    monkeypatch.setattr("mep.estimators.phases.LARGEST_BIAS", math.inf)
     model, x, target = instance(
         lambda: scaled(nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 4)), 3)
     )
@@ -272,8 +301,9 @@ def test_examples_that_batch_norm_couples_have_one_beta():
 @pytest.mark.parametrize("curvature", [0.3, 3.0, 50.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", ["relu", "tanh"])
-def test_the_smoothness_of_a_cost_without_a_name_is_measured(name, dtype, curvature):
+def test_the_smoothness_of_a_cost_without_a_name_is_measured(name, dtype, curvature, monkeypatch):
     """Within a tenth, for a quadratic."""
+    monkeypatch.setattr("mep.estimators.phases.LARGEST_BIAS", math.inf)
     model, x, target = instance((AFFINE | GENERAL)[name], dtype=dtype)
 
     def value(output, target=target):

@@ -189,7 +189,7 @@ def _fact(value: Any) -> Any:
         return "nan"
     if isinstance(value, tuple):
         return tuple(map(_fact, value))
-    return value if isinstance(value, _PLAIN) else id(value)
+    return value if isinstance(value, _PLAIN) else ("object", id(value))
 
 
 def check_state(model: nn.Module, hooks: bool = True) -> None:

@@ -53,9 +53,18 @@ class Whole:
             found, new = run(*args, **kwargs), []
         else:
             old = tensors[len(tensors) - len(self.buffers) :] if self.buffers else []
-            values = {name: b.clone() for name, b in zip(self.buffers, old, strict=True)}
-            found = torch.func.functional_call(self.module, (parameters or {}) | values, args, kwargs)
-            new = list(values.values())
+            homes = [
+                (m._buffers, key) for m in self.module.modules() for key in m._buffers if m._buffers[key] is not None
+            ]
+            before = [home[key] for home, key in homes]
+            try:
+                for (home, key), b in zip(homes, old, strict=True):
+                    home[key] = b.clone()
+                found = torch.func.functional_call(self.module, parameters or {}, args, kwargs)
+                new = [home[key] for home, key in homes]  # written in place, or bound anew
+            finally:
+                for (home, key), own in zip(homes, before, strict=True):
+                    home[key] = own
         results, self.result = pytree.tree_flatten(found)
         self.tensors = [i for i, v in enumerate(results) if isinstance(v, Tensor)]
         return [results[i] for i in self.tensors] + new
