@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mep.errors import ArgumentError, warn
+from mep.errors import ArgumentError, require, warn
 
 TOLERANCE = 1e-3
 # Up to this many rows all eigenvalues cost no more than an estimate and its proof.
@@ -76,10 +76,8 @@ def spectral_bound(gamma: float, slack: float = 0.1, exclude: Sequence[torch.nn.
         >>> torch.allclose(weight, torch.diag(torch.tensor([1.5, 0.5])))
         True
     """
-    if not 0 < gamma < math.inf:
-        raise ArgumentError(f"spectral_bound(gamma={gamma!r}) must be positive and finite.")
-    if not 0 <= slack < 1:
-        raise ArgumentError(f"spectral_bound(slack={slack!r}) must be at least 0 and below 1.")
+    require("spectral_bound", "gamma", gamma, lambda g: 0 < g < math.inf, "positive and finite")
+    require("spectral_bound", "slack", slack, lambda s: 0 <= s < 1, "at least 0 and below 1")
     return functools.partial(_bound_all_, gamma=gamma, slack=slack, exclude=tuple(exclude), said=[])
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mep.errors import ArgumentError, InputError
+from mep.errors import ArgumentError, InputError, one_of, require
 
 PerExample = Callable[[Tensor, Tensor], Tensor]
 
@@ -193,11 +193,14 @@ def make_cost(cost: str | PerExample | type[BatchCost]) -> Cost:
     """
     if isinstance(cost, str) and cost in NAMED:
         return NAMED[cost]
+    if not callable(cost):
+        require("EquilibriumPropagation", "cost", cost, *one_of([*sorted(NAMED), "a function of output and target"]))
     named: dict[Any, str] = {torch.nn.functional.cross_entropy: "cross_entropy", torch.nn.functional.mse_loss: "mse"}
-    kinds: dict[Any, str] = {torch.nn.CrossEntropyLoss: "cross_entropy", torch.nn.MSELoss: "mse"}
     name = named.get(cost) if not isinstance(cost, torch.nn.Module) else None
-    if type(cost) in kinds and getattr(cost, "reduction", "") != "none":
-        name = kinds[type(cost)]
+    for kind, its_name in ((torch.nn.CrossEntropyLoss, "cross_entropy"), (torch.nn.MSELoss, "mse")):
+        settings = ("reduction", "weight", "ignore_index", "label_smoothing")
+        if type(cost) is kind and all(getattr(cost, s, None) == getattr(kind(), s, None) for s in settings):
+            name = its_name
     if name is not None:
         raise ArgumentError(
             f"cost={cost!r} averages over the batch, and a cost has one number per example. Pass cost={name!r}, which "

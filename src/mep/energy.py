@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from mep.cost import BatchCost
-from mep.errors import ArgumentError
+from mep.errors import one_of, require
 from mep.graph import Graph, Point
 from mep.graph.closed_forms import Kink
 from mep.graph.node import Beta, Held, Node, displaced, of_rows, spread
@@ -90,8 +90,7 @@ COUPLINGS: dict[str, type[Prediction] | type[Hopfield]] = {"prediction": Predict
 
 def make_coupling(name: str) -> Coupling:
     """The coupling of that name."""
-    if name not in COUPLINGS:
-        raise ArgumentError(f"energy={name!r}: choose one of {sorted(COUPLINGS)}.")
+    require("EquilibriumPropagation", "energy", name, *one_of(sorted(COUPLINGS)))
     return COUPLINGS[name]()
 
 

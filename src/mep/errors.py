@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar, cast
 
 
@@ -47,6 +47,41 @@ class RemovedArgumentError(ArgumentError, TypeError):
 
 class NotConvergedWarning(UserWarning):
     """Some example did not settle (`on_unsettled="warn"`); its estimate was used."""
+
+
+def require(call: str, name: str, value: Any, holds: Callable[[Any], bool], what: str) -> None:
+    """Raise an ArgumentError unless `holds(value)`; a value of another type, with which that fails, does not hold.
+
+    Example:
+        >>> require("draw", "size", "3", lambda size: size > 0, "a positive number")
+        Traceback (most recent call last):
+            ...
+        mep.errors.ArgumentError: draw(size='3'): must be a positive number.
+    """
+    try:
+        is_right = bool(holds(value))
+    except (TypeError, ValueError, RuntimeError):
+        is_right = False
+    if not is_right:
+        raise ArgumentError(f"{call}({name}={value!r}): must be {what}.")
+
+
+def one_of(choices: Iterable[str]) -> tuple[Callable[[Any], bool], str]:
+    """That a value is one of these, as the last two arguments of `require`."""
+    listed = list(choices)
+    return lambda value: value in listed, "one of " + ", ".join(map(repr, listed))
+
+
+A_FLAG = (lambda value: isinstance(value, bool), "True or False")
+"""The last two arguments of `require` for what is switched on or off."""
+
+
+def whole_number(least: int) -> tuple[Callable[[Any], bool], str]:
+    """That a value is a whole number, as the last two arguments of `require`."""
+    return (
+        lambda value: isinstance(value, int) and not isinstance(value, bool) and value >= least,
+        f"a whole number of at least {least}",
+    )
 
 
 def warn(message: str, category: type[Warning]) -> None:

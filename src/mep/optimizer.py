@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mep.capture.state import Buffers
-from mep.errors import ArgumentError, ParameterError, warn
+from mep.errors import A_FLAG, ArgumentError, ParameterError, require, warn
 from mep.estimators.estimate import Estimate, Gradients, accumulate
 from mep.interrupts import uninterrupted
 
@@ -69,6 +69,7 @@ class EPOptimizer(torch.optim.Optimizer):
         constraints: Sequence[Constraint] = (),
         low_memory: bool = False,
     ):
+        require("EPOptimizer", "low_memory", low_memory, *A_FLAG)
         self.low_memory = low_memory
         if low_memory:
             _check_low_memory(estimator, update)

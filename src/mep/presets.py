@@ -18,7 +18,7 @@ from torch.optim.optimizer import ParamsT
 from mep.capture import Leaves
 from mep.constraints import spectral_bound
 from mep.cost import BatchCost, PerExample
-from mep.errors import ArgumentError, ParameterError, removed_arguments
+from mep.errors import A_FLAG, ArgumentError, ParameterError, removed_arguments, require
 from mep.estimators import Backprop, EquilibriumPropagation
 from mep.estimators.inputs import check_model
 from mep.optimizer import EPOptimizer
@@ -493,8 +493,8 @@ def _sgd(
 ) -> torch.optim.Optimizer:
     """`torch.optim.SGD`, which would let NaN pass, and raises errors of its own for the rest."""
     for name, value in (("lr", lr), ("momentum", momentum), ("weight_decay", weight_decay)):
-        if not (isinstance(value, (int, float, torch.Tensor)) and value >= 0):
-            raise ArgumentError(f"{call}({name}={value!r}): must be a number >= 0.")
+        require(call, name, value, lambda v: v >= 0, "a number >= 0")
+    require(call, "nesterov", nesterov, *A_FLAG)
     return torch.optim.SGD(groups, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov)
 
 

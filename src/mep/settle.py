@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mep.energy import Energy, State, example_dot, example_norm
-from mep.errors import ArgumentError
+from mep.errors import A_FLAG, require, whole_number
 from mep.graph import Point
 
 
@@ -177,12 +177,10 @@ class Solver(ABC):
 
     def __post_init__(self) -> None:
         name = type(self).__name__
-        if not (isinstance(self.settle_steps, int) and self.settle_steps >= 1):
-            raise ArgumentError(f"{name}(settle_steps={self.settle_steps!r}): must be an integer >= 1.")
-        if not (isinstance(self.patience, int) and self.patience >= 1):
-            raise ArgumentError(f"{name}(patience={self.patience!r}): must be an integer >= 1.")
-        if not (isinstance(self.tol, (int, float)) and 0 < self.tol < 1):
-            raise ArgumentError(f"{name}(tol={self.tol!r}): must lie between 0 and 1.")
+        require(name, "settle_steps", self.settle_steps, *whole_number(1))
+        require(name, "patience", self.patience, *whole_number(1))
+        require(name, "tol", self.tol, lambda tol: 0 < tol < 1, "above 0 and below 1")
+        require(name, "adaptive", self.adaptive, *A_FLAG)
 
     @abstractmethod
     def init(self, energy: Energy, point: Point, start: Start) -> Iterate:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mep.capture import Leaves, capture
 from mep.capture.cost import RecordedCost
 from mep.capture.proof import Proof, prove
-from mep.capture.state import Snapshot
+from mep.capture.surroundings import Snapshot
 from mep.cost import BatchCost, Cost, recorded_function
 from mep.errors import InputError, MepError, TraceError
 from mep.graph.graph import Graph
@@ -33,6 +33,8 @@ class _Known:
     fits: Callable[[list[Any]], bool]
     structures: tuple[Any, Any]
     kinds: tuple[Any, ...]
+    unread: TraceError | None = None
+    """Why the cost could not be recorded with the model."""
     uses: int = 0
     proven: int = 0
     shapes: dict[Any, None] = field(default_factory=dict)
@@ -105,20 +107,22 @@ class Graphs:
                     self.known.insert(0, self.known.pop(i))
                 return known
         function = self.function if joint else None
-        snapshot = Snapshot(self.model, self.cost if callable(self.cost) else None)
-        graph = self._captured(x, function, target)
+        snapshot = Snapshot(self.model, *([self.cost] if callable(self.cost) else []))
+        graph, unread = self._captured(x, function, target)
         structures = (structure, more_structure if joint else _MODEL_ALONE)
-        found = _Known(graph, snapshot, _fitting(tensors, graph.sizes), structures, _kinds(graph))
+        found = _Known(graph, snapshot, _fitting(tensors, graph.sizes), structures, _kinds(graph), unread)
         self.known = [found, *self.known[: _KEPT - 1]]
         return found
 
-    def _captured(self, x: Any, function: Any, target: Any) -> Graph:
+    def _captured(self, x: Any, function: Any, target: Any) -> tuple[Graph, TraceError | None]:
+        """The graph; and, where that is of the model alone, why its cost is not recorded: the proof is the judge."""
+        unread = None
         if function is not None:
             try:
-                return capture(self.model, x, self.leaves, self.energy, self.branches, function, target)
-            except TraceError:
-                pass  # the model alone, with the cost as a function of its output: the proof is the judge
-        return capture(self.model, x, self.leaves, self.energy, self.branches)
+                return capture(self.model, x, self.leaves, self.energy, self.branches, function, target), None
+            except TraceError as error:
+                unread = error
+        return capture(self.model, x, self.leaves, self.energy, self.branches), unread
 
     def _shapes(self, x: Any, target: Any) -> Any:
         tensors = [t for t in (*flattened(x)[0], *flattened(target)[0]) if isinstance(t, Tensor)]
@@ -134,6 +138,7 @@ class Graphs:
             since = known.uses - known.proven if known.proven else 0
             proven = f"{since} steps ago" if since else "not before"
             self.known.remove(known)
+            error = known.unread or error
             raise TraceError(f"{error} It was proven {proven}; nothing was changed.") from error
         except MepError:
             known.uses -= 1

@@ -29,16 +29,23 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from mep.capture.rewriting import without_casts
 from mep.capture.state import check_state, untouched
 from mep.capture.whole import kept_whole, target_of
-from mep.errors import MepError, TraceError
+from mep.errors import MepError, TraceError, require
 from mep.graph.inputs import call_model, flattened, unflattened
 from mep.graph.ops import Slot
 
 aten = torch.ops.aten
 Leaves = Sequence[type[nn.Module] | str]
+MODULES = (
+    lambda leaves: isinstance(leaves, (tuple, list, set)) and all(isinstance(leaf, (type, str)) for leaf in leaves),
+    "a tuple of module types, or of qualified names",
+)
+"""The last two arguments of `require` for leaves."""
 _TORCH = str(Path(torch.__file__).parent)
 _OURS = str(Path(__file__).parent)
 
@@ -109,7 +116,7 @@ def export(
         return isinstance(module, types) or path.removeprefix("model").removeprefix(".") in names
 
     failure: Exception | None = None
-    extra = [cost] if isinstance(cost, nn.Module) else []
+    extra = [cost] if cost is not None else []
     with untouched(plain, *extra), _said_when_slow(f"reading {type(plain).__name__}"), _quiet():
         for dynamic in (True, False) if symbols else (False,):
             root = _Called(plain, cost, x, target)
@@ -126,6 +133,7 @@ def export(
 
 def check_leaves(model: nn.Module, leaves: Leaves) -> None:
     """Refuse leaves that are no modules of the model."""
+    require("trace", "leaves", leaves, *MODULES)
     modules = dict(model.named_modules())
     for leaf in leaves:
         known = leaf in modules or f"_orig_mod.{leaf}" in modules
@@ -154,7 +162,9 @@ class _Called(nn.Module):
         return [v for v in (*self.x, *self.y) if isinstance(v, Tensor)]
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        given = iter(tensors)
+        homes = [m._buffers for m in self.modules() if m._buffers]
+        before = [(home, key, b) for home in homes for key, b in home.items() if b is not None]
+        given = iter([t.clone() for t in tensors])  # forward may write to them
         x = [next(given) if isinstance(v, Tensor) else v for v in self.x]
         output = call_model(self.model, unflattened(x, self.x_structure))
         leaves, self.result.structure = pytree.tree_flatten(output)
@@ -166,6 +176,11 @@ class _Called(nn.Module):
             if not isinstance(cost, Tensor):
                 raise TypeError(f"the cost returned {type(cost).__name__}, not a tensor")
             found.append(cost)
+        for home, key, buffer in before:  # one that was bound anew is written, as every other
+            if isinstance(home.get(key), Tensor) and home[key] is not buffer:
+                with torch.no_grad():
+                    buffer.copy_(home[key])
+                home[key] = buffer
         return tuple(found)
 
 
@@ -173,8 +188,49 @@ def _exported(root: _Called, dynamic: bool) -> ExportedProgram:
     tensors = tuple(t.detach() for t in root.tensors)
     shapes = (tuple(_symbols(t) for t in tensors),) if dynamic else None
     # A graph is run under the autocast of its step; and with autograd off, no_grad regions would leave no mark.
-    with torch.autocast(tensors[0].device.type, enabled=False), torch.enable_grad():
+    plain = torch.autocast(tensors[0].device.type, enabled=False)
+    with plain, torch.enable_grad(), _in_forms_that_are_recorded(), _NoAutograd():
         return torch.export.export(root, tensors, dynamic_shapes=shapes, strict=False)
+
+
+class _Unrecordable(Exception):
+    """Something that recording would lose, or fail on later without saying where."""
+
+
+class _NoAutograd(TorchFunctionMode):
+    """Refuses derivatives while a model is recorded."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch.autograd.grad or func is Tensor.backward:
+            raise _Unrecordable("it differentiates, which a recorded graph cannot contain.")
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def _in_forms_that_are_recorded() -> Iterator[None]:
+    """Inside, `torch.inference_mode` is `torch.no_grad`, and `.data` is `.detach()`, which are recorded."""
+    mode, tensor = torch.inference_mode, torch.Tensor
+    own = mode.__enter__, mode.__exit__
+
+    def enter(self: Any) -> None:
+        self.instead = torch.set_grad_enabled(not self.mode and torch.is_grad_enabled())
+
+    def leave(self: Any, *_: object) -> None:
+        self.instead.__exit__(None, None, None)
+
+    def write(self: Tensor, new: Tensor) -> None:
+        with torch.no_grad():
+            self.copy_(new)
+
+    mode.__enter__, mode.__exit__ = enter, leave  # type: ignore[method-assign]
+    tensor.data = property(lambda t: t.detach(), write)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        mode.__enter__, mode.__exit__ = own  # type: ignore[method-assign]
+        del tensor.data
 
 
 def _symbols(t: Tensor) -> dict[int, Any]:
@@ -188,27 +244,80 @@ Writes = list[tuple[fx.Node, str]]
 
 
 def _functional(program: ExportedProgram) -> tuple[ExportedProgram, Writes]:
-    """The functional graph. What a no_grad region returns is detached first: its mark is lost on the way.
+    """The functional graph.
 
-    torch's own way takes several times as long as recording. Where all that is written are whole tensors, in graphs
-    without regions, `_without_writes` does the same.
+    torch's own way takes several times as long as recording. Where all that is written are whole tensors,
+    `_without_writes` does the same.
     """
+    _inline_regions(program.graph_module)
+    _check_writes(program.graph)
     if (writes := _without_writes(program)) is not None:
         return program, writes
-    for module in [m for m in program.graph_module.modules() if isinstance(m, fx.GraphModule)]:
-        for node in list(module.graph.nodes):
-            if "wrap_with_set_grad_enabled" in str(node.target) and node.args[0] is False:
-                for result in list(node.users):
-                    with module.graph.inserting_after(result):
-                        detached = module.graph.call_function(aten.detach.default, (result,))
-                    detached.meta = dict(result.meta)
-                    result.replace_all_uses_with(detached, delete_user_cb=lambda user, d=detached: user is not d)
-        module.recompile()
     program = program.run_decompositions({})
     returned: Any = program.graph.output_node().args[0]
     paths = program.graph_signature.buffers_to_mutate
     program.graph.output_node().args = (tuple(returned[len(paths) :]),)
     return program, list(zip(returned, paths.values(), strict=False))
+
+
+def _inline_regions(module: fx.GraphModule) -> None:
+    """Put what runs under `no_grad` among the rest, with what it reads detached."""
+    graph = module.graph
+    for n in graph.find_nodes(op="call_function", target=torch.ops.higher_order.wrap_with_set_grad_enabled):
+        enabled, region, *given = n.args
+        inner: Any = getattr(module, region.target)
+        _inline_regions(inner)
+        without_casts(inner.graph)  # a cast that changes nothing is what it casts, gradient and all
+        places = dict(zip(inner.graph.find_nodes(op="placeholder"), given, strict=True))
+        with graph.inserting_before(n):
+            reads = places if enabled else {place: _detached(graph, g) for place, g in places.items()}
+            results: Any = graph.graph_copy(inner.graph, dict(reads))
+        returned: Any = inner.graph.output_node().args[0]
+        results = [places.get(own, result) for own, result in zip(returned, results, strict=True)]
+        for picked in list(n.users):
+            picked.replace_all_uses_with(results[picked.args[1]])
+            graph.erase_node(picked)
+        graph.erase_node(n)
+        if not region.users:
+            graph.erase_node(region)
+
+
+def _check_writes(graph: fx.Graph) -> None:
+    """Refuse a write to a value that has a gradient, in a form of it that has none: the value would lose it."""
+    aliases: set[fx.Node] = set()
+    for n in graph.nodes:
+        first = n.args[0] if n.args else None
+        if n.target is aten.detach.default and _has_gradient(first):
+            aliases.add(n)
+        elif first in aliases and (_returns_a_view(n) or _writes(n)):
+            aliases.add(n)
+            if _writes(n):
+                raise _Unrecordable(
+                    f"it writes, without a gradient, into a value that has one ({source_line(n) or n.name}). Write "
+                    "what this leaves instead: h = h + (new - h).detach()."
+                )
+
+
+def _has_gradient(n: Any) -> bool:
+    """Whether a value depends on parameters by operations with a derivative."""
+    if not isinstance(n, fx.Node) or n.target is aten.detach.default:
+        return False
+    t = n.meta.get("val")
+    if isinstance(t, Tensor) and not t.is_floating_point() and not t.is_complex():
+        return False
+    if "learns" not in n.meta:
+        own = n.op == "placeholder" and isinstance(t, Tensor) and t.requires_grad
+        n.meta["learns"] = own or any(map(_has_gradient, n.all_input_nodes))
+    return bool(n.meta["learns"])
+
+
+def _detached(graph: fx.Graph, n: fx.Node) -> fx.Node:
+    """A value through which no gradient flows; where none does anyway, the value itself."""
+    if not _has_gradient(n):
+        return n
+    detached = graph.call_function(aten.detach.default, (n,))
+    detached.meta = dict(n.meta)
+    return detached
 
 
 def _without_writes(program: ExportedProgram) -> Writes | None:
@@ -383,7 +492,9 @@ def _first_sentence(error: Exception) -> str:
     if "data-dependent" in text:
         return f"what it does next depends on the values of tensors ({text.rstrip('.')})."
     if "fake tensor" in text.lower():
-        return "it uses `.data`, or autograd, inside forward, which a recorded graph cannot contain (.detach() can)."
+        return "it makes tensors in a way that a recorded graph cannot contain."
+    if isinstance(error, _Unrecordable):
+        return text
     return f"{type(error).__name__}: {text}"
 
 

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from mep.capture import Leaves, capture
 from mep.capture.cost import RecordedCost
-from mep.capture.state import Buffers, Snapshot, copied_together, trained_parameters, untouched
+from mep.capture.state import Buffers, copied_together, trained_parameters, untouched
+from mep.capture.surroundings import Snapshot
 from mep.cost import make_cost, mean_cost, recorded_function
 from mep.energy import FREE, Energy, make_coupling
 from mep.errors import MepError, TraceError
@@ -104,7 +105,7 @@ def prove(proof: Proof, x: Any, target: Any, rows: int | None = None) -> bool:
 
 def _sides(proof: Proof, x: Any, target: Any) -> tuple[Side, Side]:
     """The model run twice, and the graph once: same batch, same buffers, same random numbers; nothing is changed."""
-    criterion = [proof.cost] if isinstance(proof.cost, nn.Module) else []
+    criterion = [proof.cost] if callable(proof.cost) else []
     kept = [(p, p._version, p.detach().clone()) for p in proof.graph.kept]
     with untouched(proof.model, *criterion) as buffers:
         noise = generators(everyones=True)
@@ -121,8 +122,8 @@ def _sides(proof: Proof, x: Any, target: Any) -> tuple[Side, Side]:
         after, first = generators(everyones=True), _changes(proof)
         buffers.undo()
         set_generators(noise)
-        with torch.no_grad():
-            again = float(loss_of(proof.model, proof.cost, x, target))
+        with torch.enable_grad():  # forward may hook what it computes
+            again = float(loss_of(proof.model, proof.cost, _copied(x), target).detach())
         _check_repeats(proof, wanted, again, buffers.values(), first)
         buffers.undo()
         set_generators(noise)
@@ -140,8 +141,17 @@ def _model_side(proof: Proof, x: Any, target: Any, buffers: Buffers) -> Side:
     trained = trained_parameters(proof.model, proof.cost)
     trained += [p for p in proof.graph.parameters if p.requires_grad and all(p is not q for q in trained)]
     with torch.enable_grad(), without_hooks(trained):
-        loss = loss_of(proof.model, proof.cost, x, target)
-        found = torch.autograd.grad(loss, trained, allow_unused=True) if loss.requires_grad else [None] * len(trained)
+        loss = loss_of(proof.model, proof.cost, _copied(x), target)
+        found: Sequence[Tensor | None] = [None] * len(trained)
+        try:
+            if loss.requires_grad:
+                found = torch.autograd.grad(loss, trained, allow_unused=True)
+        except RuntimeError as error:
+            raise TraceError(
+                f"There is no gradient of {type(proof.model).__name__} to compare with, for torch.autograd.grad says: "
+                f"{error} Way out: checkpoint(..., use_reentrant=False) where that is it, else mend forward until "
+                "torch.autograd.grad(loss, list(model.parameters())) works."
+            ) from error
     gradients = {p: g.to_dense().detach() for p, g in zip(trained, found, strict=True) if g is not None}
     return Side(float(loss.detach()), gradients, buffers.values())
 
@@ -223,21 +233,19 @@ def _changes(proof: Proof) -> dict[tuple[int, Any], Any]:
     """What the model has noted down on itself, and how it stands now."""
     if proof.snapshot is None:
         return {}
-    return {key: proof.snapshot.fact(key) for key in proof.snapshot.changes()}
+    return proof.snapshot.changes()
 
 
 def _check_repeats(
-    proof: Proof, wanted: Side, again: float, buffers: Sequence[Tensor], first: Mapping[tuple[int, Any], Any]
+    proof: Proof, wanted: Side, again: float, buffers: Sequence[Tensor], first: dict[tuple[int, Any], Any]
 ) -> None:
     """Whether a second run did what the first one did; what it notes down once and for all may stay."""
     name, snapshot = type(proof.model).__name__, proof.snapshot
     way_out = "no graph can hold it. Way out: keep it in a buffer (register_buffer), or give it to forward as an input."
     if snapshot is not None:
-        second = _changes(proof)
-        for key, fact in second.items():
-            if isinstance(fact, (bool, int, float, str)) and first.get(key) != fact and not isinstance(key[1], tuple):
-                raise TraceError(f"{snapshot.named(key)} of {name} changes whenever forward runs: {way_out}")
-        snapshot.notes |= second.keys()
+        moved = snapshot.moved(first, _changes(proof))
+        if moved is not None:
+            raise TraceError(f"{moved} of {name} changes whenever forward runs: {way_out}")
     slack = 1e-5 * (1 + abs(again))
     if math.isfinite(again) and not abs(again - wanted.loss) <= slack:
         raise TraceError(
@@ -282,6 +290,12 @@ def _double(x: Any) -> Any:
     return unflattened(
         [v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for v in leaves], structure
     )
+
+
+def _copied(x: Any) -> Any:
+    """An input into which forward may write."""
+    leaves, structure = flattened(x)
+    return unflattened([v.clone() if isinstance(v, Tensor) else v for v in leaves], structure)
 
 
 def _first(proof: Proof, x: Any, target: Any, rows: int | None) -> tuple[Any, Any]:

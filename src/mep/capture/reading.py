@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 import operator
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -102,6 +102,7 @@ class Reading:
         self._find_junctions()
         chosen = [n for n in self.nodes if (n in self.roots or n in self.junctions) and n in self.needed]
         folded = {n: self._closure([n], set(chosen) - {n}) for n in chosen}
+        self._check_draws_once(folded)
         attached, apart = self._writes(folded)
         made: dict[fx.Node, Node] = {}
         for n in chosen:
@@ -169,10 +170,14 @@ class Reading:
 
     def _can_be_state(self, n: fx.Node) -> bool:
         """Whether a value has real numbers and the examples as rows, as far as sizes tell."""
+        if n.target is operator.getitem and self._is_random(n) and not all(map(self._has_examples, n.args[0].users)):
+            return False  # who reads the other results would draw anew
+        return n in self.by_example and self._has_examples(n)
+
+    def _has_examples(self, n: fx.Node) -> bool:
+        """Whether sizes allow that the rows are examples."""
         t = value(n)
         if not isinstance(t, Tensor) or not t.is_floating_point() or t.ndim == 0:
-            return False
-        if n not in self.by_example:
             return False
         if isinstance(self.batch, int):
             return isinstance(t.shape[0], int) and t.shape[0] % self.batch == 0
@@ -211,14 +216,15 @@ class Reading:
             parameters = self._parameters(program)
             plain = states == [self.alias.get(result, result)] and not parameters if result is not None else False
             plain = plain and not any(n in self.inputs or n in self.junctions for n in (*reads, *program))
+            plain = plain and value(cost).ndim == 1
             if not states:
                 raise TraceError(f"The cost does not depend on what {type(self.model).__name__} computes.")
             self.output = states[0]
             join = None
             if len(states) > 1:
                 self.output, join = self._joined(states)
+            self._check_cost_draws_nothing(program)
             if not plain:
-                self._check_cost_draws_nothing(program)
                 ops = [self._op(n) for n in program]
                 others = [n for n in reads if n not in self.roots]
                 names = [self.names[n] for n in (*states, *others)]
@@ -274,6 +280,15 @@ class Reading:
         self.data[n] = True
         self.parametrised[n] = False
         return n, join
+
+    def _check_draws_once(self, folded: Mapping[fx.Node, tuple[list[fx.Node], list[fx.Node]]]) -> None:
+        draws = Counter(n for program, _ in folded.values() for n in program if self._is_random(n))
+        for n, times in draws.items():
+            if times > 1:
+                raise TraceError(
+                    f"{self.place(n)} draws random numbers, and several nodes read it for which no state can stand. "
+                    "Way out: keep the module that draws them and what reads it whole, leaves=(ThatModule,)."
+                )
 
     def _check_cost_draws_nothing(self, program: Iterable[fx.Node]) -> None:
         for n in program:

@@ -27,6 +27,7 @@ from mep.graph.closed_forms.pointwise import leaking
 
 aten = torch.ops.aten
 _ASSERTIONS = ("_assert_scalar", "_assert_tensor_metadata", "_assert_async", "sym_constrain_range_for_size")
+_CASTS = ("to", "type_as", "_to_copy")
 _SAME = ("clone", "alias", "lift_fresh_copy", "lift", "lift_fresh", "contiguous")
 
 
@@ -119,8 +120,66 @@ def _as_new(old: Tensor, new: Tensor) -> Tensor:
     return new.to(old.dtype).expand_as(old)
 
 
+def _fill(n: fx.Node) -> None:
+    """Noise that is written over a value depends on its shape alone."""
+    x: Any = n.args[0]
+    empty = _Putting(n)(aten.empty_like.default, x)
+    empty.meta["val"] = value(x)
+    n.args = (empty, *n.args[1:])
+
+
 def _copy(n: fx.Node) -> None:
     n.target, n.args = _as_new, n.args[:2]
+
+
+class _Written:
+    """A tensor after a part of it was written, where torch's derivative of the pure form is missing or wrong (2.13)."""
+
+    def __init__(self, part: Callable[..., Tensor]):
+        self.part, self.__name__ = part, f"{part.__name__}_scatter"
+
+    def __call__(self, x: Tensor, new: Tensor, *where: Any, **more: Any) -> Tensor:
+        written = x.clone()
+        self.part(written, *where, **more).copy_(new)
+        return written
+
+
+def _write_of_a_part(n: fx.Node) -> None:
+    if label(n) == "as_strided_scatter" or (isinstance(value(n), Tensor) and value(n).is_complex()):
+        n.target = _Written(getattr(aten, label(n).removesuffix("_scatter")))
+    elif label(n) == "slice_scatter":
+        _without_whole_slices(n)
+
+
+def _without_broadcast(n: fx.Node) -> None:
+    """Tensors of one shape are themselves, and others are expanded."""
+    for picked in list(n.users):
+        given: Any = n.args[0]
+        x = given[picked.args[1]]
+        if list(value(x).shape) == list(value(picked).shape):
+            _replace([picked], x)
+        else:
+            picked.target, picked.args = _as_one_of, (given, picked.args[1])
+    if not n.users:
+        n.graph.erase_node(n)
+
+
+def _as_one_of(tensors: Sequence[Tensor], i: int) -> Tensor:
+    return torch.broadcast_tensors(*tensors)[i]
+
+
+def without_casts(graph: fx.Graph) -> None:
+    """Drop the casts that change nothing."""
+    for n in list(graph.nodes):
+        if label(n) in _CASTS:
+            _without_cast(n)
+
+
+def _without_cast(n: fx.Node) -> None:
+    """A cast to the dtype and device that a tensor has is the tensor."""
+    x = value(n.args[0])
+    if isinstance(x, Tensor) and isinstance(t := value(n), Tensor) and (x.dtype, x.device) == (t.dtype, t.device):
+        _replace([n], n.args[0])
 
 
 def _without_whole_slices(n: fx.Node) -> None:
@@ -333,8 +392,11 @@ _REWRITES: dict[str, Callable[[fx.Node], None]] = {
     "conv2d": _with_numbers,
     "conv3d": _with_numbers,
     "copy": _copy,
+    **dict.fromkeys(("normal_functional", "uniform", "exponential", "cauchy", "geometric", "log_normal"), _fill),
+    "broadcast_tensors": _without_broadcast,
+    **dict.fromkeys(_CASTS, _without_cast),
     "slice": _without_whole_slices,
-    "slice_scatter": _without_whole_slices,
+    **dict.fromkeys(("slice_scatter", "select_scatter", "diagonal_scatter", "as_strided_scatter"), _write_of_a_part),
     **{f"adaptive_max_pool{n}d": _as_pool for n in (1, 2, 3)},
     **{f"max_pool{n}d_with_indices": _as_pool for n in (1, 2, 3)},
     **dict.fromkeys(("maximum", "minimum", "amax", "amin", "max", "min"), _extreme),

@@ -1,195 +1,19 @@
-"""What decides what a model computes besides tensors, seen when it changes; and runs of a model that leave no trace.
-
-A captured graph reads parameters and buffers anew in every step. Everything else is fixed in it: modules, modes, hooks,
-numbers, lists, dictionaries, configuration objects, arrays, plain tensors, also those of the class, and those that the
-cost function or `forward` reads from around it.
-"""
+"""What a model must not be to be read, and runs of a model that leave no trace."""
 
 from __future__ import annotations
 
 import copy
-import operator
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
-from itertools import chain
-from types import BuiltinFunctionType, CellType, FunctionType, MethodType, ModuleType
+from types import CellType, FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from mep.capture.surroundings import surroundings_kept
 from mep.errors import TraceError
 from mep.noise import generators_kept
-
-_PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_LONGEST = 10_000
-"""A list or dictionary with more entries is data, and not looked into."""
-_CODE = (type, FunctionType, BuiltinFunctionType, MethodType, ModuleType, nn.Module, torch.Generator)
-
-
-class Snapshot:
-    """Whether a model, and the function that is its cost, are still those that were captured.
-
-    Values of parameters and buffers may change, and so may what a module notes down while it runs.
-    """
-
-    def __init__(self, model: nn.Module, cost: Any = None):
-        self.places = list(_places(model, cost))
-        self.readers = [place.values for place in self.places]
-        self.notes: set[tuple[int, Any]] = set()
-        self.facts = self._facts()
-        self._keep(self._values())
-
-    def matches(self) -> bool:
-        """Whether everything is as it was: the same objects with the same content, or equal ones."""
-        values = self._values()
-        is_same = len(values) == len(self.values) and all(map(operator.is_, values, self.values))
-        if is_same and self._contents() == self.contents:
-            return True
-        if not self.changes() <= self.notes:
-            return False
-        self._keep(values)  # so that the next comparison is quick
-        return True
-
-    def changes(self) -> set[tuple[int, Any]]:
-        """What is not as it was, by place and key."""
-        old, new = self.facts, self._facts()
-        return {key for key in old.keys() | new.keys() if old.get(key, _ABSENT) != new.get(key, _ABSENT)}
-
-    def fact(self, key: tuple[int, Any]) -> Any:
-        """What stands there now, in a form that can be compared."""
-        return self._facts().get(key, _ABSENT)
-
-    def named(self, key: tuple[int, Any]) -> str:
-        """Where something stands, for messages."""
-        name, place = self.places[key[0]].name, key[1]
-        return f"{name}.{place}" if isinstance(place, str) else f"{name}[{place}]"
-
-    def _values(self) -> list[Any]:
-        return list(chain.from_iterable([read() for read in self.readers]))
-
-    def _keep(self, values: list[Any]) -> None:
-        self.values = values
-        self.mutable = [v for v in values if _has_content(v)]
-        self.contents = self._contents()
-
-    def _contents(self) -> list[Any]:
-        return [v._version if isinstance(v, Tensor) else v.tobytes() for v in self.mutable]
-
-    def _facts(self) -> dict[tuple[int, Any], Any]:
-        return {(i, k): _fact(v) for i, place in enumerate(self.places) for k, v in place.items().items()}
-
-
-_ABSENT = object()
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Something that holds values: its name, how they are listed quickly, and how they are read with their keys."""
-
-    name: str
-    values: Callable[[], Iterable[Any]]
-    items: Callable[[], dict[Any, Any]]
-
-
-def _places(model: nn.Module, cost: Any) -> Iterator[_Place]:
-    """Everything that holds what decides what a model does."""
-    seen: set[int] = set()
-    for path, module in model.named_modules():
-        name, own = path or "model", vars(module)
-        if isinstance(module, torch.jit.ScriptModule):
-            yield _Place(name, partial(_mode, module), partial(_mode, module))
-            continue
-        yield _Place(name, own.values, partial(_attributes, own))
-        for part in ("_parameters", "_modules", *_HOOKS):
-            if part in own:
-                yield _Place(f"{name}.{part}", own[part].values, own[part].copy)
-        yield _Place(name, own["_buffers"].values, partial(_kinds, own["_buffers"]))
-        for value in list(own.values()):
-            yield from _inside(name, value, seen)
-        for cls in type(module).__mro__:
-            if not cls.__module__.startswith(("torch", "builtins", "typing", "abc")) and id(cls) not in seen:
-                seen.add(id(cls))
-                yield _Place(cls.__name__, vars(cls).values, vars(cls).copy)
-                if isinstance(forward := vars(cls).get("forward"), FunctionType):
-                    yield from _around(forward, seen)
-    if isinstance(cost, nn.Module):
-        yield from _places(cost, None)
-    elif isinstance(cost, FunctionType):
-        yield from _around(cost, seen)
-    elif isinstance(cost, MethodType):
-        yield from _inside("cost", cost.__self__, seen)
-
-
-def _mode(module: nn.Module) -> dict[Any, Any]:
-    return {"training": module.training}
-
-
-def _attributes(own: dict[str, Any]) -> dict[Any, Any]:
-    return {k: v for k, v in own.items() if k not in ("_buffers", "_parameters", "_modules", *_HOOKS)}
-
-
-def _kinds(buffers: dict[str, Any]) -> dict[Any, Any]:
-    """Of buffers shape and dtype, since their values are read anew in every step."""
-    return {("buffer", k): None if b is None else (b.shape, b.dtype) for k, b in buffers.items()}
-
-
-def _around(function: FunctionType, seen: set[int]) -> Iterator[_Place]:
-    """What a function reads from its closure, its defaults and the globals it names."""
-
-    def read() -> dict[Any, Any]:
-        cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
-        found = {name: cell.cell_contents for name, cell in cells}
-        names = [name for name in function.__code__.co_names if name in function.__globals__]
-        found |= {name: function.__globals__[name] for name in names}
-        found |= {f"default {i}": value for i, value in enumerate(function.__defaults__ or ())}
-        return {name: value for name, value in found.items() if not isinstance(value, _CODE)}
-
-    yield _Place(function.__qualname__, lambda: read().values(), read)
-    for name, value in list(read().items()):
-        yield from _inside(f"{function.__qualname__}.{name}", value, seen)
-
-
-def _inside(name: str, value: Any, seen: set[int], depth: int = 4) -> Iterator[_Place]:
-    """The places within a list, dictionary or object that is no code, no module and not torch's."""
-    if id(value) in seen or isinstance(value, (*_PLAIN, *_CODE, Tensor)) or depth == 0:
-        return
-    seen.add(id(value))
-    if hasattr(value, "__dict__") and not isinstance(value, (list, tuple, set, dict)):
-        value = {} if type(value).__module__.startswith("torch.") else vars(value)
-    if not isinstance(value, (list, tuple, set, frozenset, dict)) or not 0 < len(value) <= _LONGEST:
-        return
-    place = (
-        _Place(name, value.values, value.copy)
-        if isinstance(value, dict)
-        else _Place(name, value.__iter__, lambda: dict(enumerate(value)))
-    )
-    yield place
-    for key, inner in list(place.items().items()):
-        yield from _inside(f"{name}.{key}", inner, seen, depth - 1)
-
-
-def _has_content(value: Any) -> bool:
-    """Whether it may change in place: a plain tensor, or an array of NumPy's."""
-    if isinstance(value, Tensor):
-        return not isinstance(value, nn.Parameter) and not value.is_inference()
-    return type(value).__module__ == "numpy" and hasattr(value, "tobytes")
-
-
-def _fact(value: Any) -> Any:
-    """A value in a form that can be compared."""
-    if isinstance(value, Tensor):
-        return (id(value), value._version if _has_content(value) else 0)
-    if _has_content(value):
-        return value.tobytes()
-    if isinstance(value, float) and value != value:
-        return "nan"
-    if isinstance(value, tuple):
-        return tuple(map(_fact, value))
-    return value if isinstance(value, _PLAIN) else ("object", id(value))
 
 
 def check_state(model: nn.Module, hooks: bool = True) -> None:
@@ -230,49 +54,6 @@ _WRAPPERS = {
 }
 
 
-@contextmanager
-def attributes_kept(*modules: nn.Module) -> Iterator[None]:
-    """Whatever modules note down on themselves inside, in lists and dictionaries too, is gone afterwards."""
-    every = [m for module in modules for m in module.modules() if not isinstance(m, torch.jit.ScriptModule)]
-    own = [vars(m) for m in every]
-    dicts = [d for o in own for d in (o, *(o[part] for part in ("_parameters", "_buffers", "_modules") if part in o))]
-    seen: set[int] = set()
-    held: list[Any] = []
-    for attributes in own:
-        hooks = [h for part in _HOOKS for h in attributes.get(part, {}).values() if isinstance(h, FunctionType)]
-        around = [v for hook in hooks for place in _around(hook, set()) for v in place.values()]
-        for value in (*attributes.values(), *around):
-            held += _containers(value, seen)
-    before = [(d, dict(d)) for d in dicts] + [(c, c.copy()) for c in held]
-    try:
-        yield
-    finally:
-        for container, content in before:
-            if isinstance(container, list):
-                container[:] = content
-            else:
-                if isinstance(container, dict) and _is_same(container, content):
-                    continue
-                container.clear()
-                container.update(content)
-
-
-def _is_same(one: dict[Any, Any], other: dict[Any, Any]) -> bool:
-    return len(one) == len(other) and all(one.get(k, _ABSENT) is v for k, v in other.items())
-
-
-def _containers(value: Any, seen: set[int], depth: int = 4) -> list[Any]:
-    if isinstance(value, (*_PLAIN, *_CODE, Tensor)) or id(value) in seen or depth == 0:
-        return []
-    seen.add(id(value))
-    if hasattr(value, "__dict__") and not isinstance(value, (list, dict, set)):
-        return [] if type(value).__module__.startswith("torch.") else _containers(vars(value), seen, depth - 1)
-    if not isinstance(value, (list, dict, set)) or len(value) > _LONGEST:
-        return []
-    inner = list(value.values()) if isinstance(value, dict) else list(value)
-    return [value, *(c for v in inner for c in _containers(v, seen, depth - 1))]
-
-
 class Buffers:
     """A model's buffers, to be put back after it has run. A module may write them in place or bind them anew."""
 
@@ -303,10 +84,10 @@ def same(a: Tensor, b: Tensor) -> bool:
 
 
 @contextmanager
-def untouched(*modules: nn.Module) -> Iterator[Buffers]:
-    """Modules may be run inside: buffers, attributes and random numbers end as they began."""
-    buffers = Buffers(*modules)
-    with attributes_kept(*modules), generators_kept():
+def untouched(*roots: Any) -> Iterator[Buffers]:
+    """Modules and functions may be run inside: buffers, attributes and random numbers end as they began."""
+    buffers = Buffers(*(root for root in roots if isinstance(root, nn.Module)))
+    with surroundings_kept(*roots), generators_kept():
         try:
             yield buffers
         finally:

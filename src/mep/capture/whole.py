@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import _C, Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import _disable_current_modes
 
 from mep.capture.state import Buffers
 from mep.graph.closed_forms import kink_of_call
@@ -133,18 +133,20 @@ def _shapes_on_ones(whole: Whole, given: Sequence[Tensor], error: Exception) -> 
 
 
 def _on_ones(whole: Whole, kinds: Sequence[tuple[Any, ...]], error: Exception) -> list[Tensor]:
-    with _disable_current_modes(), torch.no_grad(), generators_kept():
+    def run() -> list[Tensor]:
+        buffers = Buffers(*([whole.module] if whole.module is not None and not whole.is_scripted else []))
         ones = [torch.ones(size, dtype=dtype, device=device) for size, dtype, device in kinds]
-        buffers = Buffers(whole.module) if whole.module is not None and not whole.is_scripted else None
-        own = [b.clone() for b in whole.module.buffers()] if buffers and whole.module else []
         try:
-            found = whole.run([*ones, *own])
+            return whole.run([*ones, *buffers.values()])
+        finally:
+            buffers.undo()
+
+    # Recording is a matter of the thread: in another one operations are run, with autograd.
+    with generators_kept(), ThreadPoolExecutor(1) as other:
+        try:
+            return other.submit(run).result()
         except Exception as real:
             raise real from error
-        finally:
-            if buffers:
-                buffers.undo()
-        return found
 
 
 class KeptModule(nn.Module):
@@ -179,30 +181,37 @@ def kept_whole(root: nn.Module, is_leaf: Callable[[str, nn.Module], bool]) -> It
             if child is None:
                 continue
             where = f"{path}.{name}" if path else name
-            if is_leaf(where, child) or isinstance(child, torch.jit.ScriptModule):
+            if is_leaf(where, child) or isinstance(child, torch.jit.ScriptModule) or _hides_its_statistics(child):
                 homes.append((module._modules, name, child))
                 module._modules[name] = kept.setdefault(id(child), KeptModule(child))
             elif not isinstance(child, KeptModule):
                 visit(child, where)
 
-    apply = vars(torch.autograd.Function)["apply"]
-
-    def recorded(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        call = apply.__get__(None, cls)
-        tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        if cls.__module__.startswith("torch.") or not tensors:
-            return call(*args, **kwargs)
-        return Whole(call, (args, kwargs)).record()
+    def recorded(cls: Any, *args: Any) -> Any:
+        call = vars(_C._FunctionBase)["apply"].__get__(None, cls)
+        if cls.__module__.startswith("torch.") or not any(isinstance(t, Tensor) for t in pytree.tree_leaves(args)):
+            return call(*args)
+        return Whole(call, (args, {})).record()
 
     visit(root, "")
-    torch.autograd.Function.apply = classmethod(recorded)  # type: ignore[method-assign, assignment]
+    # What `Function.apply` itself calls, so that one bound earlier, `sign = Sign.apply`, is seen too.
+    base: Any = torch.autograd.function._SingleLevelFunction
+    base.apply = classmethod(recorded)
     try:
         yield [child for _, _, child in homes]
     finally:
-        torch.autograd.Function.apply = apply  # type: ignore[method-assign]
+        del base.apply
         for home, name, child in homes:
             home[name] = child
         _KEPT.clear()
+
+
+def _hides_its_statistics(module: nn.Module) -> bool:
+    """Whether a module of torch's writes its buffers in a way of which recording takes no notice."""
+    if not module.training or not getattr(module, "track_running_stats", False):
+        return False
+    is_cumulative = isinstance(module, nn.modules.batchnorm._BatchNorm) and module.momentum is None
+    return is_cumulative or isinstance(module, nn.modules.instancenorm._InstanceNorm)
 
 
 def target_of(key: int) -> Whole:

@@ -11,7 +11,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from mep.capture import Leaves, check_leaves
+from mep.capture import MODULES, Leaves, check_leaves
 from mep.capture.cache import Graphs
 from mep.capture.state import check_state
 from mep.cost import BatchCost, PerExample, make_cost
@@ -22,6 +22,7 @@ from mep.errors import (
     InputError,
     NotConvergedError,
     NotConvergedWarning,
+    require,
     warn,
 )
 from mep.estimators.contrast import Phase, contrast, pieces
@@ -132,6 +133,7 @@ class EquilibriumPropagation:
         self.coupling = make_coupling(energy)
         self.phases = phases
         self.branches = branches
+        require("EquilibriumPropagation", "leaves", leaves, *MODULES)
         self.leaves = tuple(leaves)
         self.diagnostics = diagnostics
         self.observe = observe

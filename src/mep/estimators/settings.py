@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from mep.errors import ArgumentError
+from mep.errors import A_FLAG, ArgumentError, one_of, require
 from mep.estimators.contrast import CONTRASTS
 from mep.estimators.programs import MOST_SWEEPS
 from mep.settle import Solver
@@ -34,18 +34,16 @@ def check_settings(ep: EquilibriumPropagation) -> None:
 
 def _check_values(ep: EquilibriumPropagation) -> None:
     energy = ep.coupling.name
-    if ep.beta is not None and not (isinstance(ep.beta, (int, float)) and 0 < ep.beta < math.inf):
-        raise ArgumentError(f"{_CALL}(beta={ep.beta!r}): must be a positive number, or None to choose it.")
-    if ep.phases not in CONTRASTS:
-        raise ArgumentError(f"{_CALL}(phases={ep.phases!r}): choose one of {sorted(CONTRASTS)}.")
-    if ep.branches not in ("held", "exact"):
-        raise ArgumentError(f"{_CALL}(branches={ep.branches!r}): choose 'held' or 'exact'.")
-    if ep.on_unsettled not in ("warn", "raise", "ignore"):
-        raise ArgumentError(f"{_CALL}(on_unsettled={ep.on_unsettled!r}): choose 'warn', 'raise' or 'ignore'.")
-    if ep.proof not in ("amortised", "always", "never"):
-        raise ArgumentError(f"{_CALL}(proof={ep.proof!r}): choose 'amortised', 'always' or 'never'.")
-    if ep.observe is not None and not callable(ep.observe):
-        raise ArgumentError(f"{_CALL}(observe={ep.observe!r}): must be callable, as update.observe.")
+    if ep.beta is not None:
+        require(_CALL, "beta", ep.beta, lambda beta: 0 < beta < math.inf, "a positive number, or None to choose it")
+    require(_CALL, "phases", ep.phases, *one_of(sorted(CONTRASTS)))
+    require(_CALL, "branches", ep.branches, *one_of(("held", "exact")))
+    require(_CALL, "on_unsettled", ep.on_unsettled, *one_of(("warn", "raise", "ignore")))
+    require(_CALL, "proof", ep.proof, *one_of(("amortised", "always", "never")))
+    for name in ("compile", "checkpoint", "diagnostics"):
+        require(_CALL, name, getattr(ep, name), *A_FLAG)
+    if ep.observe is not None:
+        require(_CALL, "observe", ep.observe, callable, "callable, as update.observe")
     if ep.observe is not None and energy != "prediction":
         raise ArgumentError(f"{_CALL}(observe=...): energy={energy!r} has no errors to observe.")
     if ep.solver.prediction_only and energy != "prediction":

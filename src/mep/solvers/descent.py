@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from mep.energy import Energy, State, example_norm, inside_box
-from mep.errors import ArgumentError
+from mep.errors import require
 from mep.graph import Point
 from mep.graph.node import Node, spread
 from mep.layout import per_example
@@ -61,11 +61,9 @@ class Descent(Solver):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        is_number = isinstance(self.settle_lr, (int, float)) and 0 < self.settle_lr < math.inf
-        if not (is_number or self.settle_lr is None):
-            raise ArgumentError(f"Descent(settle_lr={self.settle_lr!r}): must be a positive number, or None.")
-        if not (isinstance(self.momentum, (int, float)) and 0 <= self.momentum < 1):
-            raise ArgumentError(f"Descent(momentum={self.momentum!r}): must lie in [0, 1).")
+        if self.settle_lr is not None:
+            require("Descent", "settle_lr", self.settle_lr, lambda lr: 0 < lr < math.inf, "a positive number, or None")
+        require("Descent", "momentum", self.momentum, lambda m: 0 <= m < 1, "at least 0 and below 1")
 
     def init(self, energy: Energy, point: Point, start: Start) -> Iterate:
         """Without velocity, at the free equilibrium, or off it by the errors of an earlier one."""

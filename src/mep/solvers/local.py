@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from mep.energy import Energy
-from mep.errors import ArgumentError
+from mep.errors import ArgumentError, one_of, require
 from mep.graph import Point
 from mep.graph.node import Node, spread
 from mep.layout import accurate
@@ -85,8 +85,7 @@ class Local(Solver):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.schedule not in SCHEDULES:
-            raise ArgumentError(f"Local(schedule={self.schedule!r}): choose one of {list(SCHEDULES)}.")
+        require("Local", "schedule", self.schedule, *one_of(SCHEDULES))
 
     def init(self, energy: Energy, point: Point, start: Start) -> Iterate:
         """The free equilibrium: only the output is active."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mep.errors import ArgumentError
+from mep.errors import A_FLAG, ArgumentError, require
 
 
 def scale_(tensors: list[Tensor], factor: float) -> None:
@@ -58,10 +58,8 @@ class Update(torch.optim.Optimizer, ABC):
             raise ArgumentError(f"{call}(lr=...) must hold one number; got shape {list(group['lr'].shape)}.")
         limits = {"lr": math.inf, "momentum": 1.0, "weight_decay": math.inf, "vector_scale": math.inf}
         for name, limit in limits.items():
-            if not isinstance(group[name], (int, float, Tensor)) or not 0 <= group[name] < limit:
-                raise ArgumentError(f"{call}({name}={group[name]!r}) must be at least 0 and below {limit}.")
-        if not isinstance(group["nesterov"], bool):
-            raise ArgumentError(f"{call}(nesterov={group['nesterov']!r}) must be True or False.")
+            require(call, name, group[name], lambda value: 0 <= value < limit, f"at least 0 and below {limit}")  # noqa: B023
+        require(call, "nesterov", group["nesterov"], *A_FLAG)
         self._check_group(group, call)
         super().add_param_group(param_group)
 

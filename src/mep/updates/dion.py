@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from mep.errors import ArgumentError
+from mep.errors import require, whole_number
 from mep.updates.base import Update, accumulate_, scale_
 from mep.updates.muon import SCALES, check_muon_step, muon_step_, vector_step_
 
@@ -142,11 +142,9 @@ class Dion(Update):
         super().__init__(params, defaults)
 
     def _check_group(self, group: dict[str, Any], call: str) -> None:
-        if not 0 < group["rank_fraction"] <= 1:
-            raise ArgumentError(f"{call}(rank_fraction={group['rank_fraction']!r}) must be above 0 and at most 1.")
+        require(call, "rank_fraction", group["rank_fraction"], lambda f: 0 < f <= 1, "above 0 and at most 1")
         for name, least in {"dion_threshold": 0, "power_iterations": 1}.items():
-            if not isinstance(group[name], int) or isinstance(group[name], bool) or group[name] < least:
-                raise ArgumentError(f"{call}({name}={group[name]!r}) must be a whole number of at least {least}.")
+            require(call, name, group[name], *whole_number(least))
         check_muon_step(group, call)
 
     def _step_group_(self, group: dict[str, Any], params: list[Tensor]) -> None:

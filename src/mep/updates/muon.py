@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from mep.errors import ArgumentError
+from mep.errors import one_of, require
 from mep.updates.base import Update, scale_
 from mep.updates.orthogonal import check_method, largest_singular_value, orthogonalise
 
@@ -76,8 +76,7 @@ def vector_step_(vectors: list[Tensor], directions: list[Tensor], group: dict[st
 
 def check_muon_step(group: dict[str, Any], call: str) -> None:
     """Raise an ArgumentError that names `call` unless `muon_step_` knows the scale and the method of `group`."""
-    if group["scale"] not in SCALES:
-        raise ArgumentError(f"{call}(scale={group['scale']!r}): choose one of {list(SCALES)}.")
+    require(call, "scale", group["scale"], *one_of(SCALES))
     check_method(group["method"], group["steps"], call)
 
 

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from mep.errors import ArgumentError, DivergedError
+from mep.errors import A_FLAG, ArgumentError, DivergedError, require, whole_number
 from mep.updates.base import Update, scale_
 from mep.updates.curvature import (
     DIAGONAL,
@@ -120,19 +120,14 @@ class NaturalGradient(Update):
         super().__init__(params, defaults)
 
     def _check_group(self, group: dict[str, Any], call: str) -> None:
-        for name in ("damping", "kl_clip"):
-            if not (name == "kl_clip" and group[name] is None) and not 0 < group[name] < math.inf:
-                raise ArgumentError(f"{call}({name}={group[name]!r}) must be above 0 and finite.")
-        if not 0 <= group["decay"] < 1:
-            raise ArgumentError(f"{call}(decay={group['decay']!r}) must be at least 0 and below 1.")
-        for name in ("factors_every", "inverse_every", "rank"):
-            value = group[name]
-            whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
-            if not whole and not (name == "rank" and value is None):
-                raise ArgumentError(f"{call}({name}={value!r}) must be a whole number of at least 1.")
+        given = {name: value for name, value in group.items() if value is not None or name not in ("kl_clip", "rank")}
+        for name in given.keys() & {"damping", "kl_clip"}:
+            require(call, name, given[name], lambda value: 0 < value < math.inf, "above 0 and finite")
+        require(call, "decay", given["decay"], lambda decay: 0 <= decay < 1, "at least 0 and below 1")
+        for name in given.keys() & {"factors_every", "inverse_every", "rank"}:
+            require(call, name, given[name], *whole_number(1))
         for name in ("use_diagonal_fisher", "orthogonalise"):
-            if not isinstance(group[name], bool):
-                raise ArgumentError(f"{call}({name}={group[name]!r}) must be True or False.")
+            require(call, name, given[name], *A_FLAG)
 
     @torch.no_grad()
     def observe(self, layers: Iterable[Layer]) -> None:

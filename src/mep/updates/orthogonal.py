@@ -27,7 +27,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mep.errors import ArgumentError
+from mep.errors import ArgumentError, one_of, require, whole_number
 from mep.updates.halley import halley
 from mep.updates.quintic import newton_schulz, polar_express
 
@@ -138,8 +138,7 @@ def largest_singular_value(steps: int | None) -> float:
 
 def check_method(method: str, steps: int | None, call: str) -> None:
     """Raise an ArgumentError that names `call` unless `orthogonalise` accepts `method` with `steps`."""
-    if method != "auto" and method not in METHODS:
-        raise ArgumentError(f"{call}(method={method!r}): choose one of {['auto', *METHODS]}.")
+    require(call, "method", method, *one_of(["auto", *METHODS]))
     if steps is None:
         return
     if method == "auto" or METHODS[method].steps is None:
@@ -147,8 +146,7 @@ def check_method(method: str, steps: int | None, call: str) -> None:
         raise ArgumentError(
             f"{call}(steps={steps!r}) has no effect with method={method!r}; leave it out, or choose one of {iterative}."
         )
-    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
-        raise ArgumentError(f"{call}(steps={steps!r}) must be a whole number of at least 1.")
+    require(call, "steps", steps, *whole_number(1))
 
 
 def _automatic(matrix: Tensor) -> tuple[str, torch.dtype]:
