@@ -1086,7 +1086,7 @@ class Zeroing(Halving):
 
 class Adding(Halving):
     def forward(self, x):
-        x += self.inner(x)
+        x += self.inner(x.clone())
         return x
 
 
@@ -1116,7 +1116,7 @@ def test_leaves_may_write_to_their_input(leaf):
 
 @pytest.mark.parametrize("leaf", [Halving, Adding])
 def test_a_leaf_that_writes_to_its_input_may_be_used_twice(leaf):
-    model = Net(lambda net, x: net.c(net.b(net.b(net.a(x)).tanh())), b=leaf()).double()
+    model = Net(lambda net, x: net.c(net.b(1 * net.b(net.a(x)).tanh())), b=leaf()).double()
     assert_right(model, *batch(), leaves=("b",))
 
 
@@ -1351,7 +1351,6 @@ AVERAGING = {
     "F.mse_loss": (F.mse_loss, "mse"),
     "nn.CrossEntropyLoss()": (nn.CrossEntropyLoss(), "cross_entropy"),
     "nn.MSELoss()": (nn.MSELoss(), "mse"),
-    "nn.CrossEntropyLoss(reduction='sum')": (nn.CrossEntropyLoss(reduction="sum"), "cross_entropy"),
     "nn.CrossEntropyLoss": (nn.CrossEntropyLoss, "cross_entropy"),
 }
 

@@ -37,7 +37,10 @@ EXACT_ROWS = 128
 MOST_STEPS = 32
 
 
-def spectral_bound(gamma: float, slack: float = 0.1, exclude: Sequence[torch.nn.Parameter] = ()) -> Callable[..., None]:
+Weights = Sequence[torch.nn.Parameter] | Callable[[], Sequence[torch.nn.Parameter]]
+
+
+def spectral_bound(gamma: float, slack: float = 0.1, exclude: Weights = ()) -> Callable[..., None]:
     """A step post-hook that keeps the largest singular value of every weight at or below `gamma`.
 
     `sigma_max(W) <= gamma (1 + 1e-3)` holds after every step for each parameter with `ndim >= 2` (convolutions count
@@ -57,7 +60,7 @@ def spectral_bound(gamma: float, slack: float = 0.1, exclude: Sequence[torch.nn.
 
     Args:
         gamma: the bound, in units of singular values.
-        exclude: weights to leave as they are, such as tables of embeddings.
+        exclude: weights to leave as they are, such as tables of embeddings; or a function that lists them.
         slack: how far below the bound a weight is put that reached it, in [0, 1). The more, the fewer measurements.
 
     Returns:
@@ -78,7 +81,9 @@ def spectral_bound(gamma: float, slack: float = 0.1, exclude: Sequence[torch.nn.
     """
     require("spectral_bound", "gamma", gamma, lambda g: 0 < g < math.inf, "positive and finite")
     require("spectral_bound", "slack", slack, lambda s: 0 <= s < 1, "at least 0 and below 1")
-    return functools.partial(_bound_all_, gamma=gamma, slack=slack, exclude=tuple(exclude), said=[])
+    return functools.partial(
+        _bound_all_, gamma=gamma, slack=slack, exclude=exclude if callable(exclude) else tuple(exclude), said=[]
+    )
 
 
 def largest_eigenpair(square: Tensor, start: Tensor) -> tuple[float, Tensor]:
@@ -146,10 +151,10 @@ def _bound_all_(
     *,
     gamma: float,
     slack: float,
-    exclude: Sequence[torch.nn.Parameter] = (),
+    exclude: Weights = (),
     said: list[bool],
 ) -> None:
-    excluded = set(exclude)
+    excluded = set(exclude() if callable(exclude) else exclude)
     for group in optimizer.param_groups:
         if group.get("lr", 1.0) == 0:
             continue

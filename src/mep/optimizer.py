@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -78,7 +78,7 @@ class EPOptimizer(torch.optim.Optimizer):
         self.constraints = tuple(constraints)
         self.last: Estimate | None = None
         self._has_said_backprop = False
-        self._homes: list[tuple[dict[str, Any], str, nn.Parameter]] = []
+        self._homes: list[tuple[dict[str, Any], str, Any]] = []
         if isinstance(update, torch.optim.LBFGS):
             raise ArgumentError(
                 "EPOptimizer(update=LBFGS): it evaluates the loss several times a step. Way out: torch.optim.LBFGS by "
@@ -174,10 +174,10 @@ class EPOptimizer(torch.optim.Optimizer):
         """Refuse parameters that the model no longer has. Where each was found last is looked at first."""
         if self._homes and all(home.get(key) is p for home, key, p in self._homes):
             return
-        found = dict(homes_of(self.estimator))
+        found, modules = homes_of(self.estimator)
         own = self._parameters()
         lost = [tuple(p.shape) for p in own if p not in found]
-        self._homes = [] if lost else [(*found[p], p) for p in own]
+        self._homes = [] if lost else [*((*found[p], p) for p in own), *modules]
         if lost:
             raise ParameterError(
                 f"{len(lost)} parameters of the optimizer, of shapes {lost[:3]}, are not in "
@@ -237,7 +237,7 @@ class EPOptimizer(torch.optim.Optimizer):
             self.update.add_param_group(param_group)
         else:  # under construction: the update has checked these groups already
             super().add_param_group(param_group)
-        owned = dict(homes_of(self.estimator))
+        owned = homes_of(self.estimator)[0]
         self._homes = []
         foreign = [tuple(p.shape) for p in self.param_groups[-1]["params"] if p not in owned]
         if foreign:
@@ -277,14 +277,23 @@ class EPOptimizer(torch.optim.Optimizer):
 _OWN = ("estimator", "update", "constraints", "last", "low_memory", "_has_said_backprop")
 
 
-def homes_of(estimator: Estimator) -> Iterator[tuple[nn.Parameter, tuple[dict[str, Any], str]]]:
-    """The parameters of an estimator's model, and of its cost where that is a module, with the places they are at."""
+Home = tuple[dict[str, Any], str]
+"""A dictionary of a module's, and a key of it."""
+
+
+def homes_of(estimator: Estimator) -> tuple[dict[nn.Parameter, Home], list[tuple[dict[str, Any], str, Any]]]:
+    """Where the parameters of an estimator's model stand, and of its cost where that is a module; and their modules."""
     cost = getattr(estimator, "cost", None)
+    parameters: dict[nn.Parameter, Home] = {}
+    modules: list[tuple[dict[str, Any], str, Any]] = []
     for root in (estimator.model, *([cost] if isinstance(cost, nn.Module) else [])):
         for module in root.modules():
-            own: Any = module._parameters
-            home = own if isinstance(own, dict) else dict(own.items())
-            yield from ((p, (home, key)) for key, p in own.items() if p is not None)
+            own, inner = dict(module._parameters.items()), dict(module._modules.items())
+            home = module._parameters if isinstance(module._parameters, dict) else own
+            parameters |= {p: (home, key) for key, p in own.items() if p is not None}
+            if isinstance(module._modules, dict):
+                modules += [(module._modules, key, child) for key, child in inner.items()]
+    return parameters, modules
 
 
 def _check_low_memory(estimator: Estimator, update: torch.optim.Optimizer) -> None:

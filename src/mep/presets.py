@@ -9,6 +9,7 @@ is True for sweeps and False for descent. `settle_steps` left at None is 100 for
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -146,7 +147,7 @@ def smep(
         proof=proof,
     )
     update = Muon(_listed(params, model), lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov)
-    return EPOptimizer(estimator, update, [spectral_bound(gamma, exclude=_embeddings(model))], low_memory)
+    return EPOptimizer(estimator, update, [spectral_bound(gamma, exclude=partial(_embeddings, model))], low_memory)
 
 
 @removed_arguments(strength=_STRENGTH)
@@ -196,7 +197,7 @@ def smep_fast(
         proof=proof,
     )
     update = Muon(_listed(params, model), lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov)
-    return EPOptimizer(estimator, update, [spectral_bound(gamma, exclude=_embeddings(model))], low_memory)
+    return EPOptimizer(estimator, update, [spectral_bound(gamma, exclude=partial(_embeddings, model))], low_memory)
 
 
 @removed_arguments(strength=_STRENGTH)
@@ -268,7 +269,7 @@ def sdmep(
         nesterov=nesterov,
         weight_decay=weight_decay,
     )
-    return EPOptimizer(estimator, update, [spectral_bound(gamma, exclude=_embeddings(model))], low_memory)
+    return EPOptimizer(estimator, update, [spectral_bound(gamma, exclude=partial(_embeddings, model))], low_memory)
 
 
 def O1MemoryEPv2(
@@ -314,7 +315,7 @@ def O1MemoryEPv2(
         model, cost, beta, solver, energy, phases, branches, leaves, on_unsettled=on_unsettled, proof=proof
     )
     update = Muon(_listed(params, model), lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov)
-    return EPOptimizer(estimator, update, [spectral_bound(gamma, exclude=_embeddings(model))], low_memory)
+    return EPOptimizer(estimator, update, [spectral_bound(gamma, exclude=partial(_embeddings, model))], low_memory)
 
 
 @removed_arguments(strength=_STRENGTH)
@@ -495,6 +496,8 @@ def _sgd(
     for name, value in (("lr", lr), ("momentum", momentum), ("weight_decay", weight_decay)):
         require(call, name, value, lambda v: v >= 0, "a number >= 0")
     require(call, "nesterov", nesterov, *A_FLAG)
+    if nesterov:
+        require(call, "momentum", momentum, lambda m: m > 0, "above 0 with nesterov=True")
     return torch.optim.SGD(groups, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov)
 
 

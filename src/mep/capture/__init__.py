@@ -75,7 +75,8 @@ def capture(
     - "hopfield": states behind the activations, each in the interval onto which that projects.
     """
     if not isinstance(model, nn.Module):
-        raise ArgumentError(f"trace(model={model!r}): must be a torch.nn.Module.")
+        way_out = " Way out: model.module()." if isinstance(model, torch.export.ExportedProgram) else ""
+        raise ArgumentError(f"trace(model={type(model).__name__}): must be a torch.nn.Module.{way_out}")
     if not any(hasattr(leaf, "shape") for leaf in flattened(x)[0]):
         raise InputError(f"x must be a tensor, or a tuple or dict of them, not {type(x).__name__}: torch.as_tensor(x).")
     reading = _read(model, x, leaves, cost, target)

@@ -14,9 +14,9 @@ from mep.capture.cost import RecordedCost
 from mep.capture.proof import Proof, prove
 from mep.capture.surroundings import Snapshot
 from mep.cost import BatchCost, Cost, recorded_function
-from mep.errors import InputError, MepError, TraceError
+from mep.errors import MepError, TraceError
 from mep.graph.graph import Graph
-from mep.graph.inputs import flattened
+from mep.graph.inputs import dtype_errors, flattened
 
 _KEPT = 8
 """Graphs that are kept: enough for train and eval, several kinds of batch, and a last smaller one."""
@@ -133,24 +133,17 @@ class Graphs:
     def _prove(self, known: _Known, x: Any, target: Any, rows: int | None) -> bool:
         proof = Proof(self.model, known.graph, self.cost, self.energy, self.branches, self.leaves, known.snapshot)
         try:
-            return prove(proof, x, target, rows)
+            with dtype_errors(self.model):
+                return prove(proof, x, target, rows)
         except TraceError as error:
             since = known.uses - known.proven if known.proven else 0
             proven = f"{since} steps ago" if since else "not before"
             self.known.remove(known)
             error = known.unread or error
             raise TraceError(f"{error} It was proven {proven}; nothing was changed.") from error
-        except MepError:
+        except (MepError, RuntimeError):
             known.uses -= 1
             raise
-        except RuntimeError as error:
-            known.uses -= 1
-            if "dtype" not in str(error) and "scalar type" not in str(error):
-                raise
-            raise InputError(
-                f"{type(self.model).__name__} cannot be applied to this batch: {error}. Nothing was changed. Way out: "
-                "give the input the dtype of the parameters, x.to(next(model.parameters()).dtype)."
-            ) from error
 
 
 def _kinds(graph: Graph) -> tuple[Any, ...]:

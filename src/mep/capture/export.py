@@ -194,7 +194,11 @@ def _exported(root: _Called, dynamic: bool) -> ExportedProgram:
 
 
 class _Unrecordable(Exception):
-    """Something that recording would lose, or fail on later without saying where."""
+    """Something that recording would lose, or fail on later without saying where; by the module of this path."""
+
+    def __init__(self, text: str, path: str = ""):
+        super().__init__(text)
+        self.path = path
 
 
 class _NoAutograd(TorchFunctionMode):
@@ -283,19 +287,28 @@ def _inline_regions(module: fx.GraphModule) -> None:
 
 
 def _check_writes(graph: fx.Graph) -> None:
-    """Refuse a write to a value that has a gradient, in a form of it that has none: the value would lose it."""
+    """Refuse a write to a value that has a gradient, in a form of it that has none; and derivatives."""
     aliases: set[fx.Node] = set()
     for n in graph.nodes:
+        if "predispatch" in getattr(n.target, "__module__", "") and re.search("dual|jvp|grad", n.name):
+            raise _Unrecordable("it differentiates, which a recorded graph cannot contain.", _path_of(n))
         first = n.args[0] if n.args else None
-        if n.target is aten.detach.default and _has_gradient(first):
+        if n.target is aten.detach.default and _has_gradient(first) and first.op != "placeholder":
             aliases.add(n)
         elif first in aliases and (_returns_a_view(n) or _writes(n)):
             aliases.add(n)
             if _writes(n):
                 raise _Unrecordable(
                     f"it writes, without a gradient, into a value that has one ({source_line(n) or n.name}). Write "
-                    "what this leaves instead: h = h + (new - h).detach()."
+                    "what this leaves instead: h = h + (new - h).detach().",
+                    _path_of(n),
                 )
+
+
+def _path_of(n: fx.Node) -> str:
+    """The module that made a call."""
+    stack = list((n.meta.get("nn_module_stack") or {}).values())
+    return str(stack[-1][0]).removeprefix("model").removeprefix(".") if stack else ""
 
 
 def _has_gradient(n: Any) -> bool:
@@ -475,6 +488,8 @@ def _tensors_of(module: nn.Module | None, prefix: str = "") -> Iterator[tuple[Te
 def _refusal(error: Exception, model: nn.Module) -> TraceError:
     names = {module: name for name, module in model.named_modules()}
     owners = [frame.f_locals.get("self") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    if isinstance(error, _Unrecordable) and error.path:
+        owners = [model.get_submodule(error.path)]
     inside = [m for m in owners if isinstance(m, nn.Module) and names.get(m)]
     if inside:
         kind = type(inside[-1]).__name__

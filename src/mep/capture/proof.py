@@ -190,17 +190,17 @@ def _graph_side(proof: Proof, x: Any, target: Any, buffers: Buffers) -> Side:
 def _complaint(proof: Proof, wanted: Side, found: Side, relative: float, absolute: float) -> str | None:
     """What differs, or None."""
     name = type(proof.model).__name__
-    whole = math.sqrt(sum(float(g.double().square().sum()) for g in wanted.gradients.values()))
+    whole = math.sqrt(sum(float(_double_of(g).square().sum()) for g in wanted.gradients.values()))
     worst: tuple[float, nn.Parameter | None] = (1.0, None)
     for p in dict.fromkeys((*wanted.gradients, *found.gradients)):
         b, g = wanted.gradients.get(p), found.gradients.get(p)
-        size = 0.0 if b is None else float(b.double().norm())
-        off = float((_or_zero(g, p) - _or_zero(b, p)).norm()) / (relative * size + absolute * whole + 1e-300)
+        size = float(_double_of(b, p).norm())
+        off = float((_double_of(g, p) - _double_of(b, p)).norm()) / (relative * size + absolute * whole + 1e-300)
         if not off <= worst[0]:
             worst = off, p
     if worst[1] is not None:
         p = worst[1]
-        b, g = _or_zero(wanted.gradients.get(p), p), _or_zero(found.gradients.get(p), p)
+        b, g = _double_of(wanted.gradients.get(p), p), _double_of(found.gradients.get(p), p)
         off = float((g - b).norm()) / max(float(b.norm()), 1e-300)
         nodes = [node.where for node in proof.graph.nodes if any(q is p for q in node.parameters)]
         return (
@@ -225,8 +225,12 @@ def _complaint(proof: Proof, wanted: Side, found: Side, relative: float, absolut
     return None
 
 
-def _or_zero(g: Tensor | None, p: Tensor) -> Tensor:
-    return torch.zeros_like(p, dtype=torch.float64) if g is None else g.detach().double()
+def _double_of(g: Tensor | None, like: Tensor | None = None) -> Tensor:
+    """A gradient, or zeros like a parameter, as real numbers in double precision."""
+    if g is None:
+        assert like is not None
+        g = torch.zeros_like(like)
+    return (torch.view_as_real(g) if g.is_complex() else g).detach().double()
 
 
 def _changes(proof: Proof) -> dict[tuple[int, Any], Any]:

@@ -211,8 +211,10 @@ class Reading:
         else:
             if result is not None:
                 self.roots[self.alias.get(result, result)] = _FREE
-            program, reads = self._closure([cost], set(self.roots))
-            states = [n for n in reads if n in self.roots]
+            noise = {n for n in self.junctions if n in self.by_example and self._has_examples(n)}
+            crossing = self.roots.keys() | noise
+            program, reads = self._closure([cost], crossing)
+            states = [n for n in reads if n in crossing]
             parameters = self._parameters(program)
             plain = states == [self.alias.get(result, result)] and not parameters if result is not None else False
             plain = plain and not any(n in self.inputs or n in self.junctions for n in (*reads, *program))
@@ -226,7 +228,7 @@ class Reading:
             self._check_cost_draws_nothing(program)
             if not plain:
                 ops = [self._op(n) for n in program]
-                others = [n for n in reads if n not in self.roots]
+                others = [n for n in reads if n not in crossing]
                 names = [self.names[n] for n in (*states, *others)]
                 run = Program(ops, names, [self.names[cost]], "the cost")
                 targets = set(self.exported.targets)

@@ -18,6 +18,12 @@ from mep.noise import generators_kept
 
 def check_state(model: nn.Module, hooks: bool = True) -> None:
     """Refuse what no graph can hold: gradients of modules that hooks change, lazy parameters, distributed wrappers."""
+    every: Any = torch.nn.modules.module
+    if hooks and (every._global_backward_hooks or every._global_backward_pre_hooks):
+        raise TraceError(
+            "A backward hook is registered for every module (torch.nn.modules.module), and there is no backward pass "
+            "through the network in which it would run. Way out: remove it, the handle's .remove()."
+        )
     for name, module in model.named_modules():
         kind, where = type(module), f"`{name}`" if name else "the model"
         wrappers = [c.__name__ for c in kind.__mro__ if c.__name__ in _WRAPPERS]
@@ -25,6 +31,11 @@ def check_state(model: nn.Module, hooks: bool = True) -> None:
             raise TraceError(
                 f"{where} is wrapped by {kind.__name__}: its replicas would drift apart, since their gradients are not "
                 f"made by backward(). Way out: train the module itself, {_WRAPPERS[wrappers[0]]}, on one device."
+            )
+        if not name and isinstance(module, torch.jit.ScriptModule):
+            raise TraceError(
+                f"{kind.__name__}: a scripted model cannot be read. Way out: pass the module that was scripted; "
+                "scripted modules inside a model are kept whole."
             )
         if hooks and (module._backward_hooks or getattr(module, "_backward_pre_hooks", None)):
             raise TraceError(

@@ -143,6 +143,9 @@ def places(*roots: Any) -> Iterator[Place]:
 
     What cannot change what is computed, but may be written, has no name.
     """
+    for key, hooks in vars(torch.nn.modules.module).items():
+        if key.startswith("_global") and isinstance(hooks, dict):
+            yield _of_dict("every module", hooks)
     seen: dict[int, Any] = {}
     queue: deque[tuple[str, Any]] = deque(("cost" if i else "model", root) for i, root in enumerate(roots))
     while queue:

@@ -45,7 +45,7 @@ class Whole:
         """The tensors of the result, then the new buffers. `parameters` stand in place of the module's own."""
         leaves = list(self.fixed)
         for i, t in zip(self.places, tensors, strict=False):
-            leaves[i] = t.clone() if self.module is not None else t  # it may write to its input
+            leaves[i] = t.clone()  # it may write to its input
         args, kwargs = pytree.tree_unflatten(leaves, self.structure)
         if self.module is None or self.is_scripted:
             scripted: Any = self.module
@@ -133,11 +133,14 @@ def _shapes_on_ones(whole: Whole, given: Sequence[Tensor], error: Exception) -> 
 
 
 def _on_ones(whole: Whole, kinds: Sequence[tuple[Any, ...]], error: Exception) -> list[Tensor]:
+
     def run() -> list[Tensor]:
+        own = whole.module.named_parameters() if whole.module is not None and not whole.is_scripted else ()
+        parameters = {name: p.detach().clone().requires_grad_(p.requires_grad) for name, p in own}
         buffers = Buffers(*([whole.module] if whole.module is not None and not whole.is_scripted else []))
         ones = [torch.ones(size, dtype=dtype, device=device) for size, dtype, device in kinds]
         try:
-            return whole.run([*ones, *buffers.values()])
+            return whole.run([*ones, *buffers.values()], parameters)
         finally:
             buffers.undo()
 

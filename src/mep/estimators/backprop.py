@@ -13,7 +13,7 @@ from mep.cost import BatchCost, PerExample, make_cost, mean_cost
 from mep.errors import ArgumentError, DivergedError
 from mep.estimators.estimate import Estimate, Gradients, accumulate, finished
 from mep.estimators.inputs import batch_size, check_mode, check_model, check_target, noise_undone_on_error
-from mep.graph.inputs import call_model
+from mep.graph.inputs import call_model, dtype_errors
 from mep.hooks import without_hooks
 from mep.settle import Result
 
@@ -52,7 +52,7 @@ class Backprop:
         trained = trained_parameters(self.model, self.cost)
         buffers = Buffers(self.model)
         try:
-            with noise_undone_on_error(), without_hooks(trained), torch.enable_grad():
+            with noise_undone_on_error(), dtype_errors(self.model), without_hooks(trained), torch.enable_grad():
                 loss = mean_cost(self.cost, call_model(self.model, x), target)
                 value = float(loss.detach())
                 if not math.isfinite(value):

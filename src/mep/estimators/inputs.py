@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mep.cost import recorded_function
-from mep.errors import ArgumentError, InputError, ParameterError, TraceError
+from mep.errors import ArgumentError, InputError, ParameterError
 from mep.graph.inputs import flattened
 from mep.noise import generators, set_generators
 
@@ -28,6 +28,7 @@ def count_examples(x: Any) -> int:
     tensors = input_tensors(x)
     if not tensors:
         raise InputError(f"x must be a tensor, or a tuple or dict of them, not {type(x).__name__}: torch.as_tensor(x).")
+    check_not_of_inference_mode(tensors)
     if tensors[0].ndim == 0 or len(tensors[0]) == 0:
         raise InputError(f"The batch is empty: {[tuple(t.shape) for t in tensors]}. Pass at least one example.")
     return len(tensors[0])
@@ -50,8 +51,18 @@ def check_finite(x: Any) -> None:
 
 def check_target(target: Any, cost: Any = None) -> None:
     """Refuse a target that is no tensor, unless the cost is a function; shape and values are the cost's business."""
+    check_not_of_inference_mode(flattened(target)[0])
     if not isinstance(target, Tensor) and (target is None or recorded_function(cost) is None):
         raise InputError(f"The target must be a tensor, not {type(target).__name__}: torch.as_tensor(target).")
+
+
+def check_not_of_inference_mode(tensors: Sequence[Any]) -> None:
+    """Refuse tensors that autograd cannot use, not even those of a single module."""
+    if any(isinstance(t, Tensor) and t.is_inference() for t in tensors):
+        raise InputError(
+            "The batch was made in torch.inference_mode(), and autograd cannot use such tensors. Way out: make it in "
+            "torch.no_grad(), or pass x.clone()."
+        )
 
 
 def check_mode() -> None:
@@ -64,11 +75,6 @@ def check_model(model: nn.Module, caller: str) -> None:
     """Refuse what is no module, or has nothing to train."""
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"{caller}(model={model!r}): must be a torch.nn.Module.")
-    if isinstance(model, torch.jit.ScriptModule):
-        raise TraceError(
-            f"{caller}(model={type(model).__name__}): a scripted model cannot be read. Way out: pass the module that "
-            "was scripted; scripted modules inside a model are kept whole."
-        )
     if not any(p.requires_grad for p in model.parameters()):
         raise ParameterError(f"{type(model).__name__} has no parameter that requires a gradient: nothing to train.")
 

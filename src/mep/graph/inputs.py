@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+
+from mep.errors import InputError
 
 
 def call_model(model: nn.Module, x: Any) -> Any:
@@ -15,6 +18,20 @@ def call_model(model: nn.Module, x: Any) -> Any:
     if isinstance(x, Mapping):
         return model(**x)
     return model(*x) if isinstance(x, (tuple, list)) else model(x)
+
+
+@contextmanager
+def dtype_errors(model: nn.Module) -> Iterator[None]:
+    """Inside, what a batch of another dtype than the parameters raises is an InputError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "dtype" not in str(error) and "scalar type" not in str(error):
+            raise
+        raise InputError(
+            f"{type(model).__name__} cannot be applied to this batch: {error}. Nothing was changed. Way out: give the "
+            "input the dtype of the parameters, x.to(next(model.parameters()).dtype)."
+        ) from error
 
 
 def flattened(x: Any) -> tuple[list[Any], Any]:

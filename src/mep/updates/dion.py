@@ -182,3 +182,5 @@ def _add_product_(target: Tensor, alpha: float, left: Tensor, right: Tensor) -> 
         target.view(target.shape[0], -1).addmm_(left, right.mT, alpha=alpha)
     else:
         target.add_((left @ right.mT).view(target.shape), alpha=alpha)
+    if target.dtype == torch.float16:  # whose sums may exceed its largest number
+        target.clamp_(-torch.finfo(target.dtype).max, torch.finfo(target.dtype).max)
