@@ -257,7 +257,7 @@ def test_unknown_leaves_are_refused():
         with pytest.raises(mep.TraceError, match=r"leaves=.*no module of Sequential"):
             trace(mlp(nn.ReLU, 4, 3), X, (leaf,))
     for leaves in ((3,), nn.ReLU, None, "0"):
-        with pytest.raises(mep.ArgumentError, match="trace.leaves=.*: must be a tuple of module types"):
+        with pytest.raises(mep.ArgumentError, match=r"leaves=.*: must be a tuple of module types"):
             trace(mlp(nn.ReLU, 4, 3), X, leaves)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mep.errors import ArgumentError, InputError, one_of, require
+from mep.errors import ArgumentError, InputError
 
 PerExample = Callable[[Tensor, Tensor], Tensor]
 
@@ -194,7 +194,7 @@ def make_cost(cost: str | PerExample | type[BatchCost]) -> Cost:
     if isinstance(cost, str) and cost in NAMED:
         return NAMED[cost]
     if not callable(cost):
-        require("EquilibriumPropagation", "cost", cost, *one_of([*sorted(NAMED), "a function of output and target"]))
+        raise ArgumentError(f"cost={cost!r}: choose one of {sorted(NAMED)}, or pass a per-example function.")
     named: dict[Any, str] = {torch.nn.functional.cross_entropy: "cross_entropy", torch.nn.functional.mse_loss: "mse"}
     name = named.get(cost) if not isinstance(cost, torch.nn.Module) else None
     for kind, its_name in ((torch.nn.CrossEntropyLoss, "cross_entropy"), (torch.nn.MSELoss, "mse")):
@@ -206,12 +206,11 @@ def make_cost(cost: str | PerExample | type[BatchCost]) -> Cost:
             f"cost={cost!r} averages over the batch, and a cost has one number per example. Pass cost={name!r}, which "
             "is that, or a function with reduction='none'."
         )
-    if isinstance(cost, type):
-        if issubclass(cost, BatchCost):
-            return cost
-    elif callable(cost):
+    if not isinstance(cost, type):
         return partial(Custom, cost)
-    raise ArgumentError(f"cost={cost!r}: choose one of {sorted(NAMED)}, or pass a per-example function.")
+    if not issubclass(cost, BatchCost):
+        raise ArgumentError(f"cost={cost!r}: a class of costs must be derived from mep.BatchCost.")
+    return cost
 
 
 def recorded_function(cost: object) -> Callable[..., Tensor] | None:

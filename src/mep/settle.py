@@ -166,8 +166,8 @@ class Solver(ABC):
     patience: int
     adaptive: bool
 
-    largest_default_beta: ClassVar[float] = 0.1
-    """The largest beta that an estimator chooses by itself, and the bias that it allows, see `mep.estimators.beta`."""
+    carries_errors: ClassVar[bool] = False
+    """Whether it works with scaled errors, not with differences of states: no beta is too small for its digits."""
     prediction_only: ClassVar[bool] = False
     """Whether it settles the energy "prediction" alone."""
     uses_response: ClassVar[bool] = False

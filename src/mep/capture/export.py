@@ -177,9 +177,10 @@ class _Called(nn.Module):
                 raise TypeError(f"the cost returned {type(cost).__name__}, not a tensor")
             found.append(cost)
         for home, key, buffer in before:  # one that was bound anew is written, as every other
-            if isinstance(home.get(key), Tensor) and home[key] is not buffer:
+            new = home.get(key)
+            if isinstance(new, Tensor) and new is not buffer:
                 with torch.no_grad():
-                    buffer.copy_(home[key])
+                    buffer.copy_(new)
                 home[key] = buffer
         return tuple(found)
 
@@ -287,12 +288,10 @@ def _inline_regions(module: fx.GraphModule) -> None:
 
 
 def _check_writes(graph: fx.Graph) -> None:
-    """Refuse a write to a value that has a gradient, in a form of it that has none; and derivatives."""
+    """Refuse a write to a value that has a gradient, in a form of it that has none: the value would lose it."""
     aliases: set[fx.Node] = set()
     for n in graph.nodes:
-        if "predispatch" in getattr(n.target, "__module__", "") and re.search("dual|jvp|grad", n.name):
-            raise _Unrecordable("it differentiates, which a recorded graph cannot contain.", _path_of(n))
-        first = n.args[0] if n.args else None
+        first: Any = n.args[0] if n.args else None
         if n.target is aten.detach.default and _has_gradient(first) and first.op != "placeholder":
             aliases.add(n)
         elif first in aliases and (_returns_a_view(n) or _writes(n)):
@@ -338,7 +337,8 @@ def _without_writes(program: ExportedProgram) -> Writes | None:
     graph, buffers = program.graph, program.graph_signature.inputs_to_buffers
     nodes = list(graph.nodes)
     pure = {n: _pure_form(n, buffers) for n in nodes if _writes(n)}
-    if None in pure.values() or any(n.op == "get_attr" for n in nodes):
+    is_nested = any(n.op == "get_attr" or "_functorch" in getattr(n.target, "__module__", "") for n in nodes)
+    if None in pure.values() or is_nested:
         return None
     order = {n: i for i, n in enumerate(nodes)}
     now: dict[fx.Node, fx.Node] = {}

@@ -170,8 +170,10 @@ class Reading:
 
     def _can_be_state(self, n: fx.Node) -> bool:
         """Whether a value has real numbers and the examples as rows, as far as sizes tell."""
-        if n.target is operator.getitem and self._is_random(n) and not all(map(self._has_examples, n.args[0].users)):
-            return False  # who reads the other results would draw anew
+        if n.target is operator.getitem and self._is_random(n):
+            several: Any = n.args[0]
+            if not all(map(self._has_examples, several.users)):
+                return False  # whatever reads the other results would draw anew
         return n in self.by_example and self._has_examples(n)
 
     def _has_examples(self, n: fx.Node) -> bool:

@@ -13,7 +13,7 @@ import collections
 import functools
 import operator
 import sys
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +21,7 @@ from itertools import chain
 from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType, SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -122,7 +123,8 @@ _LENGTH, _LONGER = ("how many",), ("more with every run",)
 def surroundings_kept(*roots: Any) -> Iterator[None]:
     """Whatever code notes down inside, on modules and elsewhere, is gone afterwards; caches of functions are empty."""
     kept = [(place, place.items()) for place in places(*roots)]
-    mutable = {id(v): v for place, items in kept if place.name for v in items.values() if _has_content(v)}
+    found: Any = (v for place, items in kept if place.name for v in items.values() if _has_content(v))
+    mutable = {id(v): v for v in found}
     contents = [(v, v.detach().clone() if isinstance(v, Tensor) else v.copy()) for v in mutable.values()]
     versions = [v._version if isinstance(v, Tensor) else 0 for v, _ in contents]
     try:
@@ -134,7 +136,7 @@ def surroundings_kept(*roots: Any) -> Iterator[None]:
             if isinstance(v, Tensor):
                 if v._version != version:
                     v.detach().copy_(content)
-            elif v.tobytes() != content.tobytes():
+            elif not np.array_equal(v, content, equal_nan=v.dtype.kind in "fc"):
                 v[...] = content
 
 
@@ -249,12 +251,26 @@ def _fixed(name: str, items: dict[Any, Any]) -> Place:
 
 
 def _of_dict(name: str, own: dict[Any, Any]) -> Place:
+    """A dictionary, by the methods of `dict` itself: a subclass may make its values when they are read."""
+
+    def items() -> dict[Any, Any]:
+        return dict(dict.items(own))
+
     def put_back(before: dict[Any, Any]) -> None:
-        if len(own) != len(before) or any(own.get(k, _ABSENT) is not v for k, v in before.items()):
+        now = items()
+        if len(now) == len(before) and all(now.get(k, _ABSENT) is v for k, v in before.items()):
+            return
+        if type(own) in (dict, OrderedDict):  # in the same order
             own.clear()
             own.update(before)
+            return
+        for k in now.keys() - before.keys():
+            del own[k]
+        for k, v in before.items():
+            if now.get(k, _ABSENT) is not v:
+                own[k] = v
 
-    return Place(name, own.values, lambda: dict(own), put_back)
+    return Place(name, lambda: dict.values(own), items, put_back)
 
 
 def _of_items(name: str, own: Any) -> Place:

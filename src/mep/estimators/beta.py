@@ -6,12 +6,12 @@ output's error is about `beta k L`, with `k = |M x| / |x|`, and
 
     beta = largest / max(1, k L)
 
-keeps it at `largest` for each example: 0.01 for solvers that carry errors, 0.1 for gradient descent, whose states have
-to stand out from their rounding. Where Jacobians are constant the response M x of the free equilibrium is known before
-any state has moved; then the bound is exact, and a tolerance of 0.01 takes one sweep. Elsewhere k is the gain
-`<x, M x> / <x, x> = sum_n |A_n^T x|^2 / |x|^2`, which the first backward walk gives exactly and which is no larger. The
-gradient as a whole, in deep networks, may be biased several times as much as the output's error: where one sweep is not
-enough, `phases.py` measures that, and lowers beta.
+keeps it at `largest` for each example: 0.1 for gradient descent, whose states have to stand out from their rounding;
+0.01 for solvers that carry errors, for which no beta is too small. Where Jacobians are constant the response M x of the
+free equilibrium is known before any state has moved; then the bound is exact, and a tolerance of 0.01 takes one sweep.
+Elsewhere k is the gain `<x, M x> / <x, x> = sum_n |A_n^T x|^2 / |x|^2`, which the first backward walk gives exactly and
+which is no larger, and the Jacobians move as well: the gradient as a whole may be biased tens of times as much as the
+output's error (68 times in a small Llama with its own loss). There `largest` is 0.0002.
 Examples that are coupled have one beta, from the gain of all together.
 """
 
@@ -23,14 +23,15 @@ from torch import Tensor
 from mep.cost import BatchCost
 from mep.energy import Energy, example_norm
 from mep.graph import Point
-from mep.settle import Response
+from mep.settle import Response, Solver
 from mep.solvers.networks import are_independent
 from mep.solvers.networks.network import spread_length
 
 
-def chosen_beta(energy: Energy, free: Point, response: Response, largest: float) -> Tensor:
+def chosen_beta(energy: Energy, free: Point, response: Response, solver: Solver) -> Tensor:
     """One beta an example ([batch]), or one for all where examples are coupled (0-dim)."""
     assert energy.nudge is not None
+    largest = (0.01 if energy.is_affine else 0.0002) if solver.carries_errors else 0.1
     independent = are_independent(energy, free)
     k = response.amplification if independent else response.group_gain
     smoothness = energy.nudge.cost.smoothness

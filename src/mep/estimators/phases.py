@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mep.cost import BatchCost
-from mep.energy import Energy, Free, State, example_norm, nudge
+from mep.energy import Energy, Free, State, nudge
 from mep.errors import DivergedError
 from mep.estimators.beta import chosen_beta
 from mep.estimators.contrast import CONTRASTS
@@ -18,9 +18,6 @@ from mep.graph.node import Beta
 from mep.settle import Response, Result, Settled, Solver, Start, settle
 from mep.solvers.networks import linear_response
 
-LARGEST_BIAS = 0.02
-"""A beta that was chosen is lowered where the errors of the settled states are further from backpropagation's."""
-_TRIES = 3
 SettledPhase = tuple[float, Energy, Settled]
 """As `mep.estimators.contrast.Phase`, with all that settling reports."""
 
@@ -53,31 +50,8 @@ def settle_phases(
     strength: Beta = 0.0 if beta is None else beta
     if beta is None:
         assert response is not None
-        strength = chosen_beta(unit, free.point, response, solver.largest_default_beta)
-        for _ in range(_TRIES):
-            found = _settled(energy, free, cost, solver, phases, strength, errors, noted, response)
-            bias = bias_of(unit, free, found)
-            if bias is None or not bool((bias > LARGEST_BIAS).any()):
-                return found
-            bias = bias if strength.ndim else bias.max()
-            strength = torch.where(bias > LARGEST_BIAS, strength * (LARGEST_BIAS / 2 / bias), strength)
-            response = None
+        strength = chosen_beta(unit, free.point, response, solver)
     return _settled(energy, free, cost, solver, phases, strength, errors, noted, response)
-
-
-def bias_of(unit: Energy, free: Settled, phases: Sequence[SettledPhase]) -> Tensor | None:
-    """How far the errors of all states are from backpropagation's, by example; None where one sweep was enough.
-
-    Where the first sweep balances everything to the tolerance, the errors are backpropagation's to that accuracy.
-    """
-    settled = max((settled for _, _, settled in phases), key=lambda s: s.iterations)
-    if settled.iterations <= 1 or settled.errors is None or unit.is_affine or not unit.coupling.vanishes_when_free:
-        return None
-    exact = linear_response(unit, free.point).errors
-    assert exact is not None
-    off = torch.stack([example_norm(settled.errors[n] - e, unit.batch) for n, e in exact.items()]).square().sum(0)
-    size = torch.stack([example_norm(e, unit.batch) for e in exact.values()]).square().sum(0)
-    return (off / size.add_(torch.finfo(size.dtype).tiny)).sqrt().nan_to_num(0.0)
 
 
 def _settled(

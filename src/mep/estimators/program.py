@@ -110,7 +110,7 @@ class Program:
         self.buffers = list(held.new_buffers)
         solver = self.setting.solver
         response = linear_response(energy, free)
-        beta: Beta = tensors[-1] if self.is_named else chosen_beta(energy, free, response, solver.largest_default_beta)
+        beta: Beta = tensors[-1] if self.is_named else chosen_beta(energy, free, response, solver)
         idle = energy.has_nothing_to_settle(free, response.size)
         phases: list[Phase] = []
         courses = []

@@ -165,9 +165,10 @@ class Network:
         loud = ~(residual <= tol)
         if not loud.any():
             return replace(cell, residual=residual)
-        r = wanted - error
+        r = torch.where(per_example(loud, error), wanted - error, self.r)
         y = self.r - r
-        self.length = barzilai_borwein(self.length, example_dot(self.r, y, batch), example_dot(y, y, batch))
+        length = barzilai_borwein(self.length, example_dot(self.r, y, batch), example_dot(y, y, batch))
+        self.length = torch.where(loud, length, self.length)
         self.r = r
         moved = torch.where(per_example(loud, error), error + r * spread_length(self.length, r), error)
         return replace(_with_error(energy, cell, moved), residual=residual)

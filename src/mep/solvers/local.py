@@ -80,7 +80,7 @@ class Local(Solver):
     adaptive: bool = True
     schedule: str = "there and back"
 
-    largest_default_beta = 0.01  # errors are carried as such, not as differences of states: no digits are lost
+    carries_errors = True
     prediction_only = True
 
     def __post_init__(self) -> None:

@@ -66,7 +66,7 @@ class Sweep(Solver):
     patience: int = 1
     adaptive: bool = True
 
-    largest_default_beta = 0.01  # errors are carried as such, not as differences of states: no digits are lost
+    carries_errors = True
     prediction_only = True
     uses_response = True
 
