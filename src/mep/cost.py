@@ -44,8 +44,13 @@ class BatchCost(ABC):
     def gradient(self, output: Tensor) -> Tensor:
         """d value.sum() / d output, in the shape of `output`."""
 
+    @property
+    def parameters(self) -> tuple[nn.Parameter, ...]:
+        """Those that the cost itself reads, and that are trained."""
+        return ()
+
     def parameter_gradient(self, output: Tensor, weight: float) -> dict[nn.Parameter, Tensor]:
-        """`weight` times d value.sum() / d theta of the parameters that the cost itself reads, at an output."""
+        """`weight` times d value.sum() / d theta of those parameters, at an output."""
         return {}
 
     def of(self, rows: Tensor) -> BatchCost:

@@ -290,7 +290,7 @@ class Energy:
             if self.nudge:
                 errors = {n: e / spread(self.beta, e) for n, e in errors.items()}
         gradients = self.graph.contract(point, errors, weight, nodes)
-        if self.nudge and nodes is None:
+        if self.nudge and self.nudge.cost.parameters and nodes is None:
             add_gradients(gradients, self.nudge.cost.parameter_gradient(self.output(point), weight))
         return gradients
 

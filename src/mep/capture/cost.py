@@ -49,8 +49,12 @@ class RecordedCost(BatchCost):
             (gradient,) = torch.autograd.grad(self.value(leaf).sum(), leaf)
         return gradient
 
+    @property
+    def parameters(self) -> tuple[nn.Parameter, ...]:
+        return tuple(p for p in self.program.parameters if p.requires_grad)
+
     def parameter_gradient(self, output: Tensor, weight: float) -> dict[nn.Parameter, Tensor]:
-        trained = [p for p in self.program.parameters if p.requires_grad]
+        trained = self.parameters
         if not trained:
             return {}
         with without_hooks(trained), torch.enable_grad():

@@ -256,7 +256,10 @@ class Reading:
         usable = n is not None and n.op == "call_function" and self._is_data(n) and self._can_be_state(n)
         if usable or has_cost:
             return n if usable else None
-        got = "no tensor" if n is None else f"a tensor of shape {tuple(value(n).shape)}, {value(n).dtype}"
+        kind = getattr(structure.type, "__name__", "structure")
+        got = f"a {kind} of {sum(are_tensors)} tensors"
+        if n is not None:
+            got = f"a tensor of shape {tuple(value(n).shape)}, {value(n).dtype}"
         raise TraceError(
             f"Cannot read {type(self.model).__name__}: forward returns {got}; the output must be one tensor of real "
             "numbers, computed from the input, with the examples as rows. Way out: a cost that takes what it needs, "

@@ -6,6 +6,7 @@ read, parameters and buffers included, and returns new buffer values beside the 
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -38,6 +39,8 @@ class Whole:
         self.is_scripted = isinstance(module, torch.jit.ScriptModule)
         self.buffers = [name for name, _ in module.named_buffers()] if module and not self.is_scripted else []
         self.result: Any = None
+        self.others: list[Any] = []
+        self.record_kind: Any = None
         self.tensors: list[int] = []
         self.__name__ = type(module).__name__ if module is not None else call.__self__.__name__  # type: ignore[attr-defined]
 
@@ -65,7 +68,10 @@ class Whole:
             finally:
                 for (home, key), own in zip(homes, before, strict=True):
                     home[key] = own
+        if isinstance(found, dict) and pytree.tree_structure(found).is_leaf():  # of a class that pytree does not know
+            self.record_kind, found = found, dict(dict.items(found))
         results, self.result = pytree.tree_flatten(found)
+        self.others = [None if isinstance(v, Tensor) else v for v in results]
         self.tensors = [i for i, v in enumerate(results) if isinstance(v, Tensor)]
         return [results[i] for i in self.tensors] + new
 
@@ -81,12 +87,18 @@ class Whole:
         _KEPT[key] = self
         found = torch.ops.mep.whole([*self.given, *parameters, *buffers], key)
         self.given = []
-        results: list[Any] = [None] * self.result.num_leaves
+        results = list(self.others)
         for i, t in zip(self.tensors, found, strict=False):
             results[i] = t
         for buffer, new in zip(buffers, found[len(self.tensors) :], strict=True):
             buffer.copy_(new)
-        return pytree.tree_unflatten(results, self.result)
+        result = pytree.tree_unflatten(results, self.result)
+        if self.record_kind is None:
+            return result
+        record = copy.copy(self.record_kind)
+        for key, v in result.items():
+            record[key] = v
+        return record
 
 
 @torch.library.custom_op("mep::whole", mutates_args=())

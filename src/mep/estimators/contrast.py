@@ -46,9 +46,9 @@ def pieces(phases: Sequence[Phase], batch: int) -> Iterator[Gradients]:
     unfinished: Gradients = {}
     with torch.no_grad():
         for weight, energy, settled in phases:
-            cost = energy.nudge.cost if energy.nudge else None
-            if cost is not None:
-                _add(unfinished, cost.parameter_gradient(energy.output(settled.point), weight / batch))
+            if energy.nudge and energy.nudge.cost.parameters:
+                of_cost = energy.nudge.cost.parameter_gradient(energy.output(settled.point), weight / batch)
+                _add(unfinished, of_cost)
     alone = finished({p: unfinished.pop(p) for p in list(unfinished) if p not in last})
     if alone:
         yield alone
