@@ -1,5 +1,6 @@
 """The models and costs on which everything must hold: `MODELS x COSTS`. Tiny, float64, seeded."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from mep.capture import capture
+from mep.capture.cache import Graphs
 from mep.cost import PerExample, make_cost
 from mep.energy import Box, Energy, Free, make_coupling, nudge
 from mep.graph.node import Held
@@ -298,10 +300,16 @@ def rows(x, chosen):
     return tuple(t[chosen] for t in x) if isinstance(x, tuple) else x[chosen]
 
 
+@functools.lru_cache(maxsize=4)
+def _graphs_of(model: nn.Module, reading: str, leaves) -> Graphs:
+    """The graphs of a model: one for all batches that it fits."""
+    return Graphs(model, leaves, *READINGS[reading], "cross_entropy", "never")
+
+
 @torch.no_grad()
 def free_energy(model: nn.Module, x, reading: str = "held", leaves=()):
     """The free energy of a batch and its equilibrium where that is the forward pass (`hopfield`: where it starts)."""
-    graph = capture(model, x, leaves, *READINGS[reading])
+    graph = _graphs_of(model, reading, leaves).of(x)
     coupling = make_coupling("hopfield" if reading == "hopfield" else "prediction")
     batch = len(x[0] if isinstance(x, tuple) else x)
     energy = Energy(graph, coupling, graph.bind(x), Held(hold_branches=reading == "held"), batch)

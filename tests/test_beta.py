@@ -7,7 +7,6 @@ whole model. What happens to examples that do not settle is said by `on_unsettle
 """
 
 import copy
-import math
 import warnings
 
 import pytest
@@ -223,15 +222,14 @@ def test_in_an_affine_network_the_response_limits_the_chosen_beta(name, cost):
 
 @pytest.mark.parametrize("cost", SMOOTHNESS)
 @pytest.mark.parametrize("name", GENERAL)
-def test_elsewhere_the_gain_limits_the_chosen_beta(name, cost, monkeypatch):
-    monkeypatch.setattr("mep.estimators.phases.LARGEST_BIAS", math.inf)
+def test_elsewhere_the_gain_limits_the_chosen_beta(name, cost):
     model, x, target = instance(GENERAL[name], cost)
     pulled, size = gains(model, x, lambda output: COSTS[cost].value(output, target))
-    expected = chosen(pulled / size, SMOOTHNESS[cost])
+    expected = chosen(pulled / size, SMOOTHNESS[cost], 0.0002)
     for solver in (mep.Sweep(), mep.Local()):
         ep = mep.EquilibriumPropagation(model, COSTS[cost].argument, None, solver, on_unsettled="ignore")
         torch.testing.assert_close(ep(x, target).betas, expected, rtol=1e-9, atol=0)
-    assert bool((expected < 0.01).any())
+    assert bool((expected < 0.0002).any())
 
 
 def steep(width=8):
@@ -242,22 +240,14 @@ def steep(width=8):
     return nn.Sequential(first, nn.LayerNorm(width), nn.GELU(), nn.Linear(width, 4))
 
 
-def test_a_chosen_beta_is_lowered_where_its_bias_exceeds_a_fiftieth(monkeypatch):
-    """The settled errors are then within that of backpropagation's, and without it they are not."""
+def test_the_gradient_at_a_chosen_beta_is_backpropagation_s_to_a_few_hundredths():
+    """Where Jacobians move much: the input of a norm is small."""
     model, x, target = instance(steep)
     loss = nn.functional.mse_loss(model(x), target)
     exact = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
-
-    def off(limit):
-        monkeypatch.setattr("mep.estimators.phases.LARGEST_BIAS", limit)
-        found, estimate = mep.EquilibriumPropagation(model, "mse").gradients(x, target)
-        return float(
-            (torch.cat([found[p].flatten() for p in model.parameters()]) - exact).norm() / exact.norm()
-        ), estimate
-
-    error, free = off(math.inf)
-    limited_error, limited = off(0.02)
-    assert bool((limited.betas < free.betas).any()) and limited_error < 0.025 < error
+    found, _ = mep.EquilibriumPropagation(model, "mse").gradients(x, target)
+    off = torch.cat([found[p].flatten() for p in model.parameters()]) - exact
+    assert off.norm() < 0.025 * exact.norm()
 
 
 def test_the_gain_is_at_most_the_response():
@@ -285,25 +275,23 @@ def test_hopfield_networks_choose_at_most_a_tenth():
     assert ((estimate.betas > 0) & (estimate.betas <= 0.1)).all()
 
 
-def test_examples_that_batch_norm_couples_have_one_beta(monkeypatch):
+def test_examples_that_batch_norm_couples_have_one_beta():
     """From the gain of all together, `sum |A^T x|^2 / sum |x|^2`."""
-    monkeypatch.setattr("mep.estimators.phases.LARGEST_BIAS", math.inf)
     model, x, target = instance(
         lambda: scaled(nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 4)), 3)
     )
     pulled, size = gains(model, x, lambda output: COSTS["mse"].value(output, target))
-    expected = chosen(pulled.sum() / size.sum(), 0.5)
+    expected = chosen(pulled.sum() / size.sum(), 0.5, 0.0002)
     estimate = mep.EquilibriumPropagation(model, "mse")(x, target)
-    assert float(expected) < 0.01
+    assert float(expected) < 0.0002
     torch.testing.assert_close(estimate.betas, expected.expand(8), rtol=1e-9, atol=0)
 
 
 @pytest.mark.parametrize("curvature", [0.3, 3.0, 50.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", ["relu", "tanh"])
-def test_the_smoothness_of_a_cost_without_a_name_is_measured(name, dtype, curvature, monkeypatch):
+def test_the_smoothness_of_a_cost_without_a_name_is_measured(name, dtype, curvature):
     """Within a tenth, for a quadratic."""
-    monkeypatch.setattr("mep.estimators.phases.LARGEST_BIAS", math.inf)
     model, x, target = instance((AFFINE | GENERAL)[name], dtype=dtype)
 
     def value(output, target=target):
@@ -315,8 +303,9 @@ def test_the_smoothness_of_a_cost_without_a_name_is_measured(name, dtype, curvat
     else:
         pulled, size = gains(model, x, value)
         k = pulled / size
+    largest = 0.01 if name == "relu" else 0.0002
     assert (chosen(k, curvature) < 0.01).any()
-    torch.testing.assert_close(estimate.betas.to(dtype), chosen(k, curvature), rtol=0.1, atol=0)
+    torch.testing.assert_close(estimate.betas.to(dtype), chosen(k, curvature, largest), rtol=0.1, atol=0)
 
 
 def test_the_smoothness_of_a_cost_that_is_curved_differently_is_that_along_the_first_error():
@@ -331,7 +320,7 @@ def test_the_smoothness_of_a_cost_that_is_curved_differently_is_that_along_the_f
     error = curvatures * (model(x).detach() - target)
     along = (curvatures * error).norm(dim=1) / error.norm(dim=1)
     estimate = mep.EquilibriumPropagation(model, value)(x, target)
-    torch.testing.assert_close(estimate.betas, chosen(pulled / size, along), rtol=0.1, atol=0)
+    torch.testing.assert_close(estimate.betas, chosen(pulled / size, along, 0.0002), rtol=0.1, atol=0)
 
 
 def test_an_example_at_its_target_does_not_keep_the_others_from_theirs():

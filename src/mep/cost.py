@@ -200,22 +200,23 @@ def make_cost(cost: str | PerExample | type[BatchCost]) -> Cost:
         return NAMED[cost]
     if not callable(cost):
         raise ArgumentError(f"cost={cost!r}: choose one of {sorted(NAMED)}, or pass a per-example function.")
-    named: dict[Any, str] = {torch.nn.functional.cross_entropy: "cross_entropy", torch.nn.functional.mse_loss: "mse"}
-    name = named.get(cost) if not isinstance(cost, torch.nn.Module) else None
+    given: Any = cost
+    name = {torch.nn.functional.cross_entropy: "cross_entropy", torch.nn.functional.mse_loss: "mse"}.get(given)
     for kind, its_name in ((torch.nn.CrossEntropyLoss, "cross_entropy"), (torch.nn.MSELoss, "mse")):
         settings = ("reduction", "weight", "ignore_index", "label_smoothing")
-        if type(cost) is kind and all(getattr(cost, s, None) == getattr(kind(), s, None) for s in settings):
+        is_plain = type(given) is kind and all(getattr(given, s, None) == getattr(kind(), s, None) for s in settings)
+        if given is kind or is_plain:
             name = its_name
     if name is not None:
         raise ArgumentError(
             f"cost={cost!r} averages over the batch, and a cost has one number per example. Pass cost={name!r}, which "
             "is that, or a function with reduction='none'."
         )
-    if not isinstance(cost, type):
-        return partial(Custom, cost)
-    if not issubclass(cost, BatchCost):
+    if not isinstance(given, type):
+        return partial(Custom, given)
+    if not issubclass(given, BatchCost):
         raise ArgumentError(f"cost={cost!r}: a class of costs must be derived from mep.BatchCost.")
-    return cost
+    return given
 
 
 def recorded_function(cost: object) -> Callable[..., Tensor] | None:

@@ -21,7 +21,6 @@ from itertools import chain
 from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType, SimpleNamespace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -125,7 +124,9 @@ def surroundings_kept(*roots: Any) -> Iterator[None]:
     kept = [(place, place.items()) for place in places(*roots)]
     found: Any = (v for place, items in kept if place.name for v in items.values() if _has_content(v))
     mutable = {id(v): v for v in found}
-    contents = [(v, v.detach().clone() if isinstance(v, Tensor) else v.copy()) for v in mutable.values()]
+    contents: list[tuple[Any, Any]] = [
+        (v, v.detach().clone() if isinstance(v, Tensor) else v.copy()) for v in mutable.values()
+    ]
     versions = [v._version if isinstance(v, Tensor) else 0 for v, _ in contents]
     try:
         yield
@@ -136,7 +137,7 @@ def surroundings_kept(*roots: Any) -> Iterator[None]:
             if isinstance(v, Tensor):
                 if v._version != version:
                     v.detach().copy_(content)
-            elif not np.array_equal(v, content, equal_nan=v.dtype.kind in "fc"):
+            elif v.tobytes() != content.tobytes():
                 v[...] = content
 
 

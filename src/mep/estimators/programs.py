@@ -73,8 +73,6 @@ class Programs:
         found = program(x, cost, beta)
         if found is None:
             return None
-        if beta is None and found.sweeps > 1 and not graph.is_affine_when_held:
-            return None  # a beta that was chosen may have to be lowered, see `mep.estimators.phases`
         if self.setting.solver.adaptive and found.worst > rounded(self.setting.solver.tol, found.residual.dtype):
             self._at_least = sweeps + 1
             return None
@@ -137,6 +135,7 @@ def _key(graph: Graph, x: Any, target: Tensor) -> Key | None:
         casts,
         *(_kind(value) if isinstance(value, Tensor) else (type(value), value) for value in (*values, target)),
         *((p.requires_grad, _kind(p)) for p in graph.parameters),
+        *(id(slot.value) for slot in graph.slots),  # a program holds the tensors that it was made with
     )
 
 

@@ -13,7 +13,7 @@ from mep.errors import InputError
 from mep.graph.closed_forms import Kink
 from mep.graph.inputs import describe, flattened
 from mep.graph.node import Held, Node
-from mep.graph.ops import Program, Ref, Slot
+from mep.graph.ops import Program, Ref, Slot, leaves_of
 from mep.graph.table import table_of
 
 Transmit = Callable[[Node, Tensor | None], Tensor | None]
@@ -86,6 +86,10 @@ class Graph:
                     self.readers[parent].append(node)
         self.last_read = self._last_read()
         """Node -> the nodes whose values nobody reads after it; only of those that forces from the output reach."""
+        self.slots = tuple(
+            s for node in self.nodes for op in node.program for s in leaves_of((op.args, op.kwargs), Slot)
+        )
+        """Where parameters, buffers and constants are read."""
         self.is_affine_when_held = all(n.clamped or n.is_affine_when_held for n in self.nodes)
         """Whether no Jacobian changes while the branches are held: pointwise pieces and linear layers only."""
         self.is_separable: bool | None = None

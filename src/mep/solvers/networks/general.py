@@ -158,6 +158,8 @@ class GeneralNetwork(Network):
         assert cost is not None
         if not cost.cost.narrows or energy.held.noise or energy.batch == 1:
             return False
+        if any(node.runs_foreign_code for node in energy.graph.nodes):
+            return False  # what it does may depend on who else is there
         if energy.batch not in known:
             known[energy.batch] = _evaluates_some(energy, self.free)
         return known[energy.batch]
