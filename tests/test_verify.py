@@ -453,6 +453,11 @@ def test_a_backward_that_is_no_derivative_is_found():
     assert mep.verify(model, x, y, leaves=[Custom], samples=0).ok
 
 
+def test_the_share_inside_leaves_is_noted():
+    model, x, y = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)), torch.randn(6, 4), torch.arange(6) % 3
+    assert "Note: 25 of 43 parameters learn by backprop inside leaves" in str(mep.verify(model, x, y, leaves=("0",)))
+
+
 def test_every_bound_is_asserted():
     """A row just inside each bound passes, one just outside does not."""
 

@@ -9,7 +9,6 @@ back.
 from __future__ import annotations
 
 import argparse
-import collections
 import functools
 import operator
 import sys
@@ -19,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -382,8 +381,11 @@ def _of_cells(name: str, cells: dict[str, Any]) -> Place:
     return Place(name, lambda: items().values(), items, put_back)
 
 
-class _TensorFact(collections.namedtuple("_TensorFact", "id version")):
+class _TensorFact(NamedTuple):
     """A tensor that is not read anew in every step, as far as is seen without looking at its numbers."""
+
+    id: int
+    version: int
 
 
 def _has_content(value: Any) -> bool:

@@ -199,6 +199,9 @@ def _notes(
     """What to know beside."""
     mode, dtype = "training" if subject.model.training else "evaluation", next(iter(exact.gradients)).dtype
     notes = [f"checked in {mode} mode, in {str(dtype).removeprefix('torch.')}"]
+    inside, total = equilibria.energy.graph.share_kept
+    if inside:
+        notes.append(f"{inside:,} of {total:,} parameters learn by backprop inside leaves")
     if equilibria.is_stochastic:
         notes.append("the model is stochastic: one noise for all evaluations")
     left = [name for p, name in subject.names.items() if p not in exact.gradients]
