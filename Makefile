@@ -10,10 +10,10 @@ INSTALLED := .venv/.installed
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 10
 
-test: lint ## lint, then run every test and docstring example
+test: lint ## lint, then run the tests and docstring examples; of long tables of cases a third
 	$(BIN)/pytest -q -n auto
 
-test-all: lint ## as test, with all of the random models
+test-all: lint ## as test, with all cases and all random models
 	MEP_TEST_ALL=1 $(BIN)/pytest -q -n auto
 
 lint: $(INSTALLED) ## check style, format and types

@@ -32,6 +32,7 @@ from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import _disable_current_modes
 
 from mep.capture.rewriting import without_casts
 from mep.capture.state import check_state, untouched
@@ -193,7 +194,8 @@ def _exported(root: _Called, dynamic: bool) -> ExportedProgram:
     plain = torch.autocast(tensors[0].device.type, enabled=False)
     # Remembering what operations make of shapes halves the time of large models, and doubles that of small ones.
     recurs = torch._dynamo.config.patch(fake_tensor_cache_enabled=sum(1 for _ in root.modules()) > 24)
-    with plain, recurs, torch.enable_grad(), _in_forms_that_are_recorded(), _NoAutograd():
+    # Whatever watches operations, to count them for instance, is not to see those on stand-ins.
+    with plain, recurs, torch.enable_grad(), _disable_current_modes(), _in_forms_that_are_recorded(), _NoAutograd():
         return torch.export.export(root, tensors, dynamic_shapes=shapes, strict=False)
 
 

@@ -27,6 +27,8 @@ _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.
 _CACHED: Any = type(functools.lru_cache(int))
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _PARTS = ("_buffers", "_parameters", "_modules", *_HOOKS)
+_OWN = vars(nn.Module()).keys()
+"""What torch keeps on every module."""
 _LONGEST = 10_000
 """A list or dictionary with more entries is data, and not looked into."""
 _FOREIGN = {*sys.stdlib_module_names, "torch", "numpy", "mep"} - {"__main__"}
@@ -161,7 +163,8 @@ def places(*roots: Any) -> Iterator[Place]:
                 where = path or name
                 for place in _of_module(where, module):
                     yield place
-                    queue.extend((f"{where}.{key}", inner) for key, inner in place.items().items())
+                    items = place.items().items()
+                    queue.extend((f"{where}.{key}", inner) for key, inner in items if key not in _OWN)
                 queue.append((type(module).__name__, type(module)))
             continue
         for place in _of_object(name, value):
@@ -270,7 +273,8 @@ def _of_dict(name: str, own: dict[Any, Any]) -> Place:
             if now.get(k, _ABSENT) is not v:
                 own[k] = v
 
-    return Place(name, lambda: dict.values(own), items, put_back)
+    values = own.values if type(own) in (dict, OrderedDict) else lambda: dict.values(own)
+    return Place(name, values, items, put_back)
 
 
 def _of_items(name: str, own: Any) -> Place:
