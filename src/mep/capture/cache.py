@@ -20,7 +20,7 @@ from mep.graph.inputs import dtype_errors, flattened
 
 _KEPT = 8
 """Graphs that are kept: enough for train and eval, several kinds of batch, and a last smaller one."""
-_PART = 4
+_PART = 8
 """Where examples are independent, a graph is proven again on one of so many."""
 _SHAPES = 4096
 """Kinds of batch that one graph is known to have seen."""
@@ -82,7 +82,7 @@ class Graphs:
             is_odd = is_new and any(1 in shape for shape in shapes[1:])  # export takes sizes for larger than one
             due = _is_due(known.uses) or (is_new and _is_due(len(known.shapes) + 1)) or self.proof == "always" or is_odd
             if due and known.proven and known.graph.is_separable:  # what was right on all examples is so on some
-                part = max(1, shapes[1][0] // _PART)
+                part = max(2, shapes[1][0] // _PART)
                 rows = part if rows is None else min(rows, part)
             if due and self._prove(known, x, target, rows):
                 known.proven = known.uses

@@ -62,8 +62,7 @@ class Snapshot:
     def matches(self) -> bool:
         """Whether everything is as it was: the same objects with the same content, or equal ones."""
         values = self._values()
-        is_same = len(values) == len(self.values) and all(map(operator.is_, values, self.values))
-        if is_same and self._contents() == self.contents:
+        if self._are_kept(values):
             return True
         if not all(key in self.notes or (key[0], _LONGER) in self.notes for key in self.changes()):
             return False
@@ -72,6 +71,8 @@ class Snapshot:
 
     def changes(self) -> dict[tuple[int, Any], Any]:
         """What is not as it was, by place and key, and how it stands now."""
+        if self._are_kept(self._values()):
+            return {}
         old, new = self.facts, self._facts()
         different = [key for key in old.keys() | new.keys() if old.get(key, _ABSENT) != new.get(key, _ABSENT)]
         return {key: new.get(key, _ABSENT) for key in different}
@@ -97,6 +98,10 @@ class Snapshot:
 
     def _values(self) -> list[Any]:
         return list(chain.from_iterable([read() for read in self.readers]))
+
+    def _are_kept(self, values: list[Any]) -> bool:
+        is_same = len(values) == len(self.values) and all(map(operator.is_, values, self.values))
+        return is_same and self._contents() == self.contents
 
     def _keep(self, values: list[Any]) -> None:
         self.values = values
