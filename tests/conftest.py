@@ -21,7 +21,7 @@ def uncompiled(monkeypatch):
 
 
 _MOST = 12
-"""So many cases of one test are always run; of more, a third, unless MEP_TEST_ALL is set."""
+"""Of a test with more cases than this every third is run, unless MEP_TEST_ALL is set."""
 _WHOLE = ("test_public_models.py", "test_sound_reading.py", "test_sound_training.py", "test_zoo.py")
 """Files whose tables list inputs that were once got wrong: they are run whole."""
 

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import operator
 import sys
 import time
 from itertools import pairwise
@@ -156,7 +157,8 @@ def test_a_gap_is_within_the_tolerance_and_falls_with_it(beta):
             found = judged(Recipe("", "eqprop", {"tol": tol, "beta": beta}), model)
             gaps.append(found["gap"])
             assert found["gap"] < 5 * tol and found["settled"] == 1
-        assert gaps[0] >= gaps[1] >= gaps[2] and found["cosine"] > 0.99
+        falls = operator.gt if beta else operator.ge  # a chosen beta is so small that one sweep is enough for several
+        assert falls(gaps[0], gaps[1]) and falls(gaps[1], gaps[2]) and found["cosine"] > 0.99
 
 
 def test_a_reference_that_does_not_settle_is_an_error_of_that_row(monkeypatch):

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from mep.capture.export import MODULES as MODULES
 from mep.capture.export import Leaves as Leaves
 from mep.capture.export import check_leaves as check_leaves
 from mep.capture.export import export

@@ -20,8 +20,8 @@ from mep.graph.inputs import dtype_errors, flattened
 
 _KEPT = 8
 """Graphs that are kept: enough for train and eval, several kinds of batch, and a last smaller one."""
-_PART = 8
-"""Where examples are independent, a graph is proven again on one of so many."""
+_SLICE = 8
+"""A proof on a part of a batch takes one example of so many."""
 _SHAPES = 4096
 """Kinds of batch that one graph is known to have seen."""
 
@@ -65,11 +65,11 @@ class Graphs:
         """Those that are kept."""
         return [known.graph for known in self.known]
 
-    def of(self, x: Any, target: Any = None, rows: int | None = None) -> Graph:
+    def of(self, x: Any, target: Any = None, saves_memory: bool = False) -> Graph:
         """That for a batch like this one, captured and proven where that is due.
 
-        Without a target the model alone is captured, and nothing is proven. A proof takes the first `rows` examples,
-        or all.
+        Without a target the model alone is captured, and nothing is proven. Where the step saves memory the
+        proof does, too.
 
         Raises:
             TraceError: the model cannot be captured, or the graph is not the model.
@@ -81,9 +81,9 @@ class Graphs:
             is_new = shapes not in known.shapes
             is_odd = is_new and any(1 in shape for shape in shapes[1:])  # export takes sizes for larger than one
             due = _is_due(known.uses) or (is_new and _is_due(len(known.shapes) + 1)) or self.proof == "always" or is_odd
-            if due and known.proven and known.graph.is_separable:  # what was right on all examples is so on some
-                part = max(2, shapes[1][0] // _PART)
-                rows = part if rows is None else min(rows, part)
+            # Autograd keeps all activations; and what was right on a batch of independent examples is so on a part.
+            takes_part = saves_memory or (known.proven and not is_new and known.graph.is_separable)
+            rows = max(1, shapes[1][0] // _SLICE) if takes_part else None
             if due and self._prove(known, x, target, rows):
                 known.proven = known.uses
                 if is_new and len(known.shapes) < _SHAPES:

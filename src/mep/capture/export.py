@@ -43,11 +43,6 @@ from mep.graph.ops import Slot
 
 aten = torch.ops.aten
 Leaves = Sequence[type[nn.Module] | str]
-MODULES = (
-    lambda leaves: isinstance(leaves, (tuple, list, set)) and all(isinstance(leaf, (type, str)) for leaf in leaves),
-    "a tuple of module types, or of qualified names",
-)
-"""The last two arguments of `require` for leaves."""
 _TORCH = str(Path(torch.__file__).parent)
 _OURS = str(Path(__file__).parent)
 
@@ -133,9 +128,13 @@ def export(
     raise _refusal(failure, plain) from failure
 
 
-def check_leaves(model: nn.Module, leaves: Leaves) -> None:
-    """Refuse leaves that are no modules of the model."""
-    require("trace", "leaves", leaves, *MODULES)
+def check_leaves(model: nn.Module, leaves: Leaves, call: str = "trace") -> None:
+    """Refuse leaves that are no modules of the model; `call` is what was asked for it."""
+
+    def are_named(given: Any) -> bool:
+        return isinstance(given, (tuple, list, set)) and all(isinstance(leaf, (type, str)) for leaf in given)
+
+    require(call, "leaves", leaves, are_named, "a tuple of module types, or of qualified names")
     modules = dict(model.named_modules())
     for leaf in leaves:
         known = leaf in modules or f"_orig_mod.{leaf}" in modules
@@ -191,16 +190,23 @@ def _exported(root: _Called, dynamic: bool) -> ExportedProgram:
     tensors = tuple(t.detach() for t in root.tensors)
     shapes = (tuple(_symbols(t) for t in tensors),) if dynamic else None
     # A graph is run under the autocast of its step; and with autograd off, no_grad regions would leave no mark.
-    plain = torch.autocast(tensors[0].device.type, enabled=False)
+    no_autocast = torch.autocast(tensors[0].device.type, enabled=False)
     # Remembering what operations make of shapes halves the time of large models, and doubles that of small ones.
     recurs = torch._dynamo.config.patch(fake_tensor_cache_enabled=sum(1 for _ in root.modules()) > 24)
-    # Whatever watches operations, to count them for instance, is not to see those on stand-ins.
-    with plain, recurs, torch.enable_grad(), _disable_current_modes(), _in_forms_that_are_recorded(), _NoAutograd():
+    # Dispatch modes of the caller, which count operations for instance, do not apply to stand-ins.
+    with (
+        no_autocast,
+        recurs,
+        torch.enable_grad(),
+        _disable_current_modes(),
+        _in_forms_that_are_recorded(),
+        _NoAutograd(),
+    ):
         return torch.export.export(root, tensors, dynamic_shapes=shapes, strict=False)
 
 
 class _Unrecordable(Exception):
-    """Something that recording would lose, or fail on later without saying where; by the module of this path."""
+    """An operation that recording would lose, or fail on later without naming it, in the module at `path`."""
 
     def __init__(self, text: str, path: str = ""):
         super().__init__(text)
@@ -299,8 +305,9 @@ def _check_writes(graph: fx.Graph) -> None:
         first: Any = n.args[0] if n.args else None
         if n.target is aten.detach.default and _has_gradient(first) and first.op != "placeholder":
             aliases.add(n)
-        elif first in aliases and (_returns_a_view(n) or _writes(n)):
-            aliases.add(n)
+        elif first in aliases:
+            if _returns_a_view(n):
+                aliases.add(n)
             if _writes(n):
                 raise _Unrecordable(
                     f"it writes, without a gradient, into a value that has one ({source_line(n) or n.name}). Write "

@@ -64,15 +64,16 @@ class Snapshot:
         values = self._values()
         if self._are_kept(values):
             return True
-        if not all(key in self.notes or (key[0], _LONGER) in self.notes for key in self.changes()):
+        if not all(key in self.notes or (key[0], _LONGER) in self.notes for key in self._differences()):
             return False
         self._keep(values)  # so that the next comparison is quick
         return True
 
     def changes(self) -> dict[tuple[int, Any], Any]:
         """What is not as it was, by place and key, and how it stands now."""
-        if self._are_kept(self._values()):
-            return {}
+        return {} if self._are_kept(self._values()) else self._differences()
+
+    def _differences(self) -> dict[tuple[int, Any], Any]:
         old, new = self.facts, self._facts()
         different = [key for key in old.keys() | new.keys() if old.get(key, _ABSENT) != new.get(key, _ABSENT)]
         return {key: new.get(key, _ABSENT) for key in different}

@@ -40,7 +40,7 @@ class Whole:
         self.buffers = [name for name, _ in module.named_buffers()] if module and not self.is_scripted else []
         self.result: Any = None
         self.others: list[Any] = []
-        self.record_kind: Any = None
+        self.template: Any = None
         self.tensors: list[int] = []
         self.__name__ = type(module).__name__ if module is not None else call.__self__.__name__  # type: ignore[attr-defined]
 
@@ -68,8 +68,8 @@ class Whole:
             finally:
                 for (home, key), own in zip(homes, before, strict=True):
                     home[key] = own
-        if isinstance(found, dict) and pytree.tree_structure(found).is_leaf():  # of a class that pytree does not know
-            self.record_kind, found = found, dict(dict.items(found))
+        if isinstance(found, dict) and pytree.tree_structure(found).is_leaf():  # a subclass that is not registered
+            self.template, found = found, dict(dict.items(found))
         results, self.result = pytree.tree_flatten(found)
         self.others = [None if isinstance(v, Tensor) else v for v in results]
         self.tensors = [i for i, v in enumerate(results) if isinstance(v, Tensor)]
@@ -93,9 +93,9 @@ class Whole:
         for buffer, new in zip(buffers, found[len(self.tensors) :], strict=True):
             buffer.copy_(new)
         result = pytree.tree_unflatten(results, self.result)
-        if self.record_kind is None:
+        if self.template is None:
             return result
-        record = copy.copy(self.record_kind)
+        record = copy.copy(self.template)
         for key, v in result.items():
             record[key] = v
         return record
@@ -145,18 +145,19 @@ def _shapes_on_ones(whole: Whole, given: Sequence[Tensor], error: Exception) -> 
 
 
 def _on_ones(whole: Whole, kinds: Sequence[tuple[Any, ...]], error: Exception) -> list[Tensor]:
+    modules = [] if whole.module is None or whole.is_scripted else [whole.module]
 
     def run() -> list[Tensor]:
-        own = whole.module.named_parameters() if whole.module is not None and not whole.is_scripted else ()
+        own = [named for module in modules for named in module.named_parameters()]
         parameters = {name: p.detach().clone().requires_grad_(p.requires_grad) for name, p in own}
-        buffers = Buffers(*([whole.module] if whole.module is not None and not whole.is_scripted else []))
+        buffers = Buffers(*modules)
         ones = [torch.ones(size, dtype=dtype, device=device) for size, dtype, device in kinds]
         try:
             return whole.run([*ones, *buffers.values()], parameters)
         finally:
             buffers.undo()
 
-    # Recording is a matter of the thread: in another one operations are run, with autograd.
+    # Recording holds for this thread alone: in another one operations are run, with autograd.
     with generators_kept(), ThreadPoolExecutor(1) as other:
         try:
             return other.submit(run).result()
@@ -222,7 +223,7 @@ def kept_whole(root: nn.Module, is_leaf: Callable[[str, nn.Module], bool]) -> It
 
 
 def _hides_its_statistics(module: nn.Module) -> bool:
-    """Whether a module of torch's writes its buffers in a way of which recording takes no notice."""
+    """Whether a module of torch's writes its buffers in a way that is not recorded."""
     if not module.training or not getattr(module, "track_running_stats", False):
         return False
     is_cumulative = isinstance(module, nn.modules.batchnorm._BatchNorm) and module.momentum is None

@@ -11,7 +11,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from mep.capture import MODULES, Leaves, check_leaves
+from mep.capture import Leaves, check_leaves
 from mep.capture.cache import Graphs
 from mep.capture.state import check_state
 from mep.cost import BatchCost, PerExample, make_cost
@@ -22,7 +22,6 @@ from mep.errors import (
     InputError,
     NotConvergedError,
     NotConvergedWarning,
-    require,
     warn,
 )
 from mep.estimators.contrast import Phase, contrast, pieces
@@ -133,7 +132,7 @@ class EquilibriumPropagation:
         self.coupling = make_coupling(energy)
         self.phases = phases
         self.branches = branches
-        require("EquilibriumPropagation", "leaves", leaves, *MODULES)
+        check_leaves(model, leaves, "EquilibriumPropagation")
         self.leaves = tuple(leaves)
         self.diagnostics = diagnostics
         self.observe = observe
@@ -144,7 +143,6 @@ class EquilibriumPropagation:
         self.on_unsettled, self._has_warned, self._has_warned_of_softmax = on_unsettled, False, False
         self.proof = proof
         check_settings(self)
-        check_leaves(model, self.leaves)
         self._recall = Recall()
         self._trace()
 
@@ -237,7 +235,7 @@ class EquilibriumPropagation:
         check_model(self.model, "EquilibriumPropagation")
         with noise_undone_on_error():
             in_parts = self.checkpoint or contract is _checked_pieces
-            graph = graph or self._graphs.of(x, target, max(1, batch // _SLICE) if in_parts else None)
+            graph = graph or self._graphs.of(x, target, saves_memory=in_parts)
             self._check_graph(graph)
             energy, free = self._free(graph, x, batch, indices)
             output = energy.output(free.point)
@@ -401,8 +399,6 @@ def _write(new_buffers: Mapping[Slot, Tensor]) -> None:
             slot.value.copy_(value)
 
 
-_SLICE = 8
-"""A step that saves memory is proven on so small a part of its batch, since autograd keeps all of it."""
 _FREE = 100
 """The free phase is settled so many times better than the nudged ones, whose residuals count what it leaves."""
 _HOPFIELD_SOLVER = Descent(settle_steps=500, settle_lr=0.3, adaptive=True, tol=1e-4)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mep.errors import DivergedError
+from mep.graph.table import share_in_words
 from mep.hooks import hooks_of
 from mep.settle import Result, rounded
 
@@ -57,7 +58,7 @@ class Estimate:
         left = "" if self.left_branch is None else f", {self.left_branch:.1%} off their branch"
         counted = f"{self.iterations} iterations, beta {self.beta:.3g}"
         inside, total = self.in_leaves
-        kept = f" ({inside:,} of {total:,} parameters learn by backprop inside leaves)" if inside else ""
+        kept = f" ({share_in_words(inside, total)})" if inside else ""
         return f"loss {float(self.loss):.4g}{settled}, {counted}{left}: {self.result}{kept}"
 
     @property

@@ -15,7 +15,7 @@ from mep.estimators.beta import chosen_beta
 from mep.estimators.contrast import CONTRASTS
 from mep.estimators.estimate import Estimate
 from mep.graph.node import Beta
-from mep.settle import Response, Result, Settled, Solver, Start, settle
+from mep.settle import Result, Settled, Solver, Start, settle
 from mep.solvers.networks import linear_response
 
 SettledPhase = tuple[float, Energy, Settled]
@@ -47,29 +47,13 @@ def settle_phases(
     noted = None if energy.coupling.vanishes_when_free else _noted(energy, free)
     unit = nudge(energy, cost, 1.0, noted)
     response = linear_response(unit, free.point) if beta is None or solver.uses_response else None
-    strength: Beta = 0.0 if beta is None else beta
     if beta is None:
         assert response is not None
-        strength = chosen_beta(unit, free.point, response, solver)
-    return _settled(energy, free, cost, solver, phases, strength, errors, noted, response)
-
-
-def _settled(
-    energy: Energy,
-    free: Settled,
-    cost: BatchCost,
-    solver: Solver,
-    phases: str,
-    strength: Beta,
-    errors: State | None,
-    noted: dict[str, Free] | None,
-    response: Response | None,
-) -> list[SettledPhase]:
-    """Every phase of the contrast, settled at its multiple of beta."""
+        beta = chosen_beta(unit, free.point, response, solver)
     found: list[SettledPhase] = []
     last = [multiple for multiple, _ in CONTRASTS[phases] if multiple][-1]
     for multiple, weight in CONTRASTS[phases]:
-        nudged = nudge(energy, cost, (multiple or 1.0) * strength, noted)
+        nudged = nudge(energy, cost, (multiple or 1.0) * beta, noted)
         if multiple:
             start = Start(response if response is None or multiple == last else response.copy(), errors)
             settled = settle(nudged, free.point, solver, start)
@@ -80,7 +64,7 @@ def _settled(
             continue
         if found[-1][2].result is Result.DIVERGED:
             raise DivergedError(
-                f"Settling diverged at {_named(strength)} with {solver}. Nothing was changed. Way out: "
+                f"Settling diverged at {_named(beta)} with {solver}. Nothing was changed. Way out: "
                 + solver.failure_hint(nudged, free.point)
             )
     return found

@@ -25,7 +25,7 @@ def table_of(graph: Graph) -> str:
     inside, total = graph.share_kept
     notes = [f"input {', '.join(graph.inputs)}; output {graph.output}; {len(graph.states)} states, * junctions"]
     if inside:
-        notes.append(f"{inside:,} of {total:,} parameters learn by backprop inside leaves")
+        notes.append(share_in_words(inside, total))
     written = [slot.name for node in graph.nodes for slot, _ in node.writes]
     written += [slot.name for write in graph.writes for slot in write.slots]
     if written:
@@ -47,6 +47,11 @@ def _row(node: Node, names: Mapping[nn.Parameter, str], batch: str) -> Sequence[
         ", ".join(node.parents),
         ", ".join(part for part in (last.module, last.where) if part),
     )
+
+
+def share_in_words(inside: int, total: int) -> str:
+    """Which share of the parameters is inside modules kept whole."""
+    return f"{inside:,} of {total:,} parameters learn by backprop inside leaves"
 
 
 def _prefix(names: Sequence[str]) -> str:

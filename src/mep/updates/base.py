@@ -58,7 +58,8 @@ class Update(torch.optim.Optimizer, ABC):
             raise ArgumentError(f"{call}(lr=...) must hold one number; got shape {list(group['lr'].shape)}.")
         limits = {"lr": math.inf, "momentum": 1.0, "weight_decay": math.inf, "vector_scale": math.inf}
         for name, limit in limits.items():
-            require(call, name, group[name], lambda value: 0 <= value < limit, f"at least 0 and below {limit}")  # noqa: B023
+            in_range = lambda value, limit=limit: 0 <= value < limit  # noqa: E731
+            require(call, name, group[name], in_range, f"at least 0 and below {limit}")
         require(call, "nesterov", group["nesterov"], *A_FLAG)
         self._check_group(group, call)
         super().add_param_group(param_group)

@@ -120,14 +120,16 @@ class NaturalGradient(Update):
         super().__init__(params, defaults)
 
     def _check_group(self, group: dict[str, Any], call: str) -> None:
-        given = {name: value for name, value in group.items() if value is not None or name not in ("kl_clip", "rank")}
-        for name in given.keys() & {"damping", "kl_clip"}:
-            require(call, name, given[name], lambda value: 0 < value < math.inf, "above 0 and finite")
-        require(call, "decay", given["decay"], lambda decay: 0 <= decay < 1, "at least 0 and below 1")
-        for name in given.keys() & {"factors_every", "inverse_every", "rank"}:
-            require(call, name, given[name], *whole_number(1))
+        left_out = [name for name in ("kl_clip", "rank") if group[name] is None]
+        for name in ("damping", "kl_clip"):
+            if name not in left_out:
+                require(call, name, group[name], lambda value: 0 < value < math.inf, "above 0 and finite")
+        require(call, "decay", group["decay"], lambda decay: 0 <= decay < 1, "at least 0 and below 1")
+        for name in ("factors_every", "inverse_every", "rank"):
+            if name not in left_out:
+                require(call, name, group[name], *whole_number(1))
         for name in ("use_diagonal_fisher", "orthogonalise"):
-            require(call, name, given[name], *A_FLAG)
+            require(call, name, group[name], *A_FLAG)
 
     @torch.no_grad()
     def observe(self, layers: Iterable[Layer]) -> None:

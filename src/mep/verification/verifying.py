@@ -13,6 +13,7 @@ from mep.capture import Leaves
 from mep.errors import ArgumentError, DivergedError
 from mep.estimators.contrast import CONTRASTS
 from mep.estimators.inputs import batch_size, check_model, check_target
+from mep.graph.table import share_in_words
 from mep.noise import generators_kept
 from mep.solvers import Sweep
 from mep.verification import verdict
@@ -201,7 +202,7 @@ def _notes(
     notes = [f"checked in {mode} mode, in {str(dtype).removeprefix('torch.')}"]
     inside, total = equilibria.energy.graph.share_kept
     if inside:
-        notes.append(f"{inside:,} of {total:,} parameters learn by backprop inside leaves")
+        notes.append(share_in_words(inside, total))
     if equilibria.is_stochastic:
         notes.append("the model is stochastic: one noise for all evaluations")
     left = [name for p, name in subject.names.items() if p not in exact.gradients]
