@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import signal
 import sys
 from pathlib import Path
 
@@ -58,6 +59,7 @@ class Strike:
         self.at, self.calls, self.stack = at, 0, []
 
     def __enter__(self):
+        self.handler = signal.getsignal(signal.SIGINT)
         sys.setprofile(self._profile)
         return self
 
@@ -68,6 +70,8 @@ class Strike:
         code = frame.f_code
         goes_on = event == "call" and code.co_flags & inspect.CO_GENERATOR
         if event not in ("call", "c_call") or goes_on or not code.co_filename.startswith(HOME):
+            return
+        if signal.getsignal(signal.SIGINT) is not self.handler:  # a signal would wait here, see mep.interrupts
             return
         self.calls += 1
         if self.calls == self.at:

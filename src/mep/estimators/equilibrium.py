@@ -254,15 +254,16 @@ class EquilibriumPropagation:
             estimate = estimate_of(loss, free, phases, self.solver.tol, self.diagnostics, graph.share_kept)
             self._report(estimate, phases[-1][1], free)
             found = contract(phases, batch)
-            if self.observe is not None:
-                self.observe(settled_layers((e, settled) for _, e, settled in phases if e.nudge is not None))
+            with uninterrupted():  # the estimate is there: all that it moves is moved
+                if self.observe is not None:
+                    self.observe(settled_layers((e, settled) for _, e, settled in phases if e.nudge is not None))
+                if contract is _checked_pieces:  # autograd has kept the buffers for the pieces still to be made
+                    found = cast(Found, _then_written(found, energy.held.new_buffers))
+                else:
+                    _write(energy.held.new_buffers)
         if self.programs is not None:
             self.programs.keep(self._graphs.graphs)  # a graph that is new takes its first steps here
             self.programs.learn(x, target, *phases[-1][1:])
-        if contract is _checked_pieces:  # autograd has kept the buffers for the pieces that are still to be made
-            found = cast(Found, _then_written(found, energy.held.new_buffers))
-        else:
-            _write(energy.held.new_buffers)
         if indices is not None:
             self._recall.keep(indices, self._worth_keeping(*phases[-1][1:], free))
         return found, estimate
@@ -394,9 +395,10 @@ def _then_written(found: Any, new_buffers: Mapping[Slot, Tensor]) -> Iterator[Gr
 
 def _write(new_buffers: Mapping[Slot, Tensor]) -> None:
     """What the model writes to its buffers, once a step that is known to be good."""
+    written = [(slot.value, value) for slot, value in new_buffers.items()]
     with uninterrupted():
-        for slot, value in new_buffers.items():
-            slot.value.copy_(value)
+        for buffer, value in written:
+            buffer.copy_(value)
 
 
 _FREE = 100
