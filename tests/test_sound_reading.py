@@ -280,6 +280,13 @@ def a_cast_that_is_none(n, x):
     return rest(n, same)
 
 
+def normalised_without_gradient(n, x):
+    h = first(n, x)
+    with torch.no_grad():
+        shift = n.norm(h)
+    return rest(n, h + n.norm(h.detach()) - 0.5 * shift)
+
+
 UNTRAINED = {
     "no_grad around a layer": net(a_layer, tuned=lambda: True),
     "set_grad_enabled": net(a_layer, tuned=lambda: False),
@@ -288,6 +295,7 @@ UNTRAINED = {
     "detach": net(lambda n, x: rest(n, (h := first(n, x))) + n.c(h.detach() * h)),
     "nested enable_grad": net(nested),
     "batch statistics": net(batch_statistics),
+    "batch norm of what is detached": net(normalised_without_gradient, norm=lambda: nn.BatchNorm1d(6)),
     "a fixed point": net(fixed_point),
     "nothing at all": net(nothing_at_all),
     "a cast that is none": net(a_cast_that_is_none),

@@ -308,7 +308,7 @@ def _check_writes(graph: fx.Graph) -> None:
         elif first in aliases:
             if _returns_a_view(n):
                 aliases.add(n)
-            if _writes(n):
+            if _writes(n) and not _is_norm(n):  # that writes its statistics, not its input
                 raise _Unrecordable(
                     f"it writes, without a gradient, into a value that has one ({source_line(n) or n.name}). Write "
                     "what this leaves instead: h = h + (new - h).detach().",
