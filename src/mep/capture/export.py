@@ -537,8 +537,13 @@ def _user_line(error: Exception) -> str:
 
 def source_line(n: fx.Node) -> str:
     """The innermost line of the user's that made a node."""
-    found = re.findall(r'File "(.*)", line (\d+), in .*\n\s+(.*)', n.meta.get("stack_trace") or "")
-    lines = [f"{Path(file).name}:{number}: `{text}`" for file, number, text in found if not _is_library(file)]
+    # The line itself is missing where code was typed in.
+    found = re.findall(r'File "(.*)", line (\d+), in .*(?:\n    +(?!File ")(.*))?', n.meta.get("stack_trace") or "")
+    lines = [
+        f"{Path(file).name}:{number}" + (f": `{text}`" if text else "")
+        for file, number, text in found
+        if not _is_library(file)
+    ]
     return lines[-1] if lines else ""
 
 

@@ -151,6 +151,16 @@ def _write_of_a_part(n: fx.Node) -> None:
         _without_whole_slices(n)
 
 
+def group_norm(x: Tensor, *options: Any) -> Tensor:
+    """torch 2.13 crashes in its derivative by parameters alone unless x lies row after row; sizes of 1 have strides."""
+    found: Tensor = aten.group_norm.default(x.reshape(len(x), -1).view(x.shape), *options)
+    return found
+
+
+def _as_group_norm(n: fx.Node) -> None:
+    n.target = group_norm
+
+
 def _without_broadcast(n: fx.Node) -> None:
     """Tensors of one shape are themselves, and others are expanded."""
     for picked in list(n.users):
@@ -401,4 +411,5 @@ _REWRITES: dict[str, Callable[[fx.Node], None]] = {
     **{f"max_pool{n}d_with_indices": _as_pool for n in (1, 2, 3)},
     **dict.fromkeys(("maximum", "minimum", "amax", "amin", "max", "min"), _extreme),
     "prelu": _prelu,
+    "group_norm": _as_group_norm,
 }

@@ -160,8 +160,6 @@ class AutogradNode(Node):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.takes_any_layout = all("batch_norm" in op.label or op.label == "getitem" for op in self.program)
-        """Whether it is as fast, and the same, with channels last; torch 2.13 crashes in other norms there."""
         reads = self.weighted.reads if self.weighted else self.op
         self._run = Program(self.program, self.parents, [self.op, reads], self.name)
         self._run_and_write = Program(
@@ -173,16 +171,13 @@ class AutogradNode(Node):
         run = self._run_and_write if held.recording and self.writes else self._run
         with torch.enable_grad():
             inputs = [
-                self._laid_out(p).detach().requires_grad_() if flows and is_tensor(p) else p
+                p.detach().requires_grad_() if flows and is_tensor(p) else p
                 for p, flows in zip(parents, self.flows, strict=True)
             ]
             with _same_noise(self, held):
                 mu, h, *new = run(held, *inputs)
         held.new_buffers.update((slot, value.detach()) for (slot, _), value in zip(self.writes, new, strict=False))
         return mu.detach(), (inputs, mu, h.detach() if self.weighted else None)
-
-    def _laid_out(self, p: Tensor) -> Tensor:
-        return p if self.takes_any_layout else p.contiguous()
 
     def weighted_input(self, saved: Any) -> Tensor:
         """Kept by the autograd graph anyway."""
