@@ -14,8 +14,8 @@ from torch.nn.utils.parametrizations import weight_norm
 from mep.capture import capture
 from mep.capture.cache import Graphs
 from mep.cost import PerExample, make_cost
-from mep.energy import Box, Energy, Free, make_coupling, nudge
-from mep.graph.node import Held
+from mep.energy import Box, Energy, Free, make_node_energy, nudge
+from mep.graph.node import StepContext
 from mep.settle import Solver, settle
 
 BATCH, CLASSES = 5, 3
@@ -310,11 +310,11 @@ def _graphs_of(model: nn.Module, reading: str, leaves) -> Graphs:
 def free_energy(model: nn.Module, x, reading: str = "held", leaves=()):
     """The free energy of a batch and its equilibrium where that is the forward pass (`hopfield`: where it starts)."""
     graph = _graphs_of(model, reading, leaves).of(x)
-    coupling = make_coupling("hopfield" if reading == "hopfield" else "prediction")
+    coupling = make_node_energy("hopfield" if reading == "hopfield" else "prediction")
     batch = len(x[0] if isinstance(x, tuple) else x)
-    energy = Energy(graph, coupling, graph.bind(x), Held(hold_branches=reading == "held"), batch)
+    energy = Energy(graph, coupling, graph.bind(x), StepContext(freeze_branches=reading == "held"), batch)
     point = energy.rest()
-    energy.held.recording = False
+    energy.context.recording = False
     return energy, point
 
 

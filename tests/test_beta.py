@@ -513,8 +513,8 @@ def test_strength_is_gone_from_the_presets(name):
 @pytest.mark.parametrize("kind", ["labels", "probabilities", "any sum", "positions", "mse"])
 def test_no_hessian_of_a_cost_is_steeper_than_its_smoothness(kind):
     torch.manual_seed(0)
-    for spread in (0.1, 1.0, 5.0):
-        output = spread * torch.randn(6, 4, *([3] if kind == "positions" else [])).double()
+    for expand_beta in (0.1, 1.0, 5.0):
+        output = expand_beta * torch.randn(6, 4, *([3] if kind == "positions" else [])).double()
         target = {
             "labels": torch.randint(4, (6,)),
             "probabilities": torch.rand(6, 4).double().softmax(1),

@@ -10,7 +10,7 @@ from torch import nn
 
 import mep
 from mep.capture import capture, trace
-from mep.graph.node import Held
+from mep.graph.node import StepContext
 from mep.graph.ops import Program
 
 
@@ -167,7 +167,7 @@ def test_in_place_operations_are_read_as_pure_ones(forward):
     net, x = Net(forward, act=nn.ReLU(inplace=True)), torch.randn(5, 4)
     kept = x.clone()
     graph = trace(net, x)
-    point = graph.evaluate(graph.bind(x), Held())
+    point = graph.evaluate(graph.bind(x), StepContext())
     torch.testing.assert_close(point.values[graph.output], net(x))
     assert torch.equal(x, kept)
 
@@ -181,7 +181,7 @@ def test_adding_in_place_is_read_as_adding():
 
     net, x = Adding(None), torch.randn(5, 4)
     graph = trace(net, x)
-    torch.testing.assert_close(graph.evaluate(graph.bind(x), Held()).values["c"], net(x))
+    torch.testing.assert_close(graph.evaluate(graph.bind(x), StepContext()).values["c"], net(x))
 
 
 @pytest.mark.parametrize("reading", [("prediction", "held"), ("prediction", "exact"), ("hopfield", "held")])
@@ -219,7 +219,7 @@ def test_defaults_of_forward_are_inputs_that_may_be_left_out():
     for given in (x, {"x": x, "gain": 3.0}):
         graph = trace(model, given)
         expected = model(**given) if isinstance(given, dict) else model(given)
-        torch.testing.assert_close(graph.evaluate(graph.bind(given), Held()).values["c"], expected)
+        torch.testing.assert_close(graph.evaluate(graph.bind(given), StepContext()).values["c"], expected)
 
 
 def branching(n, x):

@@ -339,7 +339,7 @@ def test_the_residual_of_any_graph_is_that_of_the_energy_written_down(plan, cost
     with torch.no_grad():
         target = COSTS[cost].target(model(x))
         energy, found = settled(model, x, target, COSTS[cost].argument, beta, solver)
-        free = energy.state(energy.graph.evaluate(energy.inputs, energy.held))
+        free = energy.state(energy.graph.evaluate(energy.inputs, energy.context))
     predict = predictions_of_graph(energy.graph, energy.inputs, free)
     value, states = COSTS[cost].value, energy.state(found.point)
     if isinstance(solver, mep.Local) or energy.is_affine:

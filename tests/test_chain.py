@@ -8,7 +8,7 @@ from torch.func import jvp
 import mep
 from mep.capture import trace
 from mep.graph.chain import Chain
-from mep.graph.node import AutogradNode, Held
+from mep.graph.node import AutogradNode, StepContext
 
 BATCH = 3
 FLAT, SIGNAL, IMAGE, VOLUME = (4,), (2, 9), (2, 7, 8), (2, 5, 4, 5)
@@ -95,7 +95,7 @@ def node_of(operation, shape, dtype, batch, last, hold):
     x = torch.randn(batch, *shape).to(dtype)
     if last and x.ndim == 4:
         net, x = net.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
-    graph, held = trace(net, x), Held(hold_branches=hold)
+    graph, held = trace(net, x), StepContext(freeze_branches=hold)
     with torch.no_grad():
         point = graph.evaluate(graph.bind(x), held)
     assert graph.nodes[-1].parents == ("0",)
@@ -121,19 +121,19 @@ def test_jacobian_from_both_sides(name, kind, dtype):
     pulled, *gradients = torch.autograd.grad(expected, [leaf, *node.parameters], force)
     with torch.no_grad():
         assert_same(mu, expected.detach(), tolerance)
-        assert_same(node.pull(saved, force)[0], pulled, tolerance)
-        for found, exact in zip(node.contract(saved, force, weight), gradients, strict=True):
+        assert_same(node.vjp(saved, force)[0], pulled, tolerance)
+        for found, exact in zip(node.param_vjp(saved, force, weight), gradients, strict=True):
             assert_same(found, weight * exact, tolerance)
         if not (node.is_affine_when_held and options["hold"] and dtype is torch.float64):
             return
         tangent = torch.randn_like(h)
-        pushed = node.push(saved, [tangent])[0]
+        pushed = node.jvp(saved, [tangent])[0]
         assert_same(pushed, jvp(operation, (h,), (tangent,))[1], tolerance)
         if len(mu) == len(h):
             some = torch.tensor([len(h) - 1])
             rows = node.rows(saved, some)
-            assert_same(node.pull(rows, force[some])[0], pulled[some], tolerance)
-            assert_same(node.push(rows, [tangent[some]])[0], pushed[some], tolerance)
+            assert_same(node.vjp(rows, force[some])[0], pulled[some], tolerance)
+            assert_same(node.jvp(rows, [tangent[some]])[0], pushed[some], tolerance)
 
 
 class Sum(nn.Module):
@@ -152,14 +152,14 @@ def test_force_on_a_term_that_was_spread_is_summed():
     net, x = Sum().double(), torch.randn(BATCH, 5, 4).double()
     graph = trace(net, x)
     with torch.no_grad():
-        point = graph.evaluate(graph.bind(x), Held())
+        point = graph.evaluate(graph.bind(x), StepContext())
     node, saved = graph.nodes[-1], point.saved[graph.output]
     assert isinstance(node, Chain) and len(node.parents) == 2
     terms = [point.values[p].clone().requires_grad_() for p in node.parents]
     force, some = torch.randn(BATCH, 5, 3).double(), torch.tensor([2, 0])
     exact = torch.autograd.grad(net.c(terms[0] + terms[1]), terms, force)
     for found, few, expected in zip(
-        node.pull(saved, force), node.pull(node.rows(saved, some), force[some]), exact, strict=True
+        node.vjp(saved, force), node.vjp(node.rows(saved, some), force[some]), exact, strict=True
     ):
         torch.testing.assert_close(found, expected)
         torch.testing.assert_close(few, expected[some])
@@ -227,9 +227,9 @@ def gradient(model, x, target):
 def test_force_has_the_dtype_of_its_value():
     with torch.autocast("cpu", torch.bfloat16):
         node, h, mu, saved = node_of(nn.Sequential(nn.Tanh(), nn.Linear(4, 3)), FLAT, torch.float32, BATCH, False, True)
-        single = node.pull(saved, mu)[0]
+        single = node.vjp(saved, mu)[0]
         terms = [torch.ones(BATCH, 4), torch.ones(BATCH, 4, dtype=torch.bfloat16)]
         last = trace(Sum(), torch.ones(BATCH, 5, 4)).nodes[-1]
-        double = last.pull(last.predict(terms, Held())[1], torch.ones(BATCH, 3))
+        double = last.vjp(last.predict(terms, StepContext())[1], torch.ones(BATCH, 3))
     assert single.dtype is h.dtype is torch.bfloat16
     assert [force.dtype for force in double] == [torch.float32, torch.bfloat16]

@@ -15,7 +15,7 @@ import mep
 from mep.capture import capture
 from mep.graph.closed_forms import Largest, MaxPool, Windows
 from mep.graph.closed_forms.maxima import largest
-from mep.solvers.networks.kinks import balancing_pull, placed, relax
+from mep.solvers.networks.kinks import balancing_force, placed, relax
 from mep.verification import compare_branches
 from mep.verification.equilibrium import residuals
 
@@ -115,9 +115,9 @@ def test_window_rests_at_a_minimum_of_its_own_energy(beta):
     tied = rest.isfinite()
     assert tied.any(1).sum() > 50 and not tied[(beta * u < 0).flatten()].any()
     torch.testing.assert_close(s[tied], rest[tied])
-    balanced = balancing_pull(torch.where(tied, rest, s), delta, f, u, Largest(), beta)
+    balanced = balancing_force(torch.where(tied, rest, s), delta, f, u, Largest(), beta)
     torch.testing.assert_close(balanced, delta, rtol=0, atol=1e-12)
-    wrong = balancing_pull(torch.where(tied, rest, s), delta + 0.1, f, u, Largest(), beta)
+    wrong = balancing_force(torch.where(tied, rest, s), delta + 0.1, f, u, Largest(), beta)
     assert ((wrong - delta - 0.1).abs().amax(1) > 0.02).all()
     torch.testing.assert_close(wrong[tied], delta[tied])  # what winners have in common projects to nothing
 

@@ -9,7 +9,7 @@ from torch import nn
 import mep
 from mep.capture import trace
 from mep.graph.chain import Chain
-from mep.graph.node import AutogradNode, Held
+from mep.graph.node import AutogradNode, StepContext
 from mep.layout import as_laid_out, layout, rows_of
 
 
@@ -53,7 +53,7 @@ def test_closed_forms_see_channels_last_and_foreign_code_does_not(inside):
     x = torch.randn(5, 2, 8, 8)
     graph = trace(images(*inside), x)
     with torch.no_grad():
-        point = graph.evaluate(graph.bind(x), Held())
+        point = graph.evaluate(graph.bind(x), StepContext())
     first, *_, viewing = graph.nodes
     assert layout(point.values[first.name]) is torch.channels_last
     assert isinstance(viewing, AutogradNode | Chain)

@@ -113,7 +113,7 @@ def test_pieces_are_the_gradient_each_parameter_once():
     net = Shared().double()
     ep, (x, y) = mep.EquilibriumPropagation(net), batch(7, 6, torch.float64)
     expected, _ = ep.gradients(x, y)
-    pieces = list(mep.EquilibriumPropagation(net).pieces(x, y)[0])
+    pieces = list(mep.EquilibriumPropagation(net).iter_gradients(x, y)[0])
     found = [p for piece in pieces for p in piece]
     assert len(found) == len(set(found)) and set(found) == set(expected) == {
         p for p in net.parameters() if p.requires_grad
@@ -129,12 +129,12 @@ def test_low_memory_changes_nothing_if_a_late_gradient_is_not_finite(monkeypatch
     x, y = batch(7, 6, torch.float64)
     opt.step(x=x, target=y)
     before = copy.deepcopy((list(opt.model.parameters()), opt.state_dict()))
-    right, last = mep.graph.node.Node.__subclasses__()[1].contract, opt.estimator._graphs.graphs[0].nodes[-1]
+    right, last = mep.graph.node.Node.__subclasses__()[1].param_vjp, opt.estimator._graphs.graphs[0].nodes[-1]
 
     def broken(self, saved, force, weight):
         return [g * float("nan") if self is last else g for g in right(self, saved, force, weight)]
 
-    monkeypatch.setattr(type(last), "contract", broken)
+    monkeypatch.setattr(type(last), "param_vjp", broken)
     with pytest.raises(mep.DivergedError, match="Nothing was changed"):
         opt.step(x=x, target=y)
     torch.testing.assert_close((list(opt.model.parameters()), opt.state_dict()), before, rtol=0, atol=0)
@@ -228,7 +228,7 @@ def peak_of_settling(depth, **options):
     ep = mep.EquilibriumPropagation(net, solver=solver, **options)
     ep.gradients(x, y)  # the first step also checks the graph
     with PeakMemory() as memory:
-        deque(ep.pieces(x, y)[0], maxlen=0)
+        deque(ep.iter_gradients(x, y)[0], maxlen=0)
     return memory.peak
 
 

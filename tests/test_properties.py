@@ -115,7 +115,7 @@ def settled_with_oracle(plan, cost, beta, solver):
     model, x, y = example(plan, cost)
     energy, found = settled(model, x, y, COSTS[cost].argument, beta, solver)
     with torch.no_grad():
-        free, states = energy.state(energy.graph.evaluate(energy.inputs, energy.held)), energy.state(found.point)
+        free, states = energy.state(energy.graph.evaluate(energy.inputs, energy.context)), energy.state(found.point)
     return energy, found, states, predictions_of_graph(energy.graph, energy.inputs, free), y
 
 

@@ -8,7 +8,7 @@ from torch import nn
 
 import mep
 from mep.errors import ArgumentError, InputError
-from mep.estimators.recall import Recall
+from mep.estimators.recall import EquilibriumCache
 
 SOLVERS = {
     "descent": (mep.Descent(tol=1e-6, settle_steps=2000, adaptive=True), {}),
@@ -113,7 +113,7 @@ def test_backprop_keeps_no_equilibria():
 
 
 def test_rows_grow_and_are_forgotten_when_the_states_change_shape():
-    recall = Recall()
+    recall = EquilibriumCache()
     recall.keep(torch.tensor([1]), {"s": torch.ones(1, 2)})
     recall.keep(torch.tensor([5]), {"s": 2 * torch.ones(1, 2)})
     values, seen = recall.of(torch.tensor([1, 5, 9]), {"s": torch.zeros(3, 2)})

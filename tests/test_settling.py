@@ -169,8 +169,8 @@ def hard_and_easy(case, cost):
     """Examples that need different numbers of iterations."""
     model, x, y = case.build(cost, batch=4)
     scale = torch.logspace(-2, 0.3, 4).double()
-    spread = lambda t: t * scale.view(-1, *[1] * (t.ndim - 1)) if t.is_floating_point() else t  # noqa: E731
-    return model, tuple(map(spread, x)) if isinstance(x, tuple) else spread(x), y
+    expand_beta = lambda t: t * scale.view(-1, *[1] * (t.ndim - 1)) if t.is_floating_point() else t  # noqa: E731
+    return model, tuple(map(expand_beta, x)) if isinstance(x, tuple) else expand_beta(x), y
 
 
 @pytest.mark.parametrize(("solver", "cost"), ALONE)

@@ -1894,7 +1894,7 @@ ESTIMATING = {
     ),
     "ep(x, y)": mep.EquilibriumPropagation,
     "ep.gradients": lambda model: mep.EquilibriumPropagation(model).gradients,
-    "ep.pieces": lambda model: mep.EquilibriumPropagation(model).pieces,
+    "ep.iter_gradients": lambda model: mep.EquilibriumPropagation(model).iter_gradients,
     "backprop": mep.Backprop,
 }
 

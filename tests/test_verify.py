@@ -21,7 +21,7 @@ from mep.graph.chain import Chain
 from mep.graph.closed_forms import Largest
 from mep.graph.node import AutogradNode
 from mep.verification import differences, verdict
-from mep.verification.equilibrium import _nearest_pull, residuals
+from mep.verification.equilibrium import _nearest_force, residuals
 from mep.verification.gradients import fitted_order
 
 GOOD = ["mlp relu", "conv relu maxpool", "batch norm", "transposed", "attention", "embedded", "leaves", "partial"]
@@ -300,7 +300,7 @@ def test_residuals_vanish_at_an_equilibrium_alone(name, reading, swept):
 def test_pull_on_a_tie(u, error, nearest):
     """`max(s)` of two units that tie is pulled by u: down, when each may bear a part, or up, when one bears all."""
     s, direct, error, nearest = (torch.tensor(v, dtype=torch.float64) for v in ([1.0, 1.0], [0.0, 0.0], error, nearest))
-    found = _nearest_pull(s, error, direct, torch.tensor([u], dtype=torch.float64), Largest())
+    found = _nearest_force(s, error, direct, torch.tensor([u], dtype=torch.float64), Largest())
     torch.testing.assert_close(found, nearest)
 
 
@@ -462,7 +462,7 @@ def test_every_bound_is_asserted():
     """A row just inside each bound passes, one just outside does not."""
 
     def judge(branches="held", **changes):
-        match = mep.verification.report.Match(
+        match = mep.verification.report.GradientMatch(
             0.01, *(changes.get(k, v) for k, v in (("c", 1.0), ("r", 1.0), ("e", 0.1)))
         )
         order = {"centered": changes.get("o", 2.0)}

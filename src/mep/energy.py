@@ -33,7 +33,7 @@ from mep.cost import BatchCost
 from mep.errors import one_of, require
 from mep.graph import Graph, Point
 from mep.graph.closed_forms import Kink
-from mep.graph.node import Beta, Held, Node, displaced, of_rows, spread
+from mep.graph.node import Beta, Node, StepContext, expand_beta, select_beta, state_from_error
 from mep.layout import accurate, by_example, select_examples
 
 State = dict[str, Tensor]
@@ -51,13 +51,15 @@ class Prediction:
         """Elementwise."""
         return 0.5 * (s - mu).square()
 
-    def tension(self, s: Tensor, mu: Tensor) -> Tensor:
+    def prediction_force(self, s: Tensor, mu: Tensor) -> Tensor:
         """-de/dmu."""
         return s - mu
 
-    def sides(self, s: Tensor, mu: Tensor, pull: Tensor, free: Free | None, box: Box) -> tuple[Tensor, Tensor]:
+    def force_terms(
+        self, s: Tensor, mu: Tensor, incoming: Tensor, free: Free | None, box: Box
+    ) -> tuple[Tensor, Tensor]:
         """The two sides that are equal at equilibrium: the error, and the pull of the children."""
-        return s - mu, pull
+        return s - mu, incoming
 
 
 class Hopfield:
@@ -70,28 +72,30 @@ class Hopfield:
         """Elementwise."""
         return 0.5 * s.square() - s * mu
 
-    def tension(self, s: Tensor, mu: Tensor) -> Tensor:
+    def prediction_force(self, s: Tensor, mu: Tensor) -> Tensor:
         """-de/dmu."""
         return s
 
-    def sides(self, s: Tensor, mu: Tensor, pull: Tensor, free: Free | None, box: Box) -> tuple[Tensor, Tensor]:
+    def force_terms(
+        self, s: Tensor, mu: Tensor, incoming: Tensor, free: Free | None, box: Box
+    ) -> tuple[Tensor, Tensor]:
         """The two sides that are equal at equilibrium: the state, and all its input moved into the box.
 
         With a nudge, both as they differ from the free state: else the response to a weak one would drown.
         """
         if free is None:
-            return s, (mu + pull).clamp(*box)
-        return s - free.state, (mu + pull + free.leftover).clamp(*box) - free.state
+            return s, (mu + incoming).clamp(*box)
+        return s - free.state, (mu + incoming + free.leftover).clamp(*box) - free.state
 
 
-Coupling = Prediction | Hopfield
-COUPLINGS: dict[str, type[Prediction] | type[Hopfield]] = {"prediction": Prediction, "hopfield": Hopfield}
+NodeEnergy = Prediction | Hopfield
+NODE_ENERGIES: dict[str, type[Prediction] | type[Hopfield]] = {"prediction": Prediction, "hopfield": Hopfield}
 
 
-def make_coupling(name: str) -> Coupling:
+def make_node_energy(name: str) -> NodeEnergy:
     """The coupling of that name."""
-    require("EquilibriumPropagation", "energy", name, *one_of(sorted(COUPLINGS)))
-    return COUPLINGS[name]()
+    require("EquilibriumPropagation", "energy", name, *one_of(sorted(NODE_ENERGIES)))
+    return NODE_ENERGIES[name]()
 
 
 @dataclass(frozen=True)
@@ -121,9 +125,9 @@ class Energy:
     """The energy of one batch: a graph with its input clamped, and a nudge or none."""
 
     graph: Graph
-    coupling: Coupling
+    coupling: NodeEnergy
     inputs: Mapping[str, Any]
-    held: Held
+    context: StepContext
     batch: int
     nudge: Nudge | None = None
 
@@ -135,31 +139,33 @@ class Energy:
     @property
     def kinks(self) -> Mapping[str, Kink]:
         """The junctions that are true kinks; none while the branches are held."""
-        return {} if self.held.hold_branches else self.graph.kinks
+        return {} if self.context.freeze_branches else self.graph.kinks
 
     @property
     def is_affine(self) -> bool:
         """Whether the Jacobians do not depend on the state: every node but the output is then balanced by a sweep."""
-        return self.held.hold_branches and self.graph.is_affine_when_held
+        return self.context.freeze_branches and self.graph.is_affine_when_held
 
     def rest(self, lean: bool = False) -> Point:
         """Every state on its prediction, inside its box: the free equilibrium of the prediction energy.
 
         A `lean` one has only the values that a sweep through an affine graph reads: input, output, loose ends.
         """
-        return self.graph.evaluate(self.inputs, self.held, inside_box, lean=lean)
+        return self.graph.evaluate(self.inputs, self.context, inside_box, lean=lean)
 
     def at(self, state: Mapping[str, Tensor]) -> Point:
         """The graph evaluated at a state."""
-        return self.graph.evaluate(self.inputs, self.held, lambda node, mu: state[node.name])
+        return self.graph.evaluate(self.inputs, self.context, lambda node, mu: state[node.name])
 
     def following(self, errors: Mapping[str, Tensor]) -> Point:
         """The graph with every state off its prediction by its scaled error: `s = mu - beta error`."""
-        return self.graph.evaluate(self.inputs, self.held, lambda node, mu: displaced(mu, errors[node.name], self.beta))
+        return self.graph.evaluate(
+            self.inputs, self.context, lambda node, mu: state_from_error(mu, errors[node.name], self.beta)
+        )
 
     def errors(self, point: Point) -> State:
         """The scaled errors `(mu - s) / beta` of every state."""
-        return {name: (mu - point.values[name]) / spread(self.beta, mu) for name, mu in point.predictions.items()}
+        return {name: (mu - point.values[name]) / expand_beta(self.beta, mu) for name, mu in point.predictions.items()}
 
     def state(self, point: Point) -> State:
         """The states of a point."""
@@ -167,11 +173,11 @@ class Energy:
 
     def left_branch(self, point: Point) -> float:
         """The fraction of piecewise-linear units off the branch on which they are held; one more forward walk."""
-        held = replace(self.held, departures=[])
-        self.graph.evaluate(self.inputs, held, lambda node, mu: point.values[node.name])
-        assert held.departures is not None
-        units = sum(n for _, n in held.departures)
-        return sum(float(left) for left, _ in held.departures) / units if units else 0.0
+        context = replace(self.context, branch_changes=[])
+        self.graph.evaluate(self.inputs, context, lambda node, mu: point.values[node.name])
+        assert context.branch_changes is not None
+        units = sum(n for _, n in context.branch_changes)
+        return sum(float(left) for left, _ in context.branch_changes) / units if units else 0.0
 
     def value(self, point: Point) -> Tensor:
         """`E(s)`, or `F(s)` when nudged, without the leftover of the free phase: [batch]."""
@@ -212,10 +218,10 @@ class Energy:
                 errors[node.name] = force
             return force
 
-        self.graph.pull(saved, None, transmit)
+        self.graph.vjp(saved, None, transmit)
         return errors
 
-    def pulls(self, point: Point) -> State:
+    def incoming_forces(self, point: Point) -> State:
         """What each state is pulled by: `sum_c J_c^T tension_c`, and `-beta dC/ds` at the output."""
         arriving: State = {}
 
@@ -224,41 +230,47 @@ class Energy:
                 return force
             s, mu = point.values[node.name], point.predictions[node.name]
             arriving[node.name] = torch.zeros_like(s) if force is None else force
-            return self.coupling.tension(s, mu)
+            return self.coupling.prediction_force(s, mu)
 
         gradient = self.cost_gradient(point)
-        self.graph.pull(point.saved, None if gradient is None else -gradient * spread(self.beta, gradient), transmit)
+        self.graph.vjp(
+            point.saved, None if gradient is None else -gradient * expand_beta(self.beta, gradient), transmit
+        )
         return arriving
 
-    def forces(self, point: Point, pulls: Mapping[str, Tensor] | None = None) -> State:
+    def forces(self, point: Point, incoming_forces: Mapping[str, Tensor] | None = None) -> State:
         """dF/ds_n of every state, in closed form."""
-        pulls = self.pulls(point) if pulls is None else pulls
-        return {name: self.force(name, point.values[name], mu, pulls[name]) for name, mu in point.predictions.items()}
+        incoming_forces = self.incoming_forces(point) if incoming_forces is None else incoming_forces
+        return {
+            name: self.force(name, point.values[name], mu, incoming_forces[name])
+            for name, mu in point.predictions.items()
+        }
 
-    def force(self, name: str, s: Tensor, mu: Tensor, pull: Tensor) -> Tensor:
+    def force(self, name: str, s: Tensor, mu: Tensor, incoming: Tensor) -> Tensor:
         """dF/ds of one state."""
         free = self.free_of(name)
-        return s - mu - pull if free is None else s - mu - pull - free.leftover
+        return s - mu - incoming if free is None else s - mu - incoming - free.leftover
 
     def free_of(self, name: str) -> Free | None:
         """The free equilibrium of one state, where the nudge has noted it."""
         return self.nudge.free[name] if self.nudge and self.nudge.free else None
 
-    def residuals(self, point: Point, pulls: Mapping[str, Tensor] | None = None) -> State:
+    def residuals(self, point: Point, incoming_forces: Mapping[str, Tensor] | None = None) -> State:
         """The residual of every state, in units of the nudge: {node: [batch]}, see `relative_residual`."""
-        pulls = self.pulls(point) if pulls is None else pulls
+        incoming_forces = self.incoming_forces(point) if incoming_forces is None else incoming_forces
         return {
-            name: self.residual(name, point.values[name], mu, pulls[name]) for name, mu in point.predictions.items()
+            name: self.residual(name, point.values[name], mu, incoming_forces[name])
+            for name, mu in point.predictions.items()
         }
 
-    def residual(self, name: str, s: Tensor, mu: Tensor, pull: Tensor) -> Tensor:
+    def residual(self, name: str, s: Tensor, mu: Tensor, incoming: Tensor) -> Tensor:
         """That of one state, with what is uncertain in it: the rounding of the state, and what the free phase left.
 
         The leftover shifts both equilibria: alike for a weak nudge, so that it counts beside the response to the whole
         of dC/ds, and enters here times beta; but the free one alone where a strong nudge fixes the other.
         """
         free, batch = self.free_of(name), self.batch
-        side, other = self.coupling.sides(s, mu, pull, free, self.graph.by_name[name].box)
+        side, other = self.coupling.force_terms(s, mu, incoming, free, self.graph.by_name[name].box)
         if self.nudge is None:
             return relative_residual(side, other, batch)
         rounded = rounding(s, batch)
@@ -286,10 +298,10 @@ class Energy:
         """
         if errors is None:
             names = [node.name for node in (self.graph.states if nodes is None else nodes)]
-            errors = {n: -self.coupling.tension(point.values[n], point.predictions[n]) for n in names}
+            errors = {n: -self.coupling.prediction_force(point.values[n], point.predictions[n]) for n in names}
             if self.nudge:
-                errors = {n: e / spread(self.beta, e) for n, e in errors.items()}
-        gradients = self.graph.contract(point, errors, weight, nodes)
+                errors = {n: e / expand_beta(self.beta, e) for n, e in errors.items()}
+        gradients = self.graph.param_vjp(point, errors, weight, nodes)
         if self.nudge and self.nudge.cost.parameters and nodes is None:
             add_gradients(gradients, self.nudge.cost.parameter_gradient(self.output(point), weight))
         return gradients
@@ -300,17 +312,17 @@ class Energy:
         Only where examples are independent, no noise is drawn, and the cost has its `of`.
         """
         assert self.nudge is not None
-        held, nudge = self.held, self.nudge
+        context, nudge = self.context, self.nudge
         inputs = {n: v.index_select(0, rows) if _has_rows(v, self.batch) else v for n, v in self.inputs.items()}
-        some = Held(
-            hold_branches=held.hold_branches,
+        some = StepContext(
+            freeze_branches=context.freeze_branches,
             recording=False,
-            branches={key: select_examples(t, rows, self.batch) for key, t in held.branches.items()},
+            branches={key: select_examples(t, rows, self.batch) for key, t in context.branches.items()},
             # What is clamped needs no vjp within a sweep.
-            clamped={n: (select_examples(mu, rows, self.batch), None) for n, (mu, _) in held.clamped.items()},
+            clamped={n: (select_examples(mu, rows, self.batch), None) for n, (mu, _) in context.clamped.items()},
         )
-        nudge = replace(nudge, cost=nudge.cost.of(rows), beta=of_rows(nudge.beta, rows))
-        return replace(self, inputs=inputs, held=some, batch=len(rows), nudge=nudge)
+        nudge = replace(nudge, cost=nudge.cost.of(rows), beta=select_beta(nudge.beta, rows))
+        return replace(self, inputs=inputs, context=some, batch=len(rows), nudge=nudge)
 
 
 def _has_rows(value: Any, batch: int) -> bool:

@@ -192,7 +192,7 @@ class EPOptimizer(torch.optim.Optimizer):
         that grows with the square of the depth.
         """
         estimator: Any = self.estimator
-        pieces, last = estimator.pieces(x, target, **known)
+        pieces, last = estimator.iter_gradients(x, target, **known)
         self.last = last
         every = [group["params"] for group in self.param_groups]
         home = {p: i for i, params in enumerate(every) for p in params}
@@ -299,7 +299,7 @@ def homes_of(estimator: Estimator) -> tuple[dict[nn.Parameter, Home], list[tuple
 def _check_low_memory(estimator: Estimator, update: torch.optim.Optimizer) -> None:
     """Refuse at once what needs all gradients together."""
     call, kind = "EPOptimizer(low_memory=True", type(update).__name__
-    if not hasattr(estimator, "pieces"):
+    if not hasattr(estimator, "iter_gradients"):
         made = type(estimator).__name__
         raise ArgumentError(f"{call}, estimator={made}(...)): it makes all gradients at once. Leave low_memory out.")
     if getattr(estimator, "compile", False):

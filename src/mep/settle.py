@@ -53,7 +53,7 @@ class Response:
         errors: backpropagation's errors of all states; None where they are not kept (`checkpoint=True`). A solver may
             empty it, and `arriving`, once they are replaced, so that their memory is free: pass a `copy` to keep them.
         shift: `M x`; None where Jacobians may change.
-        arriving: how far the weighted inputs move, see `Graph.push`; None without `shift` or `errors`.
+        arriving: how far the weighted inputs move, see `Graph.jvp`; None without `shift` or `errors`.
     """
 
     batch: int
@@ -172,7 +172,7 @@ class Solver(ABC):
     """Whether it settles the energy "prediction" alone."""
     uses_response: ClassVar[bool] = False
     """Whether it begins with the response of the free equilibrium, which it computes itself if it is not given."""
-    recalls: ClassVar[bool] = False
+    uses_warm_start: ClassVar[bool] = False
     """Whether it can begin at an earlier equilibrium of the same examples."""
 
     def __post_init__(self) -> None:

@@ -1,7 +1,7 @@
 """The proof, on a batch, that a graph is its model: the same loss, the same new buffers, the same gradient.
 
 The model's side is the user's own model and cost, run as they are, and autograd through them. The graph's side is the
-free equilibrium, backpropagation's errors carried back by the nodes' own `pull`, and `contract`: the limit of
+free equilibrium, backpropagation's errors carried back by the nodes' own `vjp`, and `param_vjp`: the limit of
 equilibrium propagation for beta -> 0, by the very operations that settling uses. Never autograd over the graph.
 """
 
@@ -20,11 +20,11 @@ from mep.capture.cost import RecordedCost
 from mep.capture.state import Buffers, copied_together, trained_parameters, untouched
 from mep.capture.surroundings import Snapshot
 from mep.cost import make_cost, mean_cost, recorded_function
-from mep.energy import FREE, Energy, make_coupling
+from mep.energy import FREE, Energy, make_node_energy
 from mep.errors import MepError, TraceError
 from mep.graph.graph import Graph
 from mep.graph.inputs import call_model, flattened, unflattened
-from mep.graph.node import Held, Node
+from mep.graph.node import Node, StepContext
 from mep.hooks import without_hooks
 from mep.noise import generators, set_generators
 
@@ -92,10 +92,10 @@ def prove(proof: Proof, x: Any, target: Any, rows: int | None = None) -> bool:
     if not math.isfinite(wanted.loss):
         return False
     bounds = _bounds(proof.model, x)
-    complaint = _complaint(proof, wanted, found, bounds.relative, bounds.absolute)
-    if complaint is None:
+    failure_reason = _complaint(proof, wanted, found, bounds.relative, bounds.absolute)
+    if failure_reason is None:
         return True
-    again = _in_double(proof, x, target) if bounds.relative > BOUNDS[torch.float64].relative else complaint
+    again = _in_double(proof, x, target) if bounds.relative > BOUNDS[torch.float64].relative else failure_reason
     if again is _IMPOSSIBLE:
         again = _complaint(proof, wanted, found, bounds.loose, bounds.loose)
     if again is not None:
@@ -159,10 +159,10 @@ def _model_side(proof: Proof, x: Any, target: Any, buffers: Buffers) -> Side:
 @torch.no_grad()
 def _graph_side(proof: Proof, x: Any, target: Any, buffers: Buffers) -> Side:
     graph, batch = proof.graph, len(next(t for t in flattened(x)[0] if isinstance(t, Tensor)))
-    held = Held(hold_branches=proof.branches == "held" and proof.energy == "prediction")
-    energy = Energy(graph, make_coupling(proof.energy), graph.bind(x), held, batch)
+    context = StepContext(freeze_branches=proof.branches == "held" and proof.energy == "prediction")
+    energy = Energy(graph, make_node_energy(proof.energy), graph.bind(x), context, batch)
     free = energy.rest()
-    held.recording = False
+    context.recording = False
     output = energy.output(free)
     cost: Any = RecordedCost(graph, energy.inputs, target) if graph.cost else make_cost(proof.cost)(output, target)
     errors: dict[str, Tensor] = {}
@@ -177,12 +177,12 @@ def _graph_side(proof: Proof, x: Any, target: Any, buffers: Buffers) -> Side:
             errors[node.name] = force
         return force
 
-    graph.pull(free.saved, cost.gradient(output), transmit)
-    gradients = graph.contract(free, errors, 1 / batch)
+    graph.vjp(free.saved, cost.gradient(output), transmit)
+    gradients = graph.param_vjp(free, errors, 1 / batch)
     for p, g in cost.parameter_gradient(output, 1 / batch).items():
         gradients[p] = gradients[p] + g if p in gradients else g
     loss = float(cost.value(output).mean())
-    for slot, value in held.new_buffers.items():
+    for slot, value in context.new_buffers.items():
         slot.home[slot.key].copy_(value)
     return Side(loss, gradients, buffers.values())
 

@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 
 from mep.capture.state import Buffers
 from mep.graph.closed_forms import kink_of_call
-from mep.graph.node import Held
+from mep.graph.node import StepContext
 from mep.noise import generators_kept
 
 _KEPT: dict[int, Whole] = {}
@@ -75,9 +75,11 @@ class Whole:
         self.tensors = [i for i, v in enumerate(results) if isinstance(v, Tensor)]
         return [results[i] for i in self.tensors] + new
 
-    def __call__(self, context: Held | None, key: tuple[str, str], tensors: Sequence[Tensor], _: int) -> list[Tensor]:
+    def __call__(
+        self, context: StepContext | None, key: tuple[str, str], tensors: Sequence[Tensor], _: int
+    ) -> list[Tensor]:
         """As recorded in a graph; kinks inside a module are held where the step holds them."""
-        holds = self.module is not None and context is not None and context.hold_branches
+        holds = self.module is not None and context is not None and context.freeze_branches
         with _HeldInside(key, context) if holds and context else nullcontext():
             return self.run(tensors)
 
@@ -238,9 +240,9 @@ def target_of(key: int) -> Whole:
 class _HeldInside(TorchFunctionMode):
     """Holds the kinks inside a module that is kept whole: its calls of ReLU, max pooling... in their order."""
 
-    def __init__(self, key: tuple[str, str], held: Held):
+    def __init__(self, key: tuple[str, str], context: StepContext):
         super().__init__()
-        self.key, self.held, self.calls = key, held, 0
+        self.key, self.context, self.calls = key, context, 0
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -253,4 +255,4 @@ class _HeldInside(TorchFunctionMode):
         if piece is None:
             return func(*args, **kwargs)
         self.calls += 1
-        return self.held.on_branch((self.key[0], f"{self.key[1]}/{self.calls}"), piece, args[0])
+        return self.context.on_branch((self.key[0], f"{self.key[1]}/{self.calls}"), piece, args[0])

@@ -26,7 +26,7 @@ from mep.estimators.contrast import contrast
 from mep.estimators.estimate import finished
 from mep.estimators.phases import settle_phases
 from mep.settle import Result, Settled
-from mep.verification.subject import How, Subject
+from mep.verification.subject import Case, Config
 
 EXACT = mep.Sweep(settle_steps=500, tol=1e-9)  # far below what float32 resolves, far above the rounding of float64
 
@@ -61,13 +61,13 @@ class Reference:
         """
         if estimator.coupling.name != "prediction":
             raise ArgumentError(f"energy={estimator.coupling.name!r}: only 'prediction' has an exact gradient here.")
-        how = How(estimator.cost, EXACT, estimator.branches, estimator.leaves)
+        how = Config(estimator.cost, EXACT, estimator.branches, estimator.leaves)
         x, target = self.batches[place]
-        subject = Subject(self.model, x, target, how, dtype=None)
+        subject = Case(self.model, x, target, how, dtype=None)
         energy, point = subject.energy()
-        if energy.held.noise:
+        if energy.context.noise:
             raise ArgumentError(
-                f"Node {', '.join(map(repr, energy.held.noise))} draws random numbers in every step, so no two "
+                f"Node {', '.join(map(repr, energy.context.noise))} draws random numbers in every step, so no two "
                 "gradients can be compared. Way out: model.eval()."
             )
         zeros = betas.new_zeros(energy.batch, dtype=torch.float64)

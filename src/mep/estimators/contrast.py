@@ -35,7 +35,7 @@ def contrast(phases: Iterable[Phase], batch: int) -> Gradients:
     return total
 
 
-def pieces(phases: Sequence[Phase], batch: int) -> Iterator[Gradients]:
+def iter_gradients(phases: Sequence[Phase], batch: int) -> Iterator[Gradients]:
     """The same, finished, node by node: every gradient once, as soon as the last node that uses the parameter is done.
 
     Only gradients that are not complete are held. A weight may be changed once its gradient was there: no later one

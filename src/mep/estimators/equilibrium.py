@@ -15,7 +15,7 @@ from mep.capture import Leaves, check_leaves
 from mep.capture.cache import Graphs
 from mep.capture.state import check_state
 from mep.cost import BatchCost, PerExample, make_cost
-from mep.energy import Energy, State, make_coupling
+from mep.energy import Energy, State, make_node_energy
 from mep.errors import (
     ArgumentError,
     DivergedError,
@@ -24,7 +24,7 @@ from mep.errors import (
     NotConvergedWarning,
     warn,
 )
-from mep.estimators.contrast import Phase, contrast, pieces
+from mep.estimators.contrast import Phase, contrast, iter_gradients
 from mep.estimators.estimate import Estimate, Gradients, accumulate, finished
 from mep.estimators.inputs import (
     batch_size,
@@ -35,14 +35,14 @@ from mep.estimators.inputs import (
     count_examples,
     noise_undone_on_error,
 )
-from mep.estimators.kronecker import SettledLayer, settled_layers
+from mep.estimators.kronecker import LayerStatistics, layer_statistics
 from mep.estimators.phases import estimate_of, settle_phases
-from mep.estimators.program import Setting
-from mep.estimators.programs import Programs
-from mep.estimators.recall import Recall, check_indices
+from mep.estimators.program import CompileOptions
+from mep.estimators.programs import CompiledSteps
+from mep.estimators.recall import EquilibriumCache, check_indices
 from mep.estimators.settings import check_settings, check_solver
 from mep.graph import Graph
-from mep.graph.node import Held
+from mep.graph.node import StepContext
 from mep.graph.ops import Slot
 from mep.interrupts import uninterrupted
 from mep.layout import per_example
@@ -118,7 +118,7 @@ class EquilibriumPropagation:
         branches: str = "held",
         leaves: Leaves = (),
         diagnostics: bool = False,
-        observe: Callable[[list[SettledLayer]], None] | None = None,
+        observe: Callable[[list[LayerStatistics]], None] | None = None,
         compile: bool = False,
         checkpoint: bool = False,
         on_unsettled: str = "warn",
@@ -129,7 +129,7 @@ class EquilibriumPropagation:
         self.model = model
         self.cost = cost
         self._cost = make_cost(cost)
-        self.coupling = make_coupling(energy)
+        self.coupling = make_node_energy(energy)
         self.phases = phases
         self.branches = branches
         check_leaves(model, leaves, "EquilibriumPropagation")
@@ -143,7 +143,7 @@ class EquilibriumPropagation:
         self.on_unsettled, self._has_warned, self._has_warned_of_softmax = on_unsettled, False, False
         self.proof = proof
         check_settings(self)
-        self._recall = Recall()
+        self._cache = EquilibriumCache()
         self._trace()
 
     def __call__(self, x: Any, target: Tensor, indices: Tensor | None = None) -> Estimate:
@@ -174,21 +174,23 @@ class EquilibriumPropagation:
         return self._contracted(x, target, indices, self._contrast)
 
     @torch.no_grad()
-    def pieces(self, x: Any, target: Tensor, indices: Tensor | None = None) -> tuple[Iterator[Gradients], Estimate]:
+    def iter_gradients(
+        self, x: Any, target: Tensor, indices: Tensor | None = None
+    ) -> tuple[Iterator[Gradients], Estimate]:
         """As `gradients`, one after the other: each is made when it is asked for, and may be used up at once.
 
         Every trained parameter occurs once, after the last node that uses it; from then on it may be changed. All have
         been made and found finite before, and dropped again. Never by a compiled program.
         """
         check_mode()
-        return self._contracted(x, target, indices, _checked_pieces)
+        return self._contracted(x, target, indices, _checked_gradients)
 
     @torch.no_grad()
     def predict(self, x: Any) -> Tensor:
         """The output of the free equilibrium; for the prediction energy that is `model(x)`."""
         with noise_undone_on_error():
             energy, free = self._free(self._graphs.of(x), x, batch_size(x))
-        _write(energy.held.new_buffers)
+        _write(energy.context.new_buffers)
         return energy.output(free.point)
 
     def share_graphs(self, graphs: Graphs) -> None:
@@ -197,11 +199,11 @@ class EquilibriumPropagation:
 
     def state_dict(self) -> dict[str, Any]:
         """What the estimator keeps from step to step: equilibria by index."""
-        return {"recall": self._recall.state_dict()}
+        return {"recall": self._cache.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict`."""
-        self._recall.load_state_dict(state["recall"])
+        self._cache.load_state_dict(state["recall"])
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what belongs to this very model: a copy is bound to the copied one, and traces it anew."""
@@ -214,10 +216,12 @@ class EquilibriumPropagation:
     def _trace(self) -> None:
         """What belongs to this very model."""
         self._graphs = Graphs(self.model, self.leaves, self.coupling.name, self.branches, self.cost, self.proof)
-        self.programs: Programs | None = None
+        self.programs: CompiledSteps | None = None
         if self.compile:
             assert isinstance(self.solver, Sweep)
-            self.programs = Programs(Setting(self.solver, self.phases, self.observe is not None), self._cost)
+            self.programs = CompiledSteps(
+                CompileOptions(self.solver, self.phases, self.observe is not None), self._cost
+            )
 
     def _contracted(
         self,
@@ -227,14 +231,14 @@ class EquilibriumPropagation:
         contract: Callable[[Sequence[Phase], int], Found],
         graph: Graph | None = None,
     ) -> tuple[Found, Estimate]:
-        """What `contract` makes of the phases, once they have settled; and how they did."""
+        """What `param_vjp` makes of the phases, once they have settled; and how they did."""
         batch = count_examples(x)
         check_target(target, self.cost)
         indices = None if indices is None else self._checked_indices(indices, batch)
         check_finite(x)
         check_model(self.model, "EquilibriumPropagation")
         with noise_undone_on_error():
-            in_parts = self.checkpoint or contract is _checked_pieces
+            in_parts = self.checkpoint or contract is _checked_gradients
             graph = graph or self._graphs.of(x, target, saves_memory=in_parts)
             self._check_graph(graph)
             energy, free = self._free(graph, x, batch, indices)
@@ -249,50 +253,50 @@ class EquilibriumPropagation:
                     "output overflows. Nothing was changed."
                 )
             phases = settle_phases(
-                energy, free, cost, self.solver, self.phases, self.beta, self._recalled(energy, free, indices)
+                energy, free, cost, self.solver, self.phases, self.beta, self._cached_errors(energy, free, indices)
             )
             estimate = estimate_of(loss, free, phases, self.solver.tol, self.diagnostics, graph.share_kept)
             self._report(estimate, phases[-1][1], free)
             found = contract(phases, batch)
             with uninterrupted():  # the estimate is there: all that it moves is moved
                 if self.observe is not None:
-                    self.observe(settled_layers((e, settled) for _, e, settled in phases if e.nudge is not None))
-                if contract is _checked_pieces:  # autograd has kept the buffers for the pieces still to be made
-                    found = cast(Found, _then_written(found, energy.held.new_buffers))
+                    self.observe(layer_statistics((e, settled) for _, e, settled in phases if e.nudge is not None))
+                if contract is _checked_gradients:  # autograd has kept the buffers for the pieces still to be made
+                    found = cast(Found, _then_written(found, energy.context.new_buffers))
                 else:
-                    _write(energy.held.new_buffers)
+                    _write(energy.context.new_buffers)
         if self.programs is not None:
             self.programs.keep(self._graphs.graphs)  # a graph that is new takes its first steps here
-            self.programs.learn(x, target, *phases[-1][1:])
+            self.programs.record_eager_step(x, target, *phases[-1][1:])
         if indices is not None:
-            self._recall.keep(indices, self._worth_keeping(*phases[-1][1:], free))
+            self._cache.keep(indices, self._worth_keeping(*phases[-1][1:], free))
         return found, estimate
 
     def _free(self, graph: Graph, x: Any, batch: int, indices: Tensor | None = None) -> tuple[Energy, Settled]:
         """The free equilibrium, and the energy as the nudged phases are to see it."""
         hold = self.branches == "held"
         is_forward = self.coupling.vanishes_when_free
-        held = Held(hold_branches=hold and is_forward)
-        energy = Energy(graph, self.coupling, graph.bind(x), held, batch)
+        context = StepContext(freeze_branches=hold and is_forward)
+        energy = Energy(graph, self.coupling, graph.bind(x), context, batch)
         sweeps_affine = isinstance(self.solver, Sweep) and energy.is_affine
         point = (
             CheckpointedPoint(energy) if self.checkpoint else energy.rest(lean=sweeps_affine and not self.diagnostics)
         )
-        held.recording = False
-        if held.noise and self.compile:
+        context.recording = False
+        if context.noise and self.compile:
             raise ArgumentError(
-                f"compile=True: {', '.join(held.noise)} draws random numbers in every step, which a compiled step "
+                f"compile=True: {', '.join(context.noise)} draws random numbers in every step, which a compiled step "
                 "cannot. Leave compile out, or put the module in eval mode."
             )
         if is_forward:
             zeros = torch.zeros(batch, device=energy.output(point).device)
             return energy, Settled(point, zeros, 0, Result.CONVERGED, zeros.long())
         if indices is not None:
-            states, seen = self._recall.of(indices, energy.state(point))
+            states, seen = self._cache.of(indices, energy.state(point))
             point = energy.at({n: torch.where(per_example(seen, s), s, point.values[n]) for n, s in states.items()})
         free = settle(energy, point, replace(self.solver, tol=self.solver.tol / _FREE))
         if hold:
-            energy = replace(energy, held=replace(held, hold_branches=True))
+            energy = replace(energy, context=replace(context, freeze_branches=True))
             free = replace(free, point=energy.at(energy.state(free.point)))
         return energy, free
 
@@ -312,11 +316,11 @@ class EquilibriumPropagation:
                 UserWarning,
             )
 
-    def _recalled(self, energy: Energy, free: Settled, indices: Tensor | None) -> State | None:
+    def _cached_errors(self, energy: Energy, free: Settled, indices: Tensor | None) -> State | None:
         """The errors of the same examples at their last equilibrium."""
         if indices is None or not self.coupling.vanishes_when_free:
             return None
-        return self._recall.of(indices, energy.state(free.point))[0]
+        return self._cache.of(indices, energy.state(free.point))[0]
 
     def _report(self, estimate: Estimate, energy: Energy, free: Settled) -> None:
         """Warn of examples that have not settled, or raise, as `on_unsettled` says."""
@@ -348,7 +352,7 @@ class EquilibriumPropagation:
         return energy.errors(settled.point) if settled.errors is None else settled.errors
 
     def _checked_indices(self, indices: Any, batch: int) -> Tensor:
-        if not self.solver.recalls:
+        if not self.solver.uses_warm_start:
             raise ArgumentError(
                 f"{type(self.solver).__name__} does not begin at earlier equilibria. Leave indices out, or use "
                 "solver=mep.Descent(...)."
@@ -381,10 +385,10 @@ class EquilibriumPropagation:
         return found.gradients, estimate
 
 
-def _checked_pieces(phases: Sequence[Phase], batch: int) -> Iterator[Gradients]:
+def _checked_gradients(phases: Sequence[Phase], batch: int) -> Iterator[Gradients]:
     """All pieces are made twice: first to see that they are finite, since the first that is used changes a weight."""
-    deque(pieces(phases, batch), maxlen=0)  # drops each before the next is made
-    return pieces(phases, batch)
+    deque(iter_gradients(phases, batch), maxlen=0)  # drops each before the next is made
+    return iter_gradients(phases, batch)
 
 
 def _then_written(found: Any, new_buffers: Mapping[Slot, Tensor]) -> Iterator[Gradients]:

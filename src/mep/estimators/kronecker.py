@@ -21,12 +21,12 @@ import torch
 from torch import Tensor, nn
 
 from mep.energy import Energy
-from mep.graph.closed_forms.weighted import WeightedStep
+from mep.graph.closed_forms.weighted import WeightedOp
 from mep.settle import Iterate, Settled
 
 
 @dataclass(eq=False)
-class SettledLayer:
+class LayerStatistics:
     """One weight at the equilibria of a batch, and the trained bias that is its alone.
 
     `uses` are its operations with their inputs and errors, `examples` the size of the batch times the phases.
@@ -35,7 +35,7 @@ class SettledLayer:
     weight: nn.Parameter
     bias: nn.Parameter | None
     examples: int = 0
-    uses: list[tuple[WeightedStep, Tensor, Tensor]] = field(default_factory=list)
+    uses: list[tuple[WeightedOp, Tensor, Tensor]] = field(default_factory=list)
 
     def rows(self) -> tuple[Tensor, Tensor]:
         """Inputs [rows, in] and errors [rows, out]; nothing is unfolded before this is called."""
@@ -43,7 +43,7 @@ class SettledLayer:
         return (inputs[0], errors[0]) if len(inputs) == 1 else (torch.cat(inputs), torch.cat(errors))
 
 
-def settled_layers(phases: Iterable[tuple[Energy, Settled | Iterate]]) -> list[SettledLayer]:
+def layer_statistics(phases: Iterable[tuple[Energy, Settled | Iterate]]) -> list[LayerStatistics]:
     """The layers of the nudged phases of one batch; two phases count as two batches.
 
     Args:
@@ -52,7 +52,7 @@ def settled_layers(phases: Iterable[tuple[Energy, Settled | Iterate]]) -> list[S
     Returns:
         One entry for every trained weight that has rows, see above.
     """
-    layers: dict[Any, SettledLayer] = {}
+    layers: dict[Any, LayerStatistics] = {}
     excluded: set[Any] = set()
     beside: dict[Any, set[Any]] = defaultdict(set)
     examples = 0
@@ -69,7 +69,7 @@ def settled_layers(phases: Iterable[tuple[Energy, Settled | Iterate]]) -> list[S
             beside[weight].add(bias)
             beside[bias].add(weight)
             inputs = node.weighted_input(settled.point.saved[node.name])
-            layer = layers.setdefault(weight, SettledLayer(weight, bias))
+            layer = layers.setdefault(weight, LayerStatistics(weight, bias))
             layer.uses.append((step, inputs, errors[node.name]))
     for layer in layers.values():
         layer.examples = examples
@@ -80,5 +80,5 @@ def settled_layers(phases: Iterable[tuple[Energy, Settled | Iterate]]) -> list[S
     return [layer for weight, layer in layers.items() if weight.requires_grad and weight not in excluded]
 
 
-def _rows(step: WeightedStep, inputs: Tensor, errors: Tensor) -> tuple[Tensor, Tensor]:
+def _rows(step: WeightedOp, inputs: Tensor, errors: Tensor) -> tuple[Tensor, Tensor]:
     return step.outer_rows(inputs, errors)

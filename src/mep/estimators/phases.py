@@ -72,9 +72,9 @@ def settle_phases(
 
 def _noted(energy: Energy, free: Settled) -> dict[str, Free]:
     """The free equilibrium, node by node, and the forces left there; what a face of the box holds back is none."""
-    point, pulls, noted = free.point, energy.pulls(free.point), {}
+    point, incoming_forces, noted = free.point, energy.incoming_forces(free.point), {}
     for node in energy.graph.states:
-        s, drive = point.values[node.name], point.predictions[node.name] + pulls[node.name]
+        s, drive = point.values[node.name], point.predictions[node.name] + incoming_forces[node.name]
         noted[node.name] = Free(s, torch.where(s == drive.clamp(*node.box), 0, s - drive))
     return noted
 

@@ -20,10 +20,10 @@ from mep.energy import Energy, Prediction, nudge
 from mep.estimators.beta import chosen_beta
 from mep.estimators.contrast import CONTRASTS, Phase, contrast
 from mep.estimators.estimate import Gradients
-from mep.estimators.kronecker import SettledLayer, settled_layers
+from mep.estimators.kronecker import LayerStatistics, layer_statistics
 from mep.estimators.phases import betas_of
 from mep.graph import Graph
-from mep.graph.node import Beta, Held
+from mep.graph.node import Beta, StepContext
 from mep.graph.ops import Slot
 from mep.settle import Start, rounded
 from mep.solvers import Sweep
@@ -31,7 +31,7 @@ from mep.solvers.networks import linear_response
 
 
 @dataclass(frozen=True)
-class Found:
+class CompiledResult:
     """What a program found: the gradients, the mean cost, and how the settling of all phases went.
 
     `sweeps` were needed until all examples had settled, if they have, and `counts` by each. `buffers` are the values
@@ -45,12 +45,12 @@ class Found:
     worst: float
     betas: Tensor
     counts: Tensor
-    layers: list[SettledLayer]
+    layers: list[LayerStatistics]
     buffers: list[tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
-class Setting:
+class CompileOptions:
     """What all programs of an estimator have in common."""
 
     solver: Sweep
@@ -58,16 +58,23 @@ class Setting:
     observes: bool
 
 
-class Program:
+class CompiledStep:
     """A step with a fixed number of sweeps, for inputs like `x` and a target like that of `cost`."""
 
     def __init__(
-        self, setting: Setting, graph: Graph, x: Any, cost: BatchCost, output: Tensor, beta: float | None, sweeps: int
+        self,
+        setting: CompileOptions,
+        graph: Graph,
+        x: Any,
+        cost: BatchCost,
+        output: Tensor,
+        beta: float | None,
+        sweeps: int,
     ):
         self.setting, self.graph, self.sweeps = setting, graph, sweeps
         self.cost, self.output = cost, output
         self.parameters: list[nn.Parameter] = []
-        self.layers: list[SettledLayer] = []
+        self.layers: list[LayerStatistics] = []
         self.batch = len(output)
         inputs = graph.bind(x)
         self.names = [name for name, value in inputs.items() if isinstance(value, Tensor)]
@@ -77,7 +84,7 @@ class Program:
         self.buffers: list[Slot] = []
         self.run = compiled(self._step, self._tensors(x, cost, beta))
 
-    def __call__(self, x: Any, cost: BatchCost, beta: float | None) -> Found | None:
+    def __call__(self, x: Any, cost: BatchCost, beta: float | None) -> CompiledResult | None:
         """The step, or None if something in it is not finite."""
         numbers, loss, residual, betas, counts, *found = self.run(*self._tensors(x, cost, beta))
         finite, worst, sweeps = numbers.tolist()
@@ -87,10 +94,10 @@ class Program:
         gradients = {p: next(rest) for p in self.parameters}
         buffers = [(slot.value, next(rest)) for slot in self.buffers]
         layers = [
-            SettledLayer(y.weight, y.bias, y.examples, [(step, next(rest), next(rest)) for step, _, _ in y.uses])
+            LayerStatistics(y.weight, y.bias, y.examples, [(step, next(rest), next(rest)) for step, _, _ in y.uses])
             for y in self.layers
         ]
-        return Found(gradients, loss, residual, int(sweeps), worst, betas, counts, layers, buffers)
+        return CompiledResult(gradients, loss, residual, int(sweeps), worst, betas, counts, layers, buffers)
 
     def _tensors(self, x: Any, cost: BatchCost, beta: float | None) -> list[Tensor]:
         """The inputs, the target, and beta."""
@@ -102,12 +109,12 @@ class Program:
         """What is compiled."""
         inputs, parts = tensors[: len(self.names)], tensors[len(self.names) : len(tensors) - self.is_named]
         cost = self.cost.with_parts(dict(zip(self.cost.parts(), parts, strict=True)))
-        held = Held()
+        context = StepContext()
         bound = {**self.fixed, **dict(zip(self.names, inputs, strict=True))}
-        energy = nudge(Energy(self.graph, Prediction(), bound, held, self.batch), cost, 1.0)
+        energy = nudge(Energy(self.graph, Prediction(), bound, context, self.batch), cost, 1.0)
         free = energy.rest()
-        held.recording = False
-        self.buffers = list(held.new_buffers)
+        context.recording = False
+        self.buffers = list(context.new_buffers)
         solver = self.setting.solver
         response = linear_response(energy, free)
         beta: Beta = tensors[-1] if self.is_named else chosen_beta(energy, free, response, solver)
@@ -122,7 +129,7 @@ class Program:
                 courses.append(course.masked_fill(idle, 0))
         gradients = contrast(phases, self.batch)
         self.parameters = list(gradients)
-        self.layers = settled_layers((e, s) for _, e, s in phases) if self.setting.observes else []
+        self.layers = layer_statistics((e, s) for _, e, s in phases) if self.setting.observes else []
         course = torch.stack(courses).amax(0)
         unsettled = course > rounded(solver.tol, course.dtype)
         counts = (
@@ -134,4 +141,4 @@ class Program:
         numbers = torch.stack([finite, course[-1].max().float(), counts.max().float()])
         used = [t for layer in self.layers for _, inputs, errors in layer.uses for t in (inputs, errors)]
         betas = betas_of(beta, self.batch, loss.device)
-        return [numbers, loss, course[-1], betas, counts, *gradients.values(), *held.new_buffers.values(), *used]
+        return [numbers, loss, course[-1], betas, counts, *gradients.values(), *context.new_buffers.values(), *used]

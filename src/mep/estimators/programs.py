@@ -12,7 +12,7 @@ from torch import Tensor
 from mep.cost import BatchCost, Cost
 from mep.energy import Energy
 from mep.errors import ArgumentError
-from mep.estimators.program import Found, Program, Setting
+from mep.estimators.program import CompiledResult, CompiledStep, CompileOptions
 from mep.graph import Graph
 from mep.graph.inputs import flattened
 from mep.settle import Settled, rounded
@@ -36,10 +36,10 @@ _INPUTS = (Tensor, bool, int, float, complex, str, bytes, type(None), torch.dtyp
 Key = tuple[Any, ...]
 
 
-class Programs:
+class CompiledSteps:
     """The programs of one estimator, and how often its steps have swept of late."""
 
-    def __init__(self, setting: Setting, make_cost: Cost):
+    def __init__(self, setting: CompileOptions, make_cost: Cost):
         self.setting, self.make_cost = setting, make_cost
         self.needed: deque[int] = deque(maxlen=_RECENT)
         """How many sweeps steps have needed."""
@@ -47,7 +47,7 @@ class Programs:
         """Lower bound on the sweeps, set when a compiled step did not converge."""
         self._seen: dict[Key, tuple[int, Tensor]] = {}
         """How many steps were made without a program, and an output of theirs; the latest last."""
-        self._programs: dict[tuple[Key, bool, int], Program] = {}
+        self._programs: dict[tuple[Key, bool, int], CompiledStep] = {}
 
     def __len__(self) -> int:
         return len(self._programs)
@@ -59,7 +59,7 @@ class Programs:
         for which in [which for which in self._programs if which[0][0] not in graphs]:
             del self._programs[which]
 
-    def step(self, graph: Graph, x: Any, target: Tensor, beta: float | None) -> Found | None:
+    def step(self, graph: Graph, x: Any, target: Tensor, beta: float | None) -> CompiledResult | None:
         """What a program finds, or None if the step has to be made without one."""
         key = _key(graph, x, target)
         if key is None or key not in self._seen:
@@ -81,7 +81,7 @@ class Programs:
             buffer.copy_(value)
         return found
 
-    def learn(self, x: Any, target: Tensor, energy: Energy, settled: Settled) -> None:
+    def record_eager_step(self, x: Any, target: Tensor, energy: Energy, settled: Settled) -> None:
         """Note a step that was made without a program."""
         if (key := _key(energy.graph, x, target)) is not None:
             steps, _ = self._seen.pop(key, (0, None))
@@ -101,10 +101,10 @@ class Programs:
 
     def _made(
         self, which: tuple[Key, bool, int], x: Any, cost: BatchCost, output: Tensor, beta: float | None
-    ) -> Program:
+    ) -> CompiledStep:
         graph: Graph = which[0][0]
         try:
-            program = Program(self.setting, graph, x, cost, output, beta, which[2])
+            program = CompiledStep(self.setting, graph, x, cost, output, beta, which[2])
         except Exception as error:
             raise ArgumentError(
                 f"compile=True: a step of {type(graph.model).__name__} cannot be compiled. "

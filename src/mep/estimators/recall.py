@@ -11,7 +11,7 @@ from torch import Tensor
 from mep.errors import InputError
 
 
-class Recall:
+class EquilibriumCache:
     """One row a state and example, as long as the largest index.
 
     Example:

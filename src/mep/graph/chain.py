@@ -2,9 +2,9 @@
 
     h_0 = sum of the parents,   h_i = f_i(h_{i-1}),   mu = the last h
 
-Each `Step` knows its own Jacobian J_i from both sides. Where all of them are constant while branches are held (linear
-layers, convolutions, pooling, reshapes, piecewise-linear activations), the node is affine: it can also `push` a change
-of its parents forward, without evaluating anything anew.
+Each `LayerOp` multiplies with its Jacobian J_i from the left (`vjp`). Where all of them are constant while branches are
+held (linear layers, convolutions, pooling, reshapes, piecewise-linear activations) the node is affine, and multiplies
+from the right as well (`jvp`), without evaluating anything anew.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mep.graph.closed_forms.steps import Pointwise, Pool, Step
-from mep.graph.closed_forms.table import step_of, weighted_step
-from mep.graph.node import AutogradNode, Beta, Held, Node, displaced
+from mep.graph.closed_forms.steps import LayerOp, Pointwise, Pool
+from mep.graph.closed_forms.table import layer_op_of, weighted_op
+from mep.graph.node import AutogradNode, Beta, Node, StepContext, state_from_error
 from mep.graph.ops import Op, Ref, leaves_of
 from mep.layout import in_dtype
 
@@ -31,9 +31,9 @@ class Saved(NamedTuple):
 
 
 class Chain(Node):
-    """`predict`, `pull`, `push` and `contract` step by step. As in autograd, a force has the dtype of its value."""
+    """`predict`, `vjp`, `jvp` and `param_vjp` step by step. As in autograd, a force has the dtype of its value."""
 
-    def __init__(self, steps: Sequence[Step], **fields: Any):
+    def __init__(self, steps: Sequence[LayerOp], **fields: Any):
         super().__init__(**fields)
         self.steps = tuple(steps)
 
@@ -43,12 +43,12 @@ class Chain(Node):
     def is_affine_when_held(self) -> bool:
         return all(step.is_affine for step in self.steps)
 
-    def predict(self, parents: Sequence[Any], held: Held) -> tuple[Tensor, Any]:
+    def predict(self, parents: Sequence[Any], context: StepContext) -> tuple[Tensor, Any]:
         h = _sum(parents)
         assert h is not None
         kept, dtypes = [], []
         for step in self.steps:
-            h, own = step.value(h, held)
+            h, own = step.value(h, context)
             kept.append(own)
             dtypes.append(h.dtype)
         return h, Saved(kept, dtypes, [(p.shape, p.dtype) for p in parents])
@@ -56,30 +56,30 @@ class Chain(Node):
     def weighted_input(self, saved: Any) -> Tensor:
         return saved.kept[-1]
 
-    def pull(self, saved: Any, force: Tensor) -> Sequence[Tensor | None]:
+    def vjp(self, saved: Any, force: Tensor) -> Sequence[Tensor | None]:
         for step, own, dtype in zip(reversed(self.steps), reversed(saved.kept), reversed(saved.dtypes), strict=True):
-            force = step.pull(own, in_dtype(force, dtype))
+            force = step.vjp(own, in_dtype(force, dtype))
         if len(saved.terms) == 1:
             return (in_dtype(force, saved.terms[0][1]),)
         return [_fitting(force, *t) if flows else None for flows, t in zip(self.flows, saved.terms, strict=True)]
 
-    def contract(self, saved: Any, force: Tensor, weight: float) -> Sequence[Tensor | None]:
+    def param_vjp(self, saved: Any, force: Tensor, weight: float) -> Sequence[Tensor | None]:
         if not self.parameters:
             return ()
         last = self.steps[-1]
-        found = last.contract(saved.kept[-1], in_dtype(force, saved.dtypes[-1]), weight)
+        found = last.param_vjp(saved.kept[-1], in_dtype(force, saved.dtypes[-1]), weight)
         return [g for p, g in zip(last.parameters, found, strict=True) if p is not None]
 
-    def push(self, saved: Any, tangents: Sequence[Tensor | None]) -> tuple[Tensor | None, Tensor | None]:
+    def jvp(self, saved: Any, tangents: Sequence[Tensor | None]) -> tuple[Tensor | None, Tensor | None]:
         t = _sum([t for t in tangents if t is not None])
         arriving = None
         if t is not None:
             for step, kept in zip(self.steps, saved.kept, strict=True):
-                arriving, t = t, step.push(kept, t)
+                arriving, t = t, step.jvp(kept, t)
         return t, arriving if self.parameters else None
 
     def moved(self, saved: Any, arriving: Tensor, beta: Beta) -> Any:
-        return saved._replace(kept=[*saved.kept[:-1], displaced(saved.kept[-1], arriving, beta)])
+        return saved._replace(kept=[*saved.kept[:-1], state_from_error(saved.kept[-1], arriving, beta)])
 
     def rows(self, saved: Any, index: Tensor) -> Any:
         kept = [step.rows(own, index) for step, own in zip(self.steps, saved.kept, strict=True)]
@@ -90,7 +90,7 @@ class Chain(Node):
 def make_node(program: Sequence[Op], parents: Sequence[str], op: str, **fields: Any) -> Node:
     """The closed form where there is one, the local autograd graph elsewhere."""
     last = next(o for o in program if o.name == op)
-    weighted = weighted_step(last)
+    weighted = weighted_op(last)
     fields |= {"program": tuple(program), "parents": tuple(parents), "op": op}
     steps = _steps(program, parents, fields["name"]) if last is program[-1] and not fields["writes"] else None
     if steps is None:
@@ -99,7 +99,7 @@ def make_node(program: Sequence[Op], parents: Sequence[str], op: str, **fields: 
     return Chain(steps, weighted=weighted if steps and steps[-1].parameters else None, **fields)
 
 
-def _steps(program: Sequence[Op], parents: Sequence[str], name: str) -> list[Step] | None:
+def _steps(program: Sequence[Op], parents: Sequence[str], name: str) -> list[LayerOp] | None:
     """The steps of a program of which each operation reads only the one before it; None if some has no closed form."""
     operations = list(program)
     if len(parents) > 1:
@@ -112,7 +112,7 @@ def _steps(program: Sequence[Op], parents: Sequence[str], name: str) -> list[Ste
         previous = parents[0]
     steps = []
     for op in operations:
-        step = step_of(op, (name, op.name))
+        step = layer_op_of(op, (name, op.name))
         if step is None or _read(op) != [previous]:
             return None
         steps.append(step)
@@ -125,7 +125,7 @@ def _read(op: Op) -> list[str]:
     return [ref.name for ref in leaves_of((op.args, op.kwargs), Ref)]
 
 
-def _pooled_early(steps: Sequence[Step]) -> list[Step]:
+def _pooled_early(steps: Sequence[LayerOp]) -> list[LayerOp]:
     """The same steps with max pooling before a pointwise step that never falls: equal winners, less work.
 
     Where it is flat it may find other winners, of equal values and with J = 0.

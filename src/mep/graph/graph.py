@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mep.errors import InputError
 from mep.graph.closed_forms import Kink
 from mep.graph.inputs import describe, flattened
-from mep.graph.node import Held, Node
+from mep.graph.node import Node, StepContext
 from mep.graph.ops import Program, Ref, Slot, leaves_of
 from mep.graph.table import table_of
 
@@ -21,7 +21,7 @@ Transmit = Callable[[Node, Tensor | None], Tensor | None]
 
 @dataclass
 class Point:
-    """The graph evaluated at a state: every value, the predictions, and what `pull` and `contract` need."""
+    """The graph evaluated at a state: every value, the predictions, and what `vjp` and `param_vjp` need."""
 
     values: dict[str, Any]
     predictions: dict[str, Tensor]
@@ -134,7 +134,7 @@ class Graph:
     def evaluate(
         self,
         inputs: Mapping[str, Any],
-        held: Held,
+        context: StepContext,
         place: Callable[[Node, Tensor], Tensor] | None = None,
         before: Point | None = None,
         lean: bool = False,
@@ -148,7 +148,7 @@ class Graph:
         saved: dict[str, Any] = {}
         for node in self.nodes:
             if before is None or any(values[p] is not before.values[p] for p in node.parents):
-                mu, saved[node.name] = node.evaluate([values[p] for p in node.parents], held)
+                mu, saved[node.name] = node.evaluate([values[p] for p in node.parents], context)
             else:
                 mu = (before.predictions if node.owns_state else before.values)[node.name]
                 saved[node.name] = before.saved[node.name]
@@ -161,39 +161,39 @@ class Graph:
                 for name in self.last_read[node.name]:
                     del values[name]
                     predictions.pop(name, None)
-        if held.recording:
+        if context.recording:
             with torch.no_grad():
                 for write in self.writes:
-                    new = write.program(held, *(values[name] for name in write.reads))
-                    held.new_buffers.update(zip(write.slots, new, strict=True))
+                    new = write.program(context, *(values[name] for name in write.reads))
+                    context.new_buffers.update(zip(write.slots, new, strict=True))
         return Point(values, predictions, saved)
 
-    def reevaluate(self, node: Node, values: Mapping[str, Any], held: Held) -> tuple[Any, Any]:
-        """One node alone, within a step: its prediction from these values, and what its `pull` needs."""
-        return node.evaluate([values[p] for p in node.parents], held)
+    def reevaluate(self, node: Node, values: Mapping[str, Any], context: StepContext) -> tuple[Any, Any]:
+        """One node alone, within a step: its prediction from these values, and what its `vjp` needs."""
+        return node.evaluate([values[p] for p in node.parents], context)
 
-    def pull(self, saved: Mapping[str, Any], output_force: Tensor | None, transmit: Transmit) -> None:
+    def vjp(self, saved: Mapping[str, Any], output_force: Tensor | None, transmit: Transmit) -> None:
         """Walk the nodes from last to first, handing each the sum of its children's pulls; `saved` is a point's.
 
         `transmit(node, force)` receives that sum (plus `output_force` at the output; None if nothing arrived) and
         returns the force that the node in turn exerts on its own parents. A junction should return what it gets.
         """
-        self.pull_through(self.nodes, saved, {self.output: output_force}, transmit)
+        self.vjp_through(self.nodes, saved, {self.output: output_force}, transmit)
 
-    def pull_through(
+    def vjp_through(
         self, nodes: Sequence[Node], saved: Mapping[str, Any], forces: dict[str, Tensor | None], transmit: Transmit
     ) -> None:
-        """`pull` through successive nodes. `forces`: those that arrive from behind; then those on what is before."""
+        """`vjp` through successive nodes. `forces`: those that arrive from behind; then those on what is before."""
         for node in reversed(nodes):
             force = transmit(node, forces.pop(node.name, None))
             if force is None or node.clamped:
                 continue
-            for parent, g in zip(node.parents, node.pull(saved[node.name], force), strict=True):
+            for parent, g in zip(node.parents, node.vjp(saved[node.name], force), strict=True):
                 if g is not None:
                     known = forces.get(parent)
                     forces[parent] = g if known is None else known + g
 
-    def push(
+    def jvp(
         self, saved: Mapping[str, Any], errors: Mapping[str, Tensor], forget: bool = False
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The tangents `t_n = errors[n] + sum over the parents of J t`, and those of the weighted inputs.
@@ -204,16 +204,16 @@ class Graph:
         tangents: dict[str, Tensor] = {}
         arriving: dict[str, Tensor] = {}
         for node in self.nodes:
-            h = self.push_through(node, saved.get(node.name), errors, tangents, forget)
+            h = self.jvp_through(node, saved.get(node.name), errors, tangents, forget)
             if h is not None:
                 arriving[node.name] = h
         return tangents, arriving
 
-    def push_through(
+    def jvp_through(
         self, node: Node, saved: Any, errors: Mapping[str, Tensor], tangents: dict[str, Tensor], forget: bool
     ) -> Tensor | None:
-        """`push` through one node, whose tangent joins the others. Returns that of its weighted input."""
-        t, h = (None, None) if node.clamped else node.push(saved, [tangents.get(p) for p in node.parents])
+        """`jvp` through one node, whose tangent joins the others. Returns that of its weighted input."""
+        t, h = (None, None) if node.clamped else node.jvp(saved, [tangents.get(p) for p in node.parents])
         if node.owns_state:
             t = errors[node.name] if t is None else t + errors[node.name]
         if t is not None:
@@ -224,10 +224,10 @@ class Graph:
         return h
 
     def rows(self, saved: Mapping[str, Any], index: Tensor) -> dict[str, Any]:
-        """What `pull` and `push` need of some examples; only for graphs that are affine."""
+        """What `vjp` and `jvp` need of some examples; only for graphs that are affine."""
         return {node.name: node.rows(saved[node.name], index) for node in self.nodes if not node.clamped}
 
-    def contract(
+    def param_vjp(
         self, point: Point, forces: Mapping[str, Tensor], weight: float, nodes: Sequence[Node] | None = None
     ) -> dict[nn.Parameter, Tensor]:
         """weight * sum over the nodes (all by default) of (dmu_n/dtheta)^T forces[n].
@@ -238,7 +238,7 @@ class Graph:
         for node in self.states if nodes is None else nodes:
             if not node.parameters:
                 continue
-            found = node.contract(point.saved[node.name], forces[node.name], weight)
+            found = node.param_vjp(point.saved[node.name], forces[node.name], weight)
             for p, g in zip(node.parameters, found, strict=True):
                 if g is not None:
                     total[p] = total[p] + g if p in total else g

@@ -26,26 +26,26 @@ from mep.layout import as_laid_out, per_example
 from mep.noise import Noise, generators, set_generators
 
 if TYPE_CHECKING:
-    from mep.graph.closed_forms.weighted import WeightedStep
+    from mep.graph.closed_forms.weighted import WeightedOp
 
 Beta = float | Tensor
 """A nudging strength: a number, a tensor without dimensions where a step is compiled for any, or one each: [batch]."""
 
 
 @dataclass
-class Held:
+class StepContext:
     """What stays the same within a step, so that every evaluation sees one and the same energy.
 
     `branches`: where each piecewise-linear operation stood at the free equilibrium; `noise`: the state of the random
     number generators before each stochastic node; `clamped`: the predictions of nodes that see only the input;
     `new_buffers`: what the model writes to its buffers. The first evaluation (`recording`) fills it. With
-    `hold_branches=False` kinks stay kinks; a branch not yet known is that of the first evaluation that reads it. While
-    `departures` is a list, every held operation appends how many of its units are off their branch, and of how many.
+    `freeze_branches=False` kinks stay kinks; a branch not yet known is that of the first evaluation to read it. While
+    `branch_changes` is a list, every frozen operation appends how many of its units left their branch, and of how many.
     """
 
-    hold_branches: bool = True
+    freeze_branches: bool = True
     recording: bool = True
-    departures: list[tuple[Tensor, int]] | None = None
+    branch_changes: list[tuple[Tensor, int]] | None = None
     branches: dict[tuple[str, str], Tensor] = field(default_factory=dict)
     noise: dict[str, Noise] = field(default_factory=dict)
     clamped: dict[str, tuple[Tensor, Any]] = field(default_factory=dict)
@@ -59,12 +59,12 @@ class Held:
             return y
         x0 = self.branches.setdefault(key, x.detach())
         self.count(piece, x, x0)
-        return piece.held(x, x0)
+        return piece.linearized(x, x0)
 
     def count(self, piece: Activation | MaxPool, x: Tensor, branch: Tensor) -> None:
         """Note how many units of `x` are off the branch on which they are held."""
-        if self.departures is not None:
-            self.departures.append((piece.left_branch(x.detach(), branch).sum(), branch.numel()))
+        if self.branch_changes is not None:
+            self.branch_changes.append((piece.left_branch(x.detach(), branch).sum(), branch.numel()))
 
 
 @dataclass(eq=False, repr=False)
@@ -86,7 +86,7 @@ class Node:
     op: str = ""
     writes: tuple[tuple[Slot, str], ...] = ()
     box: tuple[float, float] = (-math.inf, math.inf)
-    weighted: WeightedStep | None = None
+    weighted: WeightedOp | None = None
     shape: tuple[Any, ...] = ()
 
     def __post_init__(self) -> None:
@@ -113,27 +113,27 @@ class Node:
         """What `weighted` was applied to."""
         raise NotImplementedError
 
-    def evaluate(self, parents: Sequence[Any], held: Held) -> tuple[Tensor, Any]:
+    def evaluate(self, parents: Sequence[Any], context: StepContext) -> tuple[Tensor, Any]:
         """`predict`, once a step where the parents are clamped."""
         if not self.clamped:
-            return self.predict(parents, held)
-        if self.name not in held.clamped:
-            held.clamped[self.name] = self.predict(parents, held)
-        return held.clamped[self.name]
+            return self.predict(parents, context)
+        if self.name not in context.clamped:
+            context.clamped[self.name] = self.predict(parents, context)
+        return context.clamped[self.name]
 
-    def predict(self, parents: Sequence[Any], held: Held) -> tuple[Tensor, Any]:
-        """mu and whatever `pull` and `contract` need."""
+    def predict(self, parents: Sequence[Any], context: StepContext) -> tuple[Tensor, Any]:
+        """mu and whatever `vjp` and `param_vjp` need."""
         raise NotImplementedError
 
-    def pull(self, saved: Any, force: Tensor) -> Sequence[Tensor | None]:
+    def vjp(self, saved: Any, force: Tensor) -> Sequence[Tensor | None]:
         """J^T force for every parent."""
         raise NotImplementedError
 
-    def contract(self, saved: Any, force: Tensor, weight: float) -> Sequence[Tensor | None]:
+    def param_vjp(self, saved: Any, force: Tensor, weight: float) -> Sequence[Tensor | None]:
         """weight * (dmu/dtheta)^T force for every parameter, in the order of `parameters`; never an alias."""
         raise NotImplementedError
 
-    def push(self, saved: Any, tangents: Sequence[Tensor | None]) -> tuple[Tensor | None, Tensor | None]:
+    def jvp(self, saved: Any, tangents: Sequence[Tensor | None]) -> tuple[Tensor | None, Tensor | None]:
         """`sum J t` over the parents' tangents t (None: at rest), and the tangent of `weighted_input`.
 
         Only where `is_affine_when_held`, as `moved` and `rows`.
@@ -166,34 +166,34 @@ class AutogradNode(Node):
             self.program, self.parents, [self.op, reads, *(value for _, value in self.writes)], self.name
         )
 
-    def predict(self, parents: Sequence[Any], held: Held) -> tuple[Tensor, Any]:
+    def predict(self, parents: Sequence[Any], context: StepContext) -> tuple[Tensor, Any]:
         """Run the recorded operations on detached parents."""
-        run = self._run_and_write if held.recording and self.writes else self._run
+        run = self._run_and_write if context.recording and self.writes else self._run
         with torch.enable_grad():
             inputs = [
                 p.detach().requires_grad_() if flows and is_tensor(p) else p
                 for p, flows in zip(parents, self.flows, strict=True)
             ]
-            with _same_noise(self, held):
-                mu, h, *new = run(held, *inputs)
-        held.new_buffers.update((slot, value.detach()) for (slot, _), value in zip(self.writes, new, strict=False))
+            with _same_noise(self, context):
+                mu, h, *new = run(context, *inputs)
+        context.new_buffers.update((slot, value.detach()) for (slot, _), value in zip(self.writes, new, strict=False))
         return mu.detach(), (inputs, mu, h.detach() if self.weighted else None)
 
     def weighted_input(self, saved: Any) -> Tensor:
         """Kept by the autograd graph anyway."""
         return saved[2]
 
-    def pull(self, saved: Any, force: Tensor) -> Sequence[Tensor | None]:
+    def vjp(self, saved: Any, force: Tensor) -> Sequence[Tensor | None]:
         """One backward pass through this node."""
         inputs, mu, _ = saved
         wanted = [i for i, p in enumerate(inputs) if isinstance(p, Tensor) and p.requires_grad and self.flows[i]]
         found = _grad(mu, [inputs[i] for i in wanted], as_laid_out(force, mu))
-        pulls: list[Tensor | None] = [None] * len(inputs)
+        incoming_forces: list[Tensor | None] = [None] * len(inputs)
         for i, g in zip(wanted, found, strict=True):
-            pulls[i] = g
-        return pulls
+            incoming_forces[i] = g
+        return incoming_forces
 
-    def contract(self, saved: Any, force: Tensor, weight: float) -> Sequence[Tensor | None]:
+    def param_vjp(self, saved: Any, force: Tensor, weight: float) -> Sequence[Tensor | None]:
         """One backward pass to this node's parameters."""
         _, mu, _ = saved
         wanted = [p for p in self.parameters if p.requires_grad]
@@ -208,22 +208,22 @@ def _grad(output: Tensor, inputs: Sequence[Tensor], force: Tensor) -> Sequence[T
     return torch.autograd.grad(output, inputs, force, retain_graph=True, allow_unused=True)
 
 
-def displaced(mu: Tensor, error: Tensor, beta: Beta) -> Tensor:
+def state_from_error(mu: Tensor, error: Tensor, beta: Beta) -> Tensor:
     """`mu - beta error`."""
-    strength = spread(beta, error)
+    strength = expand_beta(beta, error)
     if isinstance(strength, Tensor):
         return torch.addcmul(mu, error, strength, value=-1)
     return torch.add(mu, error, alpha=-strength)
 
 
-def spread(beta: Beta, like: Tensor) -> Beta:
+def expand_beta(beta: Beta, like: Tensor) -> Beta:
     """A strength ready to be multiplied with a state."""
     if not isinstance(beta, Tensor):
         return beta
     return (per_example(beta, like) if beta.ndim else beta).to(like.dtype)
 
 
-def of_rows(beta: Beta, rows: Tensor) -> Beta:
+def select_beta(beta: Beta, rows: Tensor) -> Beta:
     """The strength of some of the examples."""
     return beta.index_select(0, rows) if isinstance(beta, Tensor) and beta.ndim else beta
 
@@ -235,18 +235,18 @@ class _same_noise:
     one started, and leave the generators as they found them: a step draws its noise once, as backprop does.
     """
 
-    def __init__(self, node: Node, held: Held):
-        self.node, self.held = node, held
+    def __init__(self, node: Node, context: StepContext):
+        self.node, self.context = node, context
 
     def __enter__(self) -> None:
-        if self.held.recording or self.node.name in self.held.noise:
+        if self.context.recording or self.node.name in self.context.noise:
             self.before = generators(self.node.runs_foreign_code)
-        if not self.held.recording and self.node.name in self.held.noise:
-            set_generators(self.held.noise[self.node.name])
+        if not self.context.recording and self.node.name in self.context.noise:
+            set_generators(self.context.noise[self.node.name])
 
     def __exit__(self, *exception: object) -> None:
-        if self.held.recording:
+        if self.context.recording:
             if self.before.differs(generators(self.node.runs_foreign_code)):
-                self.held.noise[self.node.name] = self.before
-        elif self.node.name in self.held.noise:
+                self.context.noise[self.node.name] = self.before
+        elif self.node.name in self.context.noise:
             set_generators(self.before)

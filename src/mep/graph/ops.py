@@ -115,7 +115,7 @@ class Program:
         self._run = self._constants.pop("run")
 
     def __call__(self, context: Any, *inputs: Any) -> tuple[Any, ...]:
-        """The results; `context` holds the branches of the step (`mep.graph.node.Held`), None for none."""
+        """The results; `context` holds the branches of the step (`mep.graph.node.StepContext`), None for none."""
         found: tuple[Any, ...] = self._run(context, *inputs)
         return found
 
@@ -128,8 +128,10 @@ class Program:
         if op.piece is None:
             return f"{target}({', '.join(args)})"
         key, piece, x = self._constant((owner, op.name)), self._constant(op.piece), args[0]
-        held = f"context.on_branch({key}, {piece}, {x})"
-        return f"{held} if context and context.hold_branches and not {x}.is_complex() else {target}({', '.join(args)})"
+        frozen = f"context.on_branch({key}, {piece}, {x})"
+        return (
+            f"{frozen} if context and context.freeze_branches and not {x}.is_complex() else {target}({', '.join(args)})"
+        )
 
     def _written(self, template: Any) -> str:
         """Python source for an argument."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mep.energy import Energy, State, example_dot, example_norm, relative_residual
 from mep.graph import Point
-from mep.graph.node import Node, displaced
+from mep.graph.node import Node, state_from_error
 from mep.layout import per_example
 from mep.solvers.networks.network import output_residual, spread_length
 from mep.solvers.sweep import barzilai_borwein
@@ -20,7 +20,7 @@ from mep.solvers.sweep import barzilai_borwein
 
 @dataclass(frozen=True)
 class Cell:
-    """What a node holds: its state, prediction and scaled error, and what its `pull` needs.
+    """What a node holds: its state, prediction and scaled error, and what its `vjp` needs.
 
     `error` is None before a force arrived. In a junction, which owns no state, it is the force that it relays.
     `residual` is that of its last turn, 0 where it has balanced itself since: [batch].
@@ -35,10 +35,10 @@ class Cell:
 
 def predict(energy: Energy, node: Node, cell: Cell, values: Mapping[str, Any]) -> Cell:
     """The parents have moved: a new prediction from their `values`, and the state follows with its error."""
-    mu, saved = energy.graph.reevaluate(node, values, energy.held)
+    mu, saved = energy.graph.reevaluate(node, values, energy.context)
     if not node.owns_state:
         return replace(cell, value=mu, saved=saved)
-    s = mu if cell.error is None else displaced(mu, cell.error, energy.beta)
+    s = mu if cell.error is None else state_from_error(mu, cell.error, energy.beta)
     return replace(cell, value=s, prediction=mu, saved=saved)
 
 
@@ -57,7 +57,7 @@ def balance(energy: Energy, node: Node, cell: Cell, force: Tensor, tol: float) -
 
 
 def _with_error(energy: Energy, cell: Cell, error: Tensor) -> Cell:
-    return replace(cell, error=error, value=displaced(cell.prediction, error, energy.beta))
+    return replace(cell, error=error, value=state_from_error(cell.prediction, error, energy.beta))
 
 
 @dataclass
@@ -113,7 +113,7 @@ class Network:
         self.turns[node.name] += 1
         if cell.value is not before.value:
             self.stale.update(reader.name for reader in energy.graph.readers[node.name])
-        bends = cell.saved is not before.saved and not (energy.held.hold_branches and node.is_affine_when_held)
+        bends = cell.saved is not before.saved and not (energy.context.freeze_branches and node.is_affine_when_held)
         if cell.error is not None and (cell.error is not before.error or bends):
             self.messages.pop(node.name, None)
             self.mail.update(p for p, flows in zip(node.parents, node.flows, strict=True) if flows)
@@ -147,7 +147,7 @@ class Network:
             if cell.error is None:
                 continue
             if child.name not in self.messages:
-                forces = zip(child.parents, child.pull(cell.saved, cell.error), strict=True)
+                forces = zip(child.parents, child.vjp(cell.saved, cell.error), strict=True)
                 self.messages[child.name] = {parent: force for parent, force in forces if force is not None}
             force = self.messages[child.name].get(node.name)
             if force is not None:

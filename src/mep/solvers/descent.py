@@ -20,7 +20,7 @@ from torch import Tensor
 from mep.energy import Energy, State, example_norm, inside_box
 from mep.errors import require
 from mep.graph import Point
-from mep.graph.node import Node, spread
+from mep.graph.node import Node, expand_beta
 from mep.layout import per_example
 from mep.settle import Iterate, Solver, Start
 from mep.solvers.stiffness import largest_step
@@ -57,7 +57,7 @@ class Descent(Solver):
     settle_lr: float | None = 0.15
     momentum: float = 0.5
 
-    recalls = True
+    uses_warm_start = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -86,7 +86,7 @@ class Descent(Solver):
             s = inside_box(energy.graph.by_name[name], s)
             state[name] = s if active is None else torch.where(per_example(active, s), s, s_before)
         place = lambda node, mu: state[node.name]  # noqa: E731
-        there_next = _forces(energy, energy.graph.evaluate(energy.inputs, energy.held, place, there.point))
+        there_next = _forces(energy, energy.graph.evaluate(energy.inputs, energy.context, place, there.point))
         there_next = replace(there_next, velocity=velocity, lr=there.lr, first=there.first)
         return self._iterate(energy, there_next, self.adaptive)
 
@@ -122,7 +122,7 @@ class _Place:
 
     point: Point
     forces: State
-    pulls: State
+    incoming_forces: State
     velocity: State = field(default_factory=dict)
     lr: float = 0.0
     first: Tensor = field(default_factory=lambda: torch.zeros(()))
@@ -134,26 +134,26 @@ class _Place:
 
 def _forces(energy: Energy, point: Point) -> _Place:
     """One backward walk: `s - mu` less what the children pull with, and less `-beta dC/ds` at the output."""
-    pulls, forces = State(), State()
+    incoming_forces, forces = State(), State()
     noted = energy.nudge.free if energy.nudge else None
 
-    def transmit(node: Node, pull: Tensor | None) -> Tensor | None:
+    def transmit(node: Node, incoming: Tensor | None) -> Tensor | None:
         if not node.owns_state:
-            return pull
+            return incoming
         name, s, mu = node.name, point.values[node.name], point.predictions[node.name]
         error = None if s is mu else s - mu
-        if pull is not None:
-            pulls[name] = pull
-        if pull is not None or error is not None:
-            force = error if pull is None else pull.neg() if error is None else error - pull
+        if incoming is not None:
+            incoming_forces[name] = incoming
+        if incoming is not None or error is not None:
+            force = error if incoming is None else incoming.neg() if error is None else error - incoming
             assert force is not None
             forces[name] = force - noted[name].leftover if noted else force
-        return error if energy.coupling.vanishes_when_free else energy.coupling.tension(s, mu)
+        return error if energy.coupling.vanishes_when_free else energy.coupling.prediction_force(s, mu)
 
     gradient = energy.cost_gradient(point)
-    nudge = None if gradient is None else -gradient * spread(energy.beta, gradient)
-    energy.graph.pull(point.saved, nudge, transmit)
-    return _Place(point, forces, pulls)
+    nudge = None if gradient is None else -gradient * expand_beta(energy.beta, gradient)
+    energy.graph.vjp(point.saved, nudge, transmit)
+    return _Place(point, forces, incoming_forces)
 
 
 def _residual(energy: Energy, there: _Place) -> Tensor:
@@ -161,6 +161,6 @@ def _residual(energy: Energy, there: _Place) -> Tensor:
     found = []
     for name in there.forces:
         s, mu = there.point.values[name], there.point.predictions[name]
-        pull = there.pulls.get(name)
-        found.append(energy.residual(name, s, mu, torch.zeros_like(mu) if pull is None else pull))
+        incoming = there.incoming_forces.get(name)
+        found.append(energy.residual(name, s, mu, torch.zeros_like(mu) if incoming is None else incoming))
     return torch.stack(found).amax(0)

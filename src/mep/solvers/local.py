@@ -27,7 +27,7 @@ from torch import Tensor
 from mep.energy import Energy
 from mep.errors import ArgumentError, one_of, require
 from mep.graph import Point
-from mep.graph.node import Node, spread
+from mep.graph.node import Node, expand_beta
 from mep.layout import accurate
 from mep.settle import Iterate, Solver, Start
 from mep.solvers.cells import Cell, Network
@@ -135,7 +135,7 @@ class Local(Solver):
             return replace(iterate, point=point, errors=errors, exact=True)
         now = energy.at(energy.state(point))
         errors = {
-            name: e + (mu - point.predictions[name]) / spread(energy.beta, mu)
+            name: e + (mu - point.predictions[name]) / expand_beta(energy.beta, mu)
             for (name, e), mu in zip(errors.items(), (now.predictions[name] for name in errors), strict=True)
         }
         return replace(iterate, point=now, errors=errors, residual=worst_residual(energy, now, errors), exact=True)

@@ -26,7 +26,7 @@ from mep.noise import generators_kept
 from mep.settle import Result, Settled, settle
 from mep.solvers import Sweep
 from mep.verification.gradients import cosine
-from mep.verification.subject import CostArgument, How, Subject
+from mep.verification.subject import Case, Config, CostArgument
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def compare_branches(
     check_target(y)
     with generators_kept():
         solver = Sweep(settle_steps=settle_steps, tol=tol)
-        subject = Subject(model, x, y, How(cost, solver, "exact", leaves), dtype)
+        subject = Case(model, x, y, Config(cost, solver, "exact", leaves), dtype)
         subject.try_out()
         study = _Study(subject)
         return tuple(study.at(float(beta)) for beta in betas)
@@ -107,25 +107,25 @@ def compare_branches(
 class _Study:
     """One batch, with its free equilibrium and backprop's gradient."""
 
-    def __init__(self, subject: Subject):
+    def __init__(self, subject: Case):
         self.subject = subject
         self.parameters, backprop = zip(*subject.backprop().items(), strict=True)
         self.backprop = _flat(backprop)
-        self.energies = [subject.energy(hold_branches=hold) for hold in (True, False)]
+        self.energies = [subject.energy(freeze_branches=hold) for hold in (True, False)]
 
     @torch.no_grad()
     def at(self, beta: float) -> Branching:
         """Both equilibria at this beta."""
-        (held, g_held), (exact, g_exact) = (self._settled(energy, free, beta) for energy, free in self.energies)
+        (context, g_held), (exact, g_exact) = (self._settled(energy, free, beta) for energy, free in self.energies)
         graph, free = self.energies[1][0].graph, self.energies[1][1]
         home, *there = (
-            _flat([point.values[n.name] for n in graph.states]) for point in (free, held.point, exact.point)
+            _flat([point.values[n.name] for n in graph.states]) for point in (free, context.point, exact.point)
         )
         return Branching(
             beta=beta,
-            settled=(held.result is Result.CONVERGED, exact.result is Result.CONVERGED),
-            sweeps=(held.iterations, exact.iterations),
-            beyond=(_beyond(graph, free, held.point), _beyond(graph, free, exact.point)),
+            settled=(context.result is Result.CONVERGED, exact.result is Result.CONVERGED),
+            sweeps=(context.iterations, exact.iterations),
+            beyond=(_beyond(graph, free, context.point), _beyond(graph, free, exact.point)),
             resting=_fraction(_rests(kink, _before(graph, name, exact.point)) for name, kink in graph.kinks.items()),
             distance=_ratio(there[0] - there[1], there[1] - home),
             cosine=cosine(g_held, g_exact),

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mep.estimators.estimate import Gradients
-from mep.verification.subject import Subject
+from mep.verification.subject import Case
 
 CLOSE = 1e-3
 """Relative distance at which differences and a gradient agree: far above what the step h costs on smooth functions."""
@@ -27,7 +27,7 @@ class Difference:
     ep: float | None
 
 
-def differences(subject: Subject, backprop: Gradients, ep: Gradients, samples: int) -> dict[nn.Parameter, Difference]:
+def differences(subject: Case, backprop: Gradients, ep: Gradients, samples: int) -> dict[nn.Parameter, Difference]:
     """For every parameter, on the coordinate with the largest gradient and on random ones, `samples` in all."""
     generator = torch.Generator().manual_seed(0)
     found = {}
@@ -39,7 +39,7 @@ def differences(subject: Subject, backprop: Gradients, ep: Gradients, samples: i
     return found
 
 
-def _compare(subject: Subject, p: nn.Parameter, chosen: list[int], b: Tensor, g: Tensor) -> Difference:
+def _compare(subject: Case, p: nn.Parameter, chosen: list[int], b: Tensor, g: Tensor) -> Difference:
     """With finer steps where the usual one disagrees: the fewer kinks lie within reach, the smaller what they spoil."""
     tried: list[tuple[float, Difference]] = []
     for scale in _SCALES:
@@ -54,7 +54,7 @@ def _compare(subject: Subject, p: nn.Parameter, chosen: list[int], b: Tensor, g:
     return min(tried, key=lambda pair: pair[0])[1] if tried else Difference(None, None)
 
 
-def _slopes(subject: Subject, p: nn.Parameter, chosen: list[int], scale: float) -> tuple[Tensor, float]:
+def _slopes(subject: Case, p: nn.Parameter, chosen: list[int], scale: float) -> tuple[Tensor, float]:
     """Central differences, and what rounding may contribute to them."""
     eps, largest, noise = torch.finfo(p.dtype).eps, 1.0, 0.0
     slopes = []

@@ -17,8 +17,8 @@ from mep.graph.closed_forms import Activation, Kink, Largest
 from mep.graph.node import Node
 from mep.settle import Result, Settled, settle
 from mep.solvers import Sweep
-from mep.verification.report import Stall
-from mep.verification.subject import Subject
+from mep.verification.report import ResidualTrace
+from mep.verification.subject import Case
 
 _SWEEPS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 25, 30)
 _DOUBLINGS = 7
@@ -45,10 +45,10 @@ class Residual(NamedTuple):
 class Equilibria:
     """The nudged equilibria of one batch, settled here and judged by their states."""
 
-    def __init__(self, subject: Subject):
+    def __init__(self, subject: Case):
         self.subject = subject
         self.energy, self.free = subject.energy()
-        self.is_stochastic = bool(self.energy.held.noise)
+        self.is_stochastic = bool(self.energy.context.noise)
 
     def settle(self, beta: float, solver: Sweep) -> tuple[Energy, Settled]:
         """The energy nudged by beta, and where it settles."""
@@ -63,7 +63,7 @@ class Equilibria:
         return max(found, key=lambda residual: residual.excess)
 
     @torch.no_grad()
-    def stall(self, beta: float) -> Stall:
+    def stall(self, beta: float) -> ResidualTrace:
         """Settle anew for every number of sweeps, until all examples have settled."""
         curves: dict[str, list[float]] = {node.name: [] for node in self.energy.graph.states}
         made = []
@@ -76,7 +76,7 @@ class Equilibria:
                 curves[name].append(float(residual.max()))
             if settled.result is Result.CONVERGED:
                 break
-        return Stall(beta, tuple(made), {name: tuple(curve) for name, curve in curves.items()})
+        return ResidualTrace(beta, tuple(made), {name: tuple(curve) for name, curve in curves.items()})
 
     @torch.no_grad()
     def reach(self, phases: Sequence[str], beta: float) -> tuple[float | None, float | None]:
@@ -120,19 +120,19 @@ def residuals(energy: Energy, state: State, swept: bool) -> Residuals:
     are of the size of the nudge. Nothing that a solver reports is used, and no residual of `Energy`.
     """
     point = energy.at(state)
-    pulls = _pulls(energy, point, swept)
+    incoming_forces = _incoming_forces(energy, point, swept)
     found = {}
     for name, s in state.items():
-        e, p = s - point.predictions[name], pulls[name]
+        e, p = s - point.predictions[name], incoming_forces[name]
         larger = torch.maximum(_norm(e, energy), _norm(p, energy)).clamp_min(torch.finfo(torch.float64).tiny)
         found[name] = _norm(e - p, energy) / larger, torch.finfo(s.dtype).eps * _norm(s, energy) / larger
     return found
 
 
-def _pulls(energy: Energy, point: Point, swept: bool) -> State:
+def _incoming_forces(energy: Energy, point: Point, swept: bool) -> State:
     """What arrives at each state from its children, in one walk backward."""
     assert energy.nudge is not None
-    pulls: State = {}
+    incoming_forces: State = {}
     behind: dict[str, tuple[Tensor, Kink]] = {}
 
     def transmit(node: Node, force: Tensor | None) -> Tensor | None:
@@ -144,15 +144,15 @@ def _pulls(energy: Energy, point: Point, swept: bool) -> State:
             return force
         s = point.values[node.name]
         error = s - point.predictions[node.name]
-        pull = torch.zeros_like(s) if force is None else force
+        incoming = torch.zeros_like(s) if force is None else force
         if node.name in behind:
-            pull = _nearest_pull(s, error, pull, *behind[node.name])
-        pulls[node.name] = pull
-        return pull if swept else error
+            incoming = _nearest_force(s, error, incoming, *behind[node.name])
+        incoming_forces[node.name] = incoming
+        return incoming if swept else error
 
     output_pull = -energy.nudge.beta * energy.nudge.cost.gradient(energy.output(point))
-    energy.graph.pull(point.saved, output_pull, transmit)
-    return pulls
+    energy.graph.vjp(point.saved, output_pull, transmit)
+    return incoming_forces
 
 
 def _worst(found: Residuals) -> Residual:
@@ -164,7 +164,7 @@ def _worst(found: Residuals) -> Residual:
     return max(nodes, key=lambda node: node.excess)
 
 
-def _nearest_pull(s: Tensor, error: Tensor, direct: Tensor, u: Tensor, kink: Kink) -> Tensor:
+def _nearest_force(s: Tensor, error: Tensor, direct: Tensor, u: Tensor, kink: Kink) -> Tensor:
     """Of all pulls on a state before a kink that its subdifferential allows, the one nearest to the error.
 
     `direct` pulls on s itself, `u` on the value behind the kink.

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from mep.estimators import Estimate
 from mep.estimators.estimate import Gradients
-from mep.verification.report import Match
-from mep.verification.subject import Subject
+from mep.verification.report import GradientMatch
+from mep.verification.subject import Case
 
 ORDERS = {"one-sided": 1, "centered": 2}
 """Of accuracy in beta; see `mep.estimators.contrast`."""
@@ -29,14 +29,14 @@ class Run(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Exact:
+class Reference:
     """Backprop's gradients, and for each the error below which another cannot be told from it."""
 
     gradients: Gradients
     rounding: dict[nn.Parameter, float]
 
     @classmethod
-    def of(cls, subject: Subject) -> Exact:
+    def of(cls, subject: Case) -> Reference:
         """By backprop. A gradient that vanishes, as that of a bias before BatchNorm, is known by its neighbours' size.
 
         Settling leaves a relative error of some `tol` in the signal of a module, autograd one of some eps of the whole.
@@ -54,15 +54,15 @@ class Exact:
             rounding[p] = settling + 1000 * torch.finfo(g.dtype).eps * whole + torch.finfo(g.dtype).tiny
         return cls(found, rounding)
 
-    def match(self, p: nn.Parameter, run: Run) -> Match:
+    def match(self, p: nn.Parameter, run: Run) -> GradientMatch:
         """One parameter's gradient beside this one."""
         b = self.gradients[p]
         g = run.gradients.get(p, torch.zeros_like(b))
         norm, floor = float(b.norm()), self.rounding[p]
         error = float((g - b).norm()) / max(norm, floor)
         if norm <= floor:
-            return Match(run.estimate.beta, None, None, error)
-        return Match(run.estimate.beta, cosine(g, b), float(g.norm()) / norm, error)
+            return GradientMatch(run.estimate.beta, None, None, error)
+        return GradientMatch(run.estimate.beta, cosine(g, b), float(g.norm()) / norm, error)
 
     def floor(self, p: nn.Parameter) -> float:
         """The rounding in the units of `Match.error`."""

@@ -10,7 +10,7 @@ NONE = "—"
 
 
 @dataclass(frozen=True)
-class Match:
+class GradientMatch:
     """The EP gradient g of one parameter beside backprop's gradient b.
 
     Attributes:
@@ -47,7 +47,7 @@ class Parameter:
     shape: tuple[int, ...]
     norm: float
     rounding: float
-    matches: dict[str, tuple[Match, ...]]
+    matches: dict[str, tuple[GradientMatch, ...]]
     order: dict[str, float | None]
     backprop_difference: float | None
     ep_difference: float | None
@@ -85,7 +85,7 @@ class Estimation:
 
 
 @dataclass(frozen=True)
-class Stall:
+class ResidualTrace:
     """How the residual falls: `residuals[node][i]` is its largest, over the examples, after `sweeps[i]` sweeps."""
 
     beta: float
@@ -115,7 +115,7 @@ class Report:
     estimations: tuple[Estimation, ...]
     orders: dict[str, float | None]
     parameters: tuple[Parameter, ...]
-    stall: Stall
+    stall: ResidualTrace
     reach: float | None
     beyond: float | None
 

@@ -14,13 +14,13 @@ from mep.capture.cache import Graphs
 from mep.capture.proof import loss_of
 from mep.capture.state import Buffers, copied_together
 from mep.cost import BatchCost, PerExample, make_cost
-from mep.energy import Energy, make_coupling, nudge
+from mep.energy import Energy, make_node_energy, nudge
 from mep.errors import ArgumentError
 from mep.estimators import Backprop, EquilibriumPropagation, Estimate
 from mep.estimators.estimate import Gradients
 from mep.estimators.inputs import batch_size
 from mep.graph import Point
-from mep.graph.node import Held
+from mep.graph.node import StepContext
 from mep.noise import generators, set_generators
 from mep.solvers import Sweep
 
@@ -28,7 +28,7 @@ CostArgument = str | PerExample | type[BatchCost]
 
 
 @dataclass(frozen=True)
-class How:
+class Config:
     """How the equilibria are sought: the arguments that every `EquilibriumPropagation` of an examination shares."""
 
     cost: CostArgument
@@ -37,13 +37,13 @@ class How:
     leaves: Leaves
 
 
-class Subject:
+class Case:
     """A model of our own and a batch. Every method starts from the same buffers and random numbers.
 
     So dropout draws the same noise for equilibrium propagation, for backprop and for finite differences.
     """
 
-    def __init__(self, model: nn.Module, x: Any, target: Tensor, how: How, dtype: torch.dtype | None):
+    def __init__(self, model: nn.Module, x: Any, target: Tensor, how: Config, dtype: torch.dtype | None):
         self.model, cost = _copy(model, how.cost, dtype)
         self.how = how = replace(how, cost=cost)
         self.x, self.target, self.dtype = _cast(x, dtype), _cast(target, dtype), dtype
@@ -95,15 +95,15 @@ class Subject:
         return float(loss_of(self.model, self.how.cost, _fresh(self.x), self.target))
 
     @torch.no_grad()
-    def energy(self, hold_branches: bool | None = None) -> tuple[Energy, Point]:
+    def energy(self, freeze_branches: bool | None = None) -> tuple[Energy, Point]:
         """The free energy of the batch, and its equilibrium; the branches are held as `how` says, unless given."""
         graph = self.graphs.of(self.x, self.target)
         self._as_found()
-        hold = self.how.branches == "held" if hold_branches is None else hold_branches
-        held = Held(hold_branches=hold)
-        energy = Energy(graph, make_coupling("prediction"), graph.bind(self.x), held, batch_size(self.x))
+        hold = self.how.branches == "held" if freeze_branches is None else freeze_branches
+        context = StepContext(freeze_branches=hold)
+        energy = Energy(graph, make_node_energy("prediction"), graph.bind(self.x), context, batch_size(self.x))
         point = energy.rest()
-        held.recording = False
+        context.recording = False
         return energy, point
 
     def nudged(self, energy: Energy, free: Point, beta: float) -> Energy:

@@ -30,7 +30,7 @@ EP_CLOSE = 0.2
 _WHOLE = "keep the module around it whole with leaves=(ThatModule,), and please report the model"
 
 
-def complaint(parameter: Parameter, phases: str, branches: str) -> str | None:
+def failure_reason(parameter: Parameter, phases: str, branches: str) -> str | None:
     """What is wrong with one parameter's gradient of one contrast; None if nothing is."""
     last = parameter.matches[phases][-1]
     if last.error <= parameter.rounding:
@@ -63,7 +63,7 @@ def failures(
 
 def _gradients(parameters: Sequence[Parameter], phases: str, branches: str) -> str | None:
     """Signals come from the output, so the wrong parameter nearest to it tells most."""
-    wrong = [(p.name, text) for p in parameters if (text := complaint(p, phases, branches))]
+    wrong = [(p.name, text) for p in parameters if (text := failure_reason(p, phases, branches))]
     if not wrong:
         return None
     name, text = wrong[-1]

@@ -19,9 +19,9 @@ from mep.solvers import Sweep
 from mep.verification import verdict
 from mep.verification.differences import Difference, differences
 from mep.verification.equilibrium import Equilibria
-from mep.verification.gradients import ORDERS, Exact, Run, fitted_order
+from mep.verification.gradients import ORDERS, Reference, Run, fitted_order
 from mep.verification.report import Estimation, Parameter, Report
-from mep.verification.subject import CostArgument, How, Subject
+from mep.verification.subject import Case, Config, CostArgument
 
 _SWEEPS = 200
 """At most: the tolerance is far below that of training."""
@@ -87,14 +87,14 @@ def verify(
     _check(betas, phases, samples, tol)
     with generators_kept():
         solver = Sweep(settle_steps=_SWEEPS, tol=tol or _default_tol(model, dtype))
-        subject = Subject(model, x, y, How(cost, solver, branches, leaves), dtype)
+        subject = Case(model, x, y, Config(cost, solver, branches, leaves), dtype)
         return _report(subject, sorted(set(map(float, betas)), reverse=True), list(phases), samples)
 
 
-def _report(subject: Subject, betas: list[float], phases: list[str], samples: int) -> Report:
+def _report(subject: Case, betas: list[float], phases: list[str], samples: int) -> Report:
     branches, tol = subject.how.branches, subject.how.solver.tol
     subject.try_out()
-    exact = Exact.of(subject)
+    exact = Reference.of(subject)
     runs: dict[str, list[Run]] = {}
     notes: list[str] = []
     for name in phases:
@@ -123,7 +123,7 @@ def _report(subject: Subject, betas: list[float], phases: list[str], samples: in
     )
 
 
-def _runs(subject: Subject, exact: Exact, phases: str, betas: list[float]) -> tuple[list[Run], list[float]]:
+def _runs(subject: Case, exact: Reference, phases: str, betas: list[float]) -> tuple[list[Run], list[float]]:
     """One gradient a beta, the largest first; and the betas at which settling diverges.
 
     Smaller betas follow while some example has not settled, or some parameter is not seen to be right: the order is a
@@ -144,9 +144,11 @@ def _runs(subject: Subject, exact: Exact, phases: str, betas: list[float]) -> tu
     return runs, diverged
 
 
-def _is_seen_right(subject: Subject, exact: Exact, phases: str, runs: list[Run]) -> bool:
+def _is_seen_right(subject: Case, exact: Reference, phases: str, runs: list[Run]) -> bool:
     seen = (_parameter(subject, exact, p, {phases: runs}, _NO_DIFFERENCE) for p in exact.gradients)
-    return runs[-1].estimate.converged and not any(verdict.complaint(p, phases, subject.how.branches) for p in seen)
+    return runs[-1].estimate.converged and not any(
+        verdict.failure_reason(p, phases, subject.how.branches) for p in seen
+    )
 
 
 def _settled(runs: list[Run]) -> list[Run]:
@@ -155,7 +157,7 @@ def _settled(runs: list[Run]) -> list[Run]:
 
 
 def _parameter(
-    subject: Subject, exact: Exact, p: nn.Parameter, runs: dict[str, list[Run]], near: Difference
+    subject: Case, exact: Reference, p: nn.Parameter, runs: dict[str, list[Run]], near: Difference
 ) -> Parameter:
     matches = {phases: tuple(exact.match(p, run) for run in some) for phases, some in runs.items()}
     floor = exact.floor(p)
@@ -175,7 +177,7 @@ def _parameter(
     )
 
 
-def _estimation(equilibria: Equilibria, exact: Exact, phases: str, run: Run) -> Estimation:
+def _estimation(equilibria: Equilibria, exact: Reference, phases: str, run: Run) -> Estimation:
     estimate = run.estimate
     assert estimate.residual is not None and estimate.settled is not None and estimate.left_branch is not None
     again = equilibria.residual(phases, estimate.beta)
@@ -195,7 +197,7 @@ def _estimation(equilibria: Equilibria, exact: Exact, phases: str, run: Run) -> 
 
 
 def _notes(
-    subject: Subject, exact: Exact, equilibria: Equilibria, estimations: Sequence[Estimation]
+    subject: Case, exact: Reference, equilibria: Equilibria, estimations: Sequence[Estimation]
 ) -> tuple[str, ...]:
     """What to know beside."""
     mode, dtype = "training" if subject.model.training else "evaluation", next(iter(exact.gradients)).dtype

@@ -40,7 +40,7 @@ class MaxPool:
         """The pooled values."""
         return self.value_and_branch(x)[0]
 
-    def held(self, x: Tensor, winners: Tensor) -> Tensor:
+    def linearized(self, x: Tensor, winners: Tensor) -> Tensor:
         """The values of `x` at the given winners, in their layout."""
         flat = x.flatten(-self.n).gather(-1, winners.flatten(-self.n))
         return as_laid_out(flat.view(winners.shape), winners)
@@ -54,7 +54,7 @@ class MaxPool:
 
     def left_branch(self, x: Tensor, winners: Tensor) -> Tensor:
         """True where another unit of the window is larger than the held winner."""
-        return self.value_and_branch(x)[0] > self.held(x, winners)
+        return self.value_and_branch(x)[0] > self.linearized(x, winners)
 
 
 @dataclass(frozen=True)

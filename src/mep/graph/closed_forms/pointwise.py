@@ -39,7 +39,7 @@ class Activation:
         """Whether every piece points at the origin, so that it needs no offset."""
         return set(self.kinks) <= {0.0}
 
-    def held(self, x: Tensor, x0: Tensor) -> Tensor:
+    def linearized(self, x: Tensor, x0: Tensor) -> Tensor:
         """The linear piece of f at `x0`, evaluated at `x` (piecewise-linear f only)."""
         if self.homogeneous:
             return self.backward(x, x0, x0)
@@ -49,7 +49,7 @@ class Activation:
     def left_branch(self, x: Tensor, x0: Tensor) -> Tensor:
         """True where `x` is not on the branch of `x0`: there the held line and f differ beyond rounding."""
         noise = 8 * torch.finfo(x.dtype).eps * (x.abs() + x0.abs())
-        return (self.value(x) - self.held(x, x0)).abs() > noise
+        return (self.value(x) - self.linearized(x, x0)).abs() > noise
 
 
 def leaking(x: Tensor, positive: Tensor, slope: Tensor) -> Tensor:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from mep.graph.closed_forms.steps import AdaptiveAveragePool, AveragePool, Key, Mean, Pointwise, Pool, Reshape, Step
-from mep.graph.closed_forms.weighted import Convolution, LayerNorm, Linear, WeightedStep
+from mep.graph.closed_forms.steps import AdaptiveAveragePool, AveragePool, Key, LayerOp, Mean, Pointwise, Pool, Reshape
+from mep.graph.closed_forms.weighted import Convolution, LayerNorm, Linear, WeightedOp
 from mep.graph.ops import Op, Ref, Slot
 
 
-def step_of(op: Op, key: Key) -> Step | None:
+def layer_op_of(op: Op, key: Key) -> LayerOp | None:
     """The closed form of an operation on one value, or None; `key` is that of its branch."""
     if op.activation:  # of complex numbers, abs is not piecewise linear: `AutogradNode` sees what it gets
         return None if op.activation.name == "abs" else Pointwise(op.activation, key)
@@ -24,21 +24,21 @@ def step_of(op: Op, key: Key) -> Step | None:
         return None
 
 
-def weighted_step(op: Op) -> WeightedStep | None:
+def weighted_op(op: Op) -> WeightedOp | None:
     """The linear layer or convolution with a parameter as its weight that an operation is, or None."""
-    step = step_of(op, ("", "")) if op.label in _WEIGHTED else None
-    return step if isinstance(step, WeightedStep) and step.parameters[0] is not None else None
+    step = layer_op_of(op, ("", "")) if op.label in _WEIGHTED else None
+    return step if isinstance(step, WeightedOp) and step.parameters[0] is not None else None
 
 
-def _linear(h: Any, weight: Any, bias: Any = None) -> Step | None:
+def _linear(h: Any, weight: Any, bias: Any = None) -> LayerOp | None:
     return Linear(h.name, weight, bias) if _fits(h, weight, bias) else None
 
 
-def _matmul(h: Any, weight: Any) -> Step | None:
+def _matmul(h: Any, weight: Any) -> LayerOp | None:
     return Linear(h.name, weight, None, transposed=True) if _fits(h, weight, None) else None
 
 
-def _addmm(bias: Any, h: Any, weight: Any) -> Step | None:
+def _addmm(bias: Any, h: Any, weight: Any) -> LayerOp | None:
     return Linear(h.name, weight, bias, transposed=True) if _fits(h, weight, bias) else None
 
 
@@ -50,7 +50,7 @@ def _convolution(
     padding: Any = (0,),
     dilation: Any = (1,),
     groups: int = 1,
-) -> Step | None:
+) -> LayerOp | None:
     if not _fits(h, weight, bias, None) or isinstance(padding, str):
         return None
     return Convolution(h.name, weight, bias, stride, padding, dilation, groups)
@@ -58,25 +58,25 @@ def _convolution(
 
 def _layer_norm(
     h: Any, shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5, _: Any = None
-) -> Step | None:
+) -> LayerOp | None:
     plain = isinstance(h, Ref) and all(isinstance(w, (Slot, type(None))) for w in (weight, bias))
     return LayerNorm(shape, weight, bias, eps) if plain else None
 
 
-def _mean(h: Any, dims: Any = None, keepdim: bool = False) -> Step | None:
+def _mean(h: Any, dims: Any = None, keepdim: bool = False) -> LayerOp | None:
     plain = dims and all(isinstance(d, int) and d < 0 for d in dims)
     return Mean(dims, keepdim) if plain else None
 
 
-def _reshape(h: Any, sizes: Any) -> Step | None:
+def _reshape(h: Any, sizes: Any) -> LayerOp | None:
     return Reshape(sizes) if sizes and all(isinstance(s, int) for s in sizes) and sizes[0] == -1 else None
 
 
-def _average_pool(h: Any, *arguments: Any) -> Step:
+def _average_pool(h: Any, *arguments: Any) -> LayerOp:
     return AveragePool(*arguments)
 
 
-def _adaptive_average_pool(h: Any, size: Any) -> Step:
+def _adaptive_average_pool(h: Any, size: Any) -> LayerOp:
     return AdaptiveAveragePool(size)
 
 
@@ -89,7 +89,7 @@ def _fits(h: Any, weight: Any, bias: Any, rank: int | None = 2) -> bool:
 _WEIGHTED = ("linear", "matmul", "mm", "addmm", "conv1d", "conv2d", "conv3d")
 _POSITIONAL = ("addmm", "mean", "avg_pool2d")
 """Operations whose keywords mean something else than the next arguments."""
-TABLE: dict[str, Callable[..., Step | None]] = {
+TABLE: dict[str, Callable[..., LayerOp | None]] = {
     "linear": _linear,
     "matmul": _matmul,
     "mm": _matmul,

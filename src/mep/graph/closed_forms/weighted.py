@@ -10,17 +10,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mep.graph.closed_forms.steps import Step
+from mep.graph.closed_forms.steps import LayerOp
 from mep.graph.ops import Slot
 from mep.layout import in_dtype
 
 if TYPE_CHECKING:
-    from mep.graph.node import Held
+    from mep.graph.node import StepContext
 
 aten = torch.ops.aten
 
 
-class WeightedStep(Step):
+class WeightedOp(LayerOp):
     """A step whose parameter gradient is a sum of outer products of its input `h` and the error of its output.
 
     `weight` and `bias` are read anew in every call; `reads` is the name of the input.
@@ -51,28 +51,28 @@ class WeightedStep(Step):
         """`h` and `force` as rows, `dW = force^T h` with W as a matrix."""
 
 
-class Linear(WeightedStep):
+class Linear(WeightedOp):
     """`y = h W^T + b`, or `h W + b` if `transposed`; dW = force^T h, db = sum force, over all but the last."""
 
     def __init__(self, reads: str, weight: Slot, bias: Slot | None, transposed: bool = False):
         super().__init__(reads, weight, bias)
         self.transposed = transposed
 
-    def value(self, h: Tensor, held: Held) -> tuple[Tensor, Any]:
+    def value(self, h: Tensor, context: StepContext) -> tuple[Tensor, Any]:
         weight = self.weight.t() if self.transposed else self.weight
         return F.linear(h, weight, self.bias), h
 
-    def pull(self, kept: Any, g: Tensor) -> Tensor:
+    def vjp(self, kept: Any, g: Tensor) -> Tensor:
         return g @ (self.weight.t() if self.transposed else self.weight)
 
-    def push(self, kept: Any, t: Tensor) -> Tensor:
+    def jvp(self, kept: Any, t: Tensor) -> Tensor:
         return F.linear(t, self.weight.t() if self.transposed else self.weight)
 
     def rows(self, kept: Any, index: Tensor) -> Any:
         """J is the weight: nothing of the examples."""
         return None
 
-    def contract(self, kept: Any, force: Tensor, weight: float) -> Sequence[Tensor | None]:
+    def param_vjp(self, kept: Any, force: Tensor, weight: float) -> Sequence[Tensor | None]:
         rows, h, (w, b) = force.flatten(0, -2), kept.flatten(0, -2), self.parameters
         one, two = (h, rows) if self.transposed else (rows, h)
         dw = torch.addmm(w, one.t(), two, beta=0, alpha=weight) if w is not None and w.requires_grad else None
@@ -95,7 +95,7 @@ def _backward_of(
     return [g.mul_(weight) if wanted else None for g, wanted in zip(found, trained, strict=True)]
 
 
-class Convolution(WeightedStep):
+class Convolution(WeightedOp):
     """`conv1d`, 2d and 3d."""
 
     def __init__(
@@ -117,17 +117,17 @@ class Convolution(WeightedStep):
         # with a kernel of one pixel, a stride, and fewer channels than it vectorises, if channels are last.
         self.keeps_layout = max(self.kernel) > 1 or max(self.stride) == 1 or self.weight.shape[1] * groups >= 8
 
-    def value(self, h: Tensor, held: Held) -> tuple[Tensor, Any]:
+    def value(self, h: Tensor, context: StepContext) -> tuple[Tensor, Any]:
         h = self._in_layout(h)
         return self._apply(h, self.bias), h
 
-    def pull(self, kept: Any, g: Tensor) -> Tensor:
+    def vjp(self, kept: Any, g: Tensor) -> Tensor:
         return self._backward(kept, g, (True, False, False))[0]
 
-    def push(self, kept: Any, t: Tensor) -> Tensor:
+    def jvp(self, kept: Any, t: Tensor) -> Tensor:
         return self._apply(self._in_layout(t), None)
 
-    def contract(self, kept: Any, force: Tensor, weight: float) -> Sequence[Tensor | None]:
+    def param_vjp(self, kept: Any, force: Tensor, weight: float) -> Sequence[Tensor | None]:
         return _backward_of(lambda mask: self._backward(kept, force, mask), self.parameters, weight)
 
     @property
@@ -150,7 +150,7 @@ class Convolution(WeightedStep):
         return aten.convolution_backward(g, h, weight, [weight.shape[0]], *self.geometry, list(mask))
 
 
-class LayerNorm(Step):
+class LayerNorm(LayerOp):
     """`layer_norm`. Curved: J depends on h."""
 
     is_affine = False
@@ -159,14 +159,14 @@ class LayerNorm(Step):
         self.shape, self.eps, self.slots = list(shape), eps, (weight, bias)
         self.parameters = tuple(p if isinstance(p, nn.Parameter) else None for p in self._affine())
 
-    def value(self, h: Tensor, held: Held) -> tuple[Tensor, Any]:
+    def value(self, h: Tensor, context: StepContext) -> tuple[Tensor, Any]:
         y, mean, scale = aten.native_layer_norm(h, self.shape, *self._affine(), self.eps)
         return y, (h, mean, scale)
 
-    def pull(self, kept: Any, g: Tensor) -> Tensor:
+    def vjp(self, kept: Any, g: Tensor) -> Tensor:
         return self._backward(kept, g, (True, False, False))[0]
 
-    def contract(self, kept: Any, force: Tensor, weight: float) -> Sequence[Tensor | None]:
+    def param_vjp(self, kept: Any, force: Tensor, weight: float) -> Sequence[Tensor | None]:
         return _backward_of(lambda mask: self._backward(kept, force, mask), self.parameters, weight)
 
     def _affine(self) -> list[Tensor | None]:

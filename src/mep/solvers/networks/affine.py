@@ -23,7 +23,7 @@ from torch import Tensor
 
 from mep.energy import Energy, State, example_dot, example_norm
 from mep.graph import Point
-from mep.graph.node import Beta, displaced, of_rows, spread
+from mep.graph.node import Beta, expand_beta, select_beta, state_from_error
 from mep.settle import Response
 from mep.solvers.networks.coupling import are_independent
 from mep.solvers.networks.network import Network, length_along, no_autocast, output_residual, spread_length
@@ -32,7 +32,7 @@ from mep.solvers.networks.network import Network, length_along, no_autocast, out
 class AffineNetwork(Network):
     """The output error x of the examples in play, and the errors of all states that follow it.
 
-    The errors and `arriving` (see `Graph.push`) stand as the last walk left them, to be multiplied by `scale`
+    The errors and `arriving` (see `Graph.jvp`) stand as the last walk left them, to be multiplied by `scale`
     ([batch]): the first move is along one ray and needs no walk of its own. With the weighted inputs that `free` keeps
     that is all that is held, three numbers a unit. A walk of some examples holds their share of it twice.
     """
@@ -57,7 +57,7 @@ class AffineNetwork(Network):
     def first_move(self, tol: float, may_stop: bool) -> Tensor:
         """Along backpropagation's errors, whose response is known: any length costs a few operations on the output."""
         x, Mx = self.response.error, self.Mx
-        shift = Mx * spread(self.beta, Mx)
+        shift = Mx * expand_beta(self.beta, Mx)
         wanted = self.cost.gradient(self.output - shift)
         residual = output_residual(x, wanted)
         if may_stop and bool((residual <= tol).all()):
@@ -94,7 +94,7 @@ class AffineNetwork(Network):
     def _look(self) -> None:
         """The residual at the output, which is that of the whole network."""
         assert self.x is not None
-        wanted = self.cost.gradient(displaced(self.output, self.Mx, self.beta))
+        wanted = self.cost.gradient(state_from_error(self.output, self.Mx, self.beta))
         self.r_before, self.r = self.r, wanted - self.x
         self.note(output_residual(self.x, wanted))
 
@@ -107,12 +107,12 @@ class AffineNetwork(Network):
         self.x, self.Mx, self.r, self.r_before, self.Mr_before, self.output = (
             t.index_select(0, picked) for t in (self.x, self.Mx, self.r, self.r_before, self.Mr_before, self.output)
         )
-        self.cost, self.beta = self.cost.of(picked), of_rows(self.beta, picked)
+        self.cost, self.beta = self.cost.of(picked), select_beta(self.beta, picked)
         return picked
 
     def result(self) -> tuple[Point, Mapping[str, Tensor]]:
-        errors = OnDemand(self._errors, lambda name: self._scaled(self._errors[name]))
-        return Moved(self.energy, self.free, errors, self._arriving, self._step), errors
+        errors = LazyMapping(self._errors, lambda name: self._scaled(self._errors[name]))
+        return PerturbedPoint(self.energy, self.free, errors, self._arriving, self._step), errors
 
     def _hold(self, response: Response) -> None:
         """The response's errors; the dictionaries are this network's own, the tensors may be another phase's too."""
@@ -154,11 +154,11 @@ def walk(energy: Energy, free: Point, x: Tensor, saved: Mapping[str, Any] | None
     """The errors `A_n^T x`, the response `M x`, and how far the weighted inputs move; for the rows of `saved`."""
     saved = free.saved if saved is None else saved
     errors = energy.errors_back(saved, x, free.values)
-    tangents, arriving = energy.graph.push(saved, errors, forget=True)
+    tangents, arriving = energy.graph.jvp(saved, errors, forget=True)
     return errors, tangents[energy.graph.output], arriving
 
 
-class OnDemand(Mapping[str, Any]):
+class LazyMapping(Mapping[str, Any]):
     """The keys of another mapping; values are computed on each access and not cached."""
 
     def __init__(self, like: Mapping[str, Any], make: Callable[[str], Any]):
@@ -174,7 +174,7 @@ class OnDemand(Mapping[str, Any]):
         return len(self.like)
 
 
-class Moved(Point):
+class PerturbedPoint(Point):
     """An affine graph after its states have followed the errors; values that are not read are not computed.
 
     The weighted inputs have moved by `-step arriving`.
@@ -184,10 +184,10 @@ class Moved(Point):
         self, energy: Energy, free: Point, errors: Mapping[str, Tensor], arriving: Mapping[str, Tensor], step: Beta
     ):
         self.energy, self.free, self.errors, self.arriving, self.step = energy, free, errors, arriving, step
-        self.saved = OnDemand(free.saved, self._saved)
+        self.saved = LazyMapping(free.saved, self._saved)
 
     def _saved(self, name: str) -> Any:
-        """What `pull` and `contract` need of a node."""
+        """What `vjp` and `param_vjp` need of a node."""
         saved, arriving = self.free.saved[name], self.arriving.get(name)
         return saved if arriving is None else self.energy.graph.by_name[name].moved(saved, arriving, self.step)
 

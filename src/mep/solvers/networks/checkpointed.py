@@ -24,13 +24,13 @@ from torch import Tensor
 from mep.energy import Energy, State
 from mep.errors import ArgumentError
 from mep.graph import Point
-from mep.graph.node import Held, Node, of_rows
+from mep.graph.node import Node, StepContext, select_beta
 from mep.settle import Response
-from mep.solvers.networks.affine import AffineNetwork, OnDemand
+from mep.solvers.networks.affine import AffineNetwork, LazyMapping
 
 Forces = dict[str, Tensor | None]
 Visit = tuple[Node, Any, Tensor | None]
-"""A node, what its `contract` needs at the nudged equilibrium, and its error."""
+"""A node, what its `param_vjp` needs at the nudged equilibrium, and its error."""
 
 
 class CheckpointedPoint(Point):
@@ -62,9 +62,9 @@ class CheckpointedNetwork(AffineNetwork):
         self._recomputed = Recomputed(self.energy, x)
 
     def result(self) -> tuple[Point, Mapping[str, Tensor]]:
-        """What `contract` needs and the errors, for the nodes in their order."""
-        saved = OnDemand(self.energy.graph.by_name, lambda name: self._recomputed.at(name)[1])
-        errors = OnDemand(self.energy.graph.by_name, lambda name: self._recomputed.at(name)[2])
+        """What `param_vjp` needs and the errors, for the nodes in their order."""
+        saved = LazyMapping(self.energy.graph.by_name, lambda name: self._recomputed.at(name)[1])
+        errors = LazyMapping(self.energy.graph.by_name, lambda name: self._recomputed.at(name)[2])
         return Point(self.free.values, {}, saved), errors
 
     def _hold(self, response: Response) -> None:
@@ -76,8 +76,10 @@ class CheckpointedNetwork(AffineNetwork):
             return Recomputed(energy, x).shift()
         inputs = {n: v.index_select(0, rows) if isinstance(v, Tensor) else v for n, v in energy.inputs.items()}
         assert energy.nudge is not None
-        nudge = replace(energy.nudge, beta=of_rows(energy.beta, rows))
-        return Recomputed(replace(energy, inputs=inputs, batch=len(rows), held=Held(), nudge=nudge), x).shift()
+        nudge = replace(energy.nudge, beta=select_beta(energy.beta, rows))
+        return Recomputed(
+            replace(energy, inputs=inputs, batch=len(rows), context=StepContext(), nudge=nudge), x
+        ).shift()
 
     def _can_select(self) -> bool:
         """With more inputs than one it is not known which of them have the examples as rows."""
@@ -134,7 +136,7 @@ class Recomputed:
         """Turn the forces where these nodes end into those where they begin."""
         if len(nodes) <= self.parts:
             saved = _forward(self.energy, nodes, values)
-            self.energy.graph.pull_through(nodes, saved, forces, self._transmit)
+            self.energy.graph.vjp_through(nodes, saved, forces, self._transmit)
             return
         parts = self._split(nodes)
         starts = [dict(values), *self._starts(parts, values)]
@@ -152,10 +154,10 @@ class Recomputed:
                 errors[node.name] = values[node.name].new_zeros(values[node.name].shape) if force is None else force
             return force
 
-        graph.pull_through(nodes, saved, forces, transmit)
+        graph.vjp_through(nodes, saved, forces, transmit)
         for node in nodes:
             own = saved.pop(node.name)
-            h = graph.push_through(node, own, errors, tangents, forget=True)
+            h = graph.jvp_through(node, own, errors, tangents, forget=True)
             own = own if h is None else node.moved(own, h, self.energy.beta)
             yield node, own, errors.pop(node.name, None)
 
@@ -176,11 +178,11 @@ class Recomputed:
 
 
 def _forward(energy: Energy, nodes: Sequence[Node], values: dict[str, Any]) -> dict[str, Any]:
-    """What `pull` and `push` need of these nodes; `values` become those where they end."""
+    """What `vjp` and `jvp` need of these nodes; `values` become those where they end."""
     saved: dict[str, Any] = {}
     for node in nodes:
-        values[node.name], saved[node.name] = node.evaluate([values[p] for p in node.parents], energy.held)
-        energy.held.branches.clear()  # they are those of the free equilibrium, each time they are asked for
+        values[node.name], saved[node.name] = node.evaluate([values[p] for p in node.parents], energy.context)
+        energy.context.branches.clear()  # they are those of the free equilibrium, each time they are asked for
         for name in energy.graph.last_read[node.name]:
             del values[name]
     return saved

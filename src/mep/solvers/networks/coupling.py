@@ -48,7 +48,7 @@ def _forces_cross(energy: Energy, free: Point, some: Tensor) -> bool:
             found.append(crossing.count_nonzero())
         return force
 
-    graph.pull(free.saved, uneven * per_example(~some, uneven), transmit)
+    graph.vjp(free.saved, uneven * per_example(~some, uneven), transmit)
     return bool(torch.stack(found).any())
 
 

@@ -156,7 +156,7 @@ class GeneralNetwork(Network):
         """Whether the graph evaluates some of the examples as it does all; tried once for a graph and size of batch."""
         energy, cost, known = self.energy, self.energy.nudge, self.energy.graph.selects
         assert cost is not None
-        if not cost.cost.narrows or energy.held.noise or energy.batch == 1:
+        if not cost.cost.narrows or energy.context.noise or energy.batch == 1:
             return False
         if energy.batch not in known:
             known[energy.batch] = _evaluates_some(energy, self.free)
@@ -167,7 +167,7 @@ def _evaluates_some(energy: Energy, free: Point) -> bool:
     if any(node.runs_foreign_code for node in energy.graph.nodes):
         return False  # one try is no proof: its control flow may depend on the other examples
     rows = torch.arange(0, energy.batch, 2, device=energy.output(free).device)
-    states = [*free.predictions.values(), *energy.held.branches.values()]
+    states = [*free.predictions.values(), *energy.context.branches.values()]
     if any(t.ndim == 0 or len(t) % energy.batch for t in states):
         return False
     try:

@@ -102,10 +102,10 @@ def _ordered(left: Tensor, right: Tensor, beta: Beta) -> tuple[Tensor, Tensor]:
     return (left, right) if beta > 0 else (right, left)
 
 
-def balancing_pull(s: Tensor, delta: Tensor, f: Tensor, u: Tensor, kink: Kink, beta: Beta) -> Tensor:
+def balancing_force(s: Tensor, delta: Tensor, f: Tensor, u: Tensor, kink: Kink, beta: Beta) -> Tensor:
     """What balances the error `delta`: on a piece `f + k u`; at a kink whatever of the subdifferential is nearest."""
     if isinstance(kink, Largest):
-        return ties.balancing_pull(s, delta, f, u, beta)
+        return ties.balancing_force(s, delta, f, u, beta)
     left, right = (f + _slope(s, kink, right=side) * u for side in (False, True))
     low, high = _ordered(left, right, beta)
     return torch.where(low < high, delta.clamp(low, high), left)

@@ -23,7 +23,7 @@ from torch import Tensor
 from mep.cost import BatchCost
 from mep.energy import Energy, example_dot
 from mep.graph import Point
-from mep.graph.node import spread
+from mep.graph.node import expand_beta
 from mep.layout import accurate, per_example
 from mep.settle import Response
 
@@ -135,7 +135,7 @@ def length_by_gain(energy: Energy, free: Point, response: Response, is_group: bo
     x, k = response.error, response.group_gain if is_group else response.gain
     assert energy.nudge is not None
     with no_autocast(x.device):
-        shift = x * spread_length(k, x) * spread(energy.beta, x)
+        shift = x * spread_length(k, x) * expand_beta(energy.beta, x)
         return length_along(energy.nudge.cost, energy.output(free), x, shift, x, is_group)
 
 

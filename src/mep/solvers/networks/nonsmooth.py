@@ -15,7 +15,7 @@ from torch import Tensor
 from mep.energy import Energy, State, example_dot, example_norm, relative_residual
 from mep.graph import Point
 from mep.graph.closed_forms import Kink
-from mep.graph.node import Node, displaced, spread
+from mep.graph.node import Node, expand_beta, state_from_error
 from mep.layout import per_example
 from mep.settle import Response
 from mep.solvers.networks import kinks
@@ -90,12 +90,14 @@ class NonsmoothNetwork(Network):
             if name in behind_kink:
                 u, kink = behind_kink[name]
                 x0, before, rested = self.free.values[name], self.sent.get(name), self.resting.get(name)
-                delta, rest = kinks.relax(mu, delta, u, spread(energy.beta, mu), kink, x0, before, self.gains[name])
+                delta, rest = kinks.relax(
+                    mu, delta, u, expand_beta(energy.beta, mu), kink, x0, before, self.gains[name]
+                )
                 resting[name] = _keep(rest, rested[0] if rested else None, active), kink
             sent[name] = _keep(delta, self.sent.get(name), active)
             return sent[name]
 
-        energy.graph.pull(self.now.saved, None, transmit)
+        energy.graph.vjp(self.now.saved, None, transmit)
         return sent, resting
 
     def _forward(self) -> tuple[Point, State]:
@@ -103,14 +105,16 @@ class NonsmoothNetwork(Network):
         energy, errors = self.energy, dict(self.sent)
 
         def place(node: Node, mu: Tensor) -> Tensor:
-            s = displaced(mu, self.sent[node.name], energy.beta)
+            s = state_from_error(mu, self.sent[node.name], energy.beta)
             if node.name in self.resting:
                 rest, kink = self.resting[node.name]
                 s = kinks.placed(s, rest, kink)
-                errors[node.name] = torch.where(rest.isnan(), self.sent[node.name], (mu - s) / spread(energy.beta, s))
+                errors[node.name] = torch.where(
+                    rest.isnan(), self.sent[node.name], (mu - s) / expand_beta(energy.beta, s)
+                )
             return s
 
-        return energy.graph.evaluate(energy.inputs, energy.held, place), errors
+        return energy.graph.evaluate(energy.inputs, energy.context, place), errors
 
 
 def worst_residual(energy: Energy, point: Point, errors: State) -> Tensor:
@@ -128,13 +132,13 @@ def worst_residual(energy: Energy, point: Point, errors: State) -> Tensor:
         if name == energy.graph.output:
             found.append(output_residual(delta, wanted))
         else:
-            pull = torch.zeros_like(s) if force is None else force
+            incoming = torch.zeros_like(s) if force is None else force
             if name in behind_kink:
-                pull = kinks.balancing_pull(s, delta, pull, *behind_kink[name], spread(energy.beta, s))
-            found.append(relative_residual(delta, pull, batch))
+                incoming = kinks.balancing_force(s, delta, incoming, *behind_kink[name], expand_beta(energy.beta, s))
+            found.append(relative_residual(delta, incoming, batch))
         return delta
 
-    energy.graph.pull(point.saved, None, transmit)
+    energy.graph.vjp(point.saved, None, transmit)
     return torch.stack(found).amax(0)
 
 

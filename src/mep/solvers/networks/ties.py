@@ -67,7 +67,7 @@ def _one_hot(winner: Tensor, like: Tensor) -> Tensor:
     return torch.arange(like.shape[-1], device=like.device) == winner
 
 
-def balancing_pull(s: Tensor, delta: Tensor, f: Tensor, u: Tensor, beta: Beta) -> Tensor:
+def balancing_force(s: Tensor, delta: Tensor, f: Tensor, u: Tensor, beta: Beta) -> Tensor:
     """`f + w u` with the w that comes nearest to `delta`: of the simplex over the winners, one of them if u pushes."""
     winners = s == s.amax(-1, keepdim=True)
     size = torch.where(u == 0, 1.0, u)
