@@ -10,7 +10,7 @@ from torch import nn
 
 import mep
 from mep.estimators import programs
-from mep.estimators.programs import Programs
+from mep.estimators.programs import CompiledSteps
 
 STEPS = 10
 
@@ -38,8 +38,8 @@ MODELS = {"mlp": mlp, "convolutional": convolutional, "residual": Residual, "bat
 @pytest.fixture
 def without(monkeypatch):
     """Grows by one with every step that an estimator with programs makes without."""
-    steps, learn = [], Programs.learn
-    monkeypatch.setattr(Programs, "learn", lambda *args: (steps.append(1), learn(*args)))
+    steps, learn = [], CompiledSteps.record_eager_step
+    monkeypatch.setattr(CompiledSteps, "record_eager_step", lambda *args: (steps.append(1), learn(*args)))
     return steps
 
 

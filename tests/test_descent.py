@@ -115,7 +115,7 @@ def test_a_node_is_computed_only_once_the_signal_is_there(monkeypatch, activatio
     names = [name for name, module in model.named_children() if isinstance(module, nn.Linear)]
     energy, point = free_energy(model, x)
     energy = nudge(energy, make_cost("cross_entropy")(energy.output(point), y), BETA)
-    calls = {kind: [] for kind in ("predict", "pull")}
+    calls = {kind: [] for kind in ("predict", "vjp")}
     for kind, noted in calls.items():
         original = getattr(Chain, kind)
         monkeypatch.setattr(
@@ -127,7 +127,7 @@ def test_a_node_is_computed_only_once_the_signal_is_there(monkeypatch, activatio
         for noted in calls.values():
             noted.clear()
         iterate = solver.step(energy, iterate, None)
-        assert calls["pull"][::-1] == names[max(len(names) - k, 1) :]
+        assert calls["vjp"][::-1] == names[max(len(names) - k, 1) :]
         assert calls["predict"] == names[max(len(names) - k + 1, 1) :]
 
 

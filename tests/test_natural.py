@@ -675,7 +675,7 @@ def test_without_observation_there_is_no_step():
 
 def test_nothing_is_collected_for_nobody(monkeypatch):
     net, x, y = build("mlp")
-    monkeypatch.setattr(equilibrium, "settled_layers", None)
+    monkeypatch.setattr(equilibrium, "layer_statistics", None)
     estimator(net, None)(x, y)
     with pytest.raises(TypeError):
         estimator(net, print)(x, y)

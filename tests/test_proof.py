@@ -162,22 +162,22 @@ def test_rows_that_are_no_examples_are_refused():
 
 def spoilt_chain(graph, monkeypatch):
     node = graph.nodes[1]
-    pull = type(node).pull
+    pull = type(node).vjp
     monkeypatch.setattr(
-        type(node), "pull", lambda own, *a: [-g for g in pull(own, *a)] if own is node else pull(own, *a)
+        type(node), "vjp", lambda own, *a: [-g for g in pull(own, *a)] if own is node else pull(own, *a)
     )
 
 
 def lost_parameter(graph, monkeypatch):
     graph.nodes[1].parameters = graph.nodes[1].parameters[:1]
-    contract = type(graph.nodes[1]).contract
-    monkeypatch.setattr(type(graph.nodes[1]), "contract", lambda own, *a: contract(own, *a)[: len(own.parameters)])
+    contract = type(graph.nodes[1]).param_vjp
+    monkeypatch.setattr(type(graph.nodes[1]), "param_vjp", lambda own, *a: contract(own, *a)[: len(own.parameters)])
 
 
 def scaled_contraction(graph, monkeypatch):
     node = graph.nodes[0]
-    contract = type(node).contract
-    monkeypatch.setattr(type(node), "contract", lambda own, saved, force, w: contract(own, saved, force, 1.001 * w))
+    contract = type(node).param_vjp
+    monkeypatch.setattr(type(node), "param_vjp", lambda own, saved, force, w: contract(own, saved, force, 1.001 * w))
 
 
 SPOILT = {

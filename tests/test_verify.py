@@ -343,10 +343,10 @@ def scaled(method, factor):
 @pytest.mark.parametrize(
     ("name", "owner", "method", "change", "says", "first"),
     [
-        ("mlp tanh", Chain, "pull", flipped, "cosine", "2.bias"),
-        ("attention", AutogradNode, "pull", flipped, "cosine", None),
-        ("mlp tanh", Chain, "contract", lambda m: scaled(m, 10.0), "10 times the size", "4.bias"),
-        ("mlp tanh", Chain, "contract", lambda m: scaled(m, 1.05), "order in beta", "4.bias"),
+        ("mlp tanh", Chain, "vjp", flipped, "cosine", "2.bias"),
+        ("attention", AutogradNode, "vjp", flipped, "cosine", None),
+        ("mlp tanh", Chain, "param_vjp", lambda m: scaled(m, 10.0), "10 times the size", "4.bias"),
+        ("mlp tanh", Chain, "param_vjp", lambda m: scaled(m, 1.05), "order in beta", "4.bias"),
     ],
 )
 def test_a_wrong_core_is_found(name, owner, method, change, says, first, monkeypatch):

@@ -35,12 +35,12 @@ from mep.estimators.inputs import (
     count_examples,
     noise_undone_on_error,
 )
-from mep.estimators.kronecker import LayerStatistics, layer_statistics
+from mep.estimators.layer_factors import LayerStatistics, layer_statistics
 from mep.estimators.phases import estimate_of, settle_phases
 from mep.estimators.program import CompileOptions
 from mep.estimators.programs import CompiledSteps
-from mep.estimators.recall import EquilibriumCache, check_indices
 from mep.estimators.settings import check_settings, check_solver
+from mep.estimators.warm_start import EquilibriumCache, check_indices
 from mep.graph import Graph
 from mep.graph.node import StepContext
 from mep.graph.ops import Slot

@@ -20,7 +20,7 @@ from mep.energy import Energy, Prediction, nudge
 from mep.estimators.beta import chosen_beta
 from mep.estimators.contrast import CONTRASTS, Phase, contrast
 from mep.estimators.estimate import Gradients
-from mep.estimators.kronecker import LayerStatistics, layer_statistics
+from mep.estimators.layer_factors import LayerStatistics, layer_statistics
 from mep.estimators.phases import betas_of
 from mep.graph import Graph
 from mep.graph.node import Beta, StepContext

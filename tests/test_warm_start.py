@@ -8,7 +8,7 @@ from torch import nn
 
 import mep
 from mep.errors import ArgumentError, InputError
-from mep.estimators.recall import EquilibriumCache
+from mep.estimators.warm_start import EquilibriumCache
 
 SOLVERS = {
     "descent": (mep.Descent(tol=1e-6, settle_steps=2000, adaptive=True), {}),
