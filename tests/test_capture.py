@@ -10,8 +10,8 @@ from torch import nn
 
 import mep
 from mep.capture import capture, trace
-from mep.graph.node import StepContext
 from mep.graph.ops import Program
+from mep.graph.step_context import StepContext
 
 
 class Net(nn.Module):

@@ -11,7 +11,7 @@ from torch import nn
 import mep
 from mep.cost import make_cost
 from mep.energy import nudge
-from mep.graph.chain import Chain
+from mep.graph.node import Chain
 from mep.settle import Result, Start, settle
 from mep.solvers import descent
 

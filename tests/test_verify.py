@@ -17,9 +17,8 @@ import mep
 from mep.cli import app
 from mep.cost import make_cost
 from mep.energy import Energy, nudge
-from mep.graph.chain import Chain
 from mep.graph.closed_forms import Largest
-from mep.graph.node import AutogradNode
+from mep.graph.node import AutogradNode, Chain
 from mep.verification import differences, verdict
 from mep.verification.equilibrium import _nearest_force, residuals
 from mep.verification.gradients import fitted_order

@@ -33,7 +33,8 @@ from mep.cost import BatchCost
 from mep.errors import one_of, require
 from mep.graph import Graph, Point
 from mep.graph.closed_forms import Kink
-from mep.graph.node import Beta, Node, StepContext, expand_beta, select_beta, state_from_error
+from mep.graph.node import Beta, Node, expand_beta, select_beta, state_from_error
+from mep.graph.step_context import StepContext
 from mep.layout import accurate, by_example, select_examples
 
 State = dict[str, Tensor]

@@ -24,7 +24,8 @@ from mep.energy import FREE, Energy, make_node_energy
 from mep.errors import MepError, TraceError
 from mep.graph.graph import Graph
 from mep.graph.inputs import call_model, flattened, unflattened
-from mep.graph.node import Node, StepContext
+from mep.graph.node import Node
+from mep.graph.step_context import StepContext
 from mep.hooks import without_hooks
 from mep.noise import generators, set_generators
 

@@ -27,12 +27,11 @@ from mep.capture.export import Exported, source_line
 from mep.capture.rewriting import in_few_forms, label, value
 from mep.capture.whole import KeptModule, Whole
 from mep.errors import TraceError
-from mep.graph.chain import make_node
 from mep.graph.closed_forms import activation_of, pool_of
 from mep.graph.closed_forms.activations import own_state
 from mep.graph.graph import CostProgram, Graph, Write
 from mep.graph.inputs import flattened, input_names
-from mep.graph.node import Node
+from mep.graph.node import Node, make_node
 from mep.graph.ops import Op, Program, Ref, Slot, leaves_of
 
 Box = tuple[float, float]

@@ -21,9 +21,8 @@ import torch
 from torch import Tensor, fx
 
 from mep.graph.closed_forms import maxima
-from mep.graph.closed_forms.activations import own_state
+from mep.graph.closed_forms.activations import leaking, own_state
 from mep.graph.closed_forms.maxima import MaxPool, Windows
-from mep.graph.closed_forms.pointwise import leaking
 
 aten = torch.ops.aten
 _ASSERTIONS = ("_assert_scalar", "_assert_tensor_metadata", "_assert_async", "sym_constrain_range_for_size")

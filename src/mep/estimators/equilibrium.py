@@ -42,8 +42,8 @@ from mep.estimators.programs import CompiledSteps
 from mep.estimators.settings import check_settings, check_solver
 from mep.estimators.warm_start import EquilibriumCache, check_indices
 from mep.graph import Graph
-from mep.graph.node import StepContext
 from mep.graph.ops import Slot
+from mep.graph.step_context import StepContext
 from mep.interrupts import uninterrupted
 from mep.layout import per_example
 from mep.settle import Result, Settled, Solver, rounded, settle

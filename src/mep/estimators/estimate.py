@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mep.errors import DivergedError
-from mep.graph.table import share_in_words
+from mep.graph.graph import share_in_words
 from mep.hooks import hooks_of
 from mep.settle import Result, rounded
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from mep.energy import Energy
-from mep.graph.closed_forms.weighted import WeightedOp
+from mep.graph.closed_forms.layers import WeightedOp
 from mep.settle import Iterate, Settled
 
 

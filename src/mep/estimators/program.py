@@ -23,8 +23,9 @@ from mep.estimators.estimate import Gradients
 from mep.estimators.layer_factors import LayerStatistics, layer_statistics
 from mep.estimators.phases import betas_of
 from mep.graph import Graph
-from mep.graph.node import Beta, StepContext
+from mep.graph.node import Beta
 from mep.graph.ops import Slot
+from mep.graph.step_context import StepContext
 from mep.settle import Start, rounded
 from mep.solvers import Sweep
 from mep.solvers.networks import linear_response

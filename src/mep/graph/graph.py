@@ -1,4 +1,4 @@
-"""A model as a graph of nodes with free states, and the two walks over it: forward to predict, backward to pull."""
+"""A model as a graph of nodes with free states, and the walks over it: forward to predict, backward for forces."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from mep.errors import InputError
 from mep.graph.closed_forms import Kink
 from mep.graph.inputs import describe, flattened
-from mep.graph.node import Node, StepContext
+from mep.graph.node import Node
 from mep.graph.ops import Program, Ref, Slot, leaves_of
-from mep.graph.table import table_of
+from mep.graph.step_context import StepContext
 
 Transmit = Callable[[Node, Tensor | None], Tensor | None]
 
@@ -77,6 +77,7 @@ class Graph:
         self.states = tuple(n for n in self.nodes if n.owns_state)
         self.parameters = tuple(dict.fromkeys(p for n in self.nodes for p in n.parameters))
         """Every parameter that some node uses, each once."""
+        self._kept = set(self.kept)
         self.by_name = {node.name: node for node in self.nodes}
         self.readers: dict[str, list[Node]] = {node.name: [] for node in self.nodes}
         """Node -> the nodes that read its value."""
@@ -85,7 +86,7 @@ class Graph:
                 if parent in self.readers:
                     self.readers[parent].append(node)
         self.last_read = self._last_read()
-        """Node -> the nodes whose values nobody reads after it; only of those that forces from the output reach."""
+        """Node -> the nodes whose values are not read after it; only of those that forces from the output reach."""
         self.slots = tuple(
             s for node in self.nodes for op in node.program for s in leaves_of((op.args, op.kwargs), Slot)
         )
@@ -99,7 +100,7 @@ class Graph:
 
     def __str__(self) -> str:
         """A table: node, operations, shape, parameters, parents, module and source line."""
-        return table_of(self)
+        return _table(self)
 
     def __repr__(self) -> str:
         return f"<Graph of {type(self.model).__name__}: {len(self.nodes)} nodes, {len(self.states)} states>"
@@ -107,9 +108,12 @@ class Graph:
     @property
     def share_kept(self) -> tuple[int, int]:
         """How many numbers of the trained parameters are inside modules kept whole, and how many there are."""
-        inside = set(self.kept)
-        trained = [p for p in self.parameters if p.requires_grad]
-        return sum(p.numel() for p in trained if p in inside), sum(p.numel() for p in trained)
+        inside, total = 0, 0
+        for p in self.parameters:
+            if p.requires_grad:
+                total += p.numel()
+                inside += p.numel() if p in self._kept else 0
+        return inside, total
 
     def _last_read(self) -> dict[str, list[str]]:
         reached = {self.output}
@@ -128,8 +132,11 @@ class Graph:
         values, structure = flattened(x)
         if structure != self.structure or len(values) != len(self.leaves):
             raise InputError(f"The model takes the inputs {', '.join(self.inputs)}; got {describe(x)}.")
-        pairs = zip(self.leaves, values, strict=True)
-        return {name.name: value.detach() for name, value in pairs if isinstance(name, Ref)}
+        inputs = {}
+        for name, value in zip(self.leaves, values, strict=True):
+            if isinstance(name, Ref):
+                inputs[name.name] = value.detach()
+        return inputs
 
     def evaluate(
         self,
@@ -144,48 +151,72 @@ class Graph:
         What was known `before` is kept where no parent has moved since, that is, where its value is the same object.
         A `lean` point forgets the values and predictions that have been read, see `last_read`.
         """
-        values, predictions = dict(inputs), dict[str, Tensor]()
-        saved: dict[str, Any] = {}
+        values, predictions, saved = dict(inputs), dict[str, Tensor](), dict[str, Any]()
         for node in self.nodes:
-            if before is None or any(values[p] is not before.values[p] for p in node.parents):
-                mu, saved[node.name] = node.evaluate([values[p] for p in node.parents], context)
+            name = node.name
+            if before is not None and all(values[p] is before.values[p] for p in node.parents):
+                mu = (before.predictions if node.owns_state else before.values)[name]
+                saved[name] = before.saved[name]
             else:
-                mu = (before.predictions if node.owns_state else before.values)[node.name]
-                saved[node.name] = before.saved[node.name]
+                mu, saved[name] = self.predict(node, values, context)
             if node.owns_state:
-                predictions[node.name] = mu
-                values[node.name] = place(node, mu) if place else mu
+                predictions[name] = mu
+                values[name] = place(node, mu) if place else mu
             else:
-                values[node.name] = mu
+                values[name] = mu
             if lean:
-                for name in self.last_read[node.name]:
-                    del values[name]
-                    predictions.pop(name, None)
-        if context.recording:
+                for read in self.last_read[name]:
+                    del values[read]
+                    predictions.pop(read, None)
+        if context.recording and self.writes:
             with torch.no_grad():
                 for write in self.writes:
                     new = write.program(context, *(values[name] for name in write.reads))
                     context.new_buffers.update(zip(write.slots, new, strict=True))
         return Point(values, predictions, saved)
 
-    def reevaluate(self, node: Node, values: Mapping[str, Any], context: StepContext) -> tuple[Any, Any]:
-        """One node alone, within a step: its prediction from these values, and what its `vjp` needs."""
-        return node.evaluate([values[p] for p in node.parents], context)
+    def predict(self, node: Node, values: Mapping[str, Any], context: StepContext) -> tuple[Any, Any]:
+        """The prediction of one node from these values, and what its `vjp` needs; once a step where it is clamped."""
+        known = context.clamped.get(node.name) if node.clamped else None
+        if known is None:
+            known = node.predict([values[p] for p in node.parents], context)
+            if node.clamped:
+                context.clamped[node.name] = known
+        return known
 
-    def vjp(self, saved: Mapping[str, Any], output_force: Tensor | None, transmit: Transmit) -> None:
-        """Walk the nodes from last to first, handing each the sum of its children's pulls; `saved` is a point's.
+    def vjp(
+        self,
+        saved: Mapping[str, Any],
+        output_force: Tensor | None,
+        transmit: Transmit | None = None,
+        arriving: dict[str, Tensor | None] | None = None,
+    ) -> None:
+        """Walk the nodes from last to first, with the sum of its children's forces for each; `saved` is a point's.
 
-        `transmit(node, force)` receives that sum (plus `output_force` at the output; None if nothing arrived) and
-        returns the force that the node in turn exerts on its own parents. A junction should return what it gets.
+        Args:
+            saved: of a point, or some rows of it.
+            output_force: added to what arrives at the output.
+            transmit: from a node and the force that arrives (None if none does) to the force that it exerts on its own
+                parents in turn, through its Jacobian. By default the same: then this is backpropagation.
+            arriving: filled with what arrives at each state.
         """
-        self.vjp_through(self.nodes, saved, {self.output: output_force}, transmit)
+        self.vjp_through(self.nodes, saved, {self.output: output_force}, transmit, arriving)
 
     def vjp_through(
-        self, nodes: Sequence[Node], saved: Mapping[str, Any], forces: dict[str, Tensor | None], transmit: Transmit
+        self,
+        nodes: Sequence[Node],
+        saved: Mapping[str, Any],
+        forces: dict[str, Tensor | None],
+        transmit: Transmit | None = None,
+        arriving: dict[str, Tensor | None] | None = None,
     ) -> None:
         """`vjp` through successive nodes. `forces`: those that arrive from behind; then those on what is before."""
         for node in reversed(nodes):
-            force = transmit(node, forces.pop(node.name, None))
+            force = forces.pop(node.name, None)
+            if arriving is not None and node.owns_state:
+                arriving[node.name] = force
+            if transmit is not None:
+                force = transmit(node, force)
             if force is None or node.clamped:
                 continue
             for parent, g in zip(node.parents, node.vjp(saved[node.name], force), strict=True):
@@ -198,22 +229,24 @@ class Graph:
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The tangents `t_n = errors[n] + sum over the parents of J t`, and those of the weighted inputs.
 
-        They tell how far values move when every state adds its error. Only for graphs that are affine. With `forget`
+        That is how far values move when every state adds its error. Only for graphs that are affine. With `forget`
         tangents that have been read are dropped, see `last_read`; that of the output is left.
         """
         tangents: dict[str, Tensor] = {}
-        arriving: dict[str, Tensor] = {}
+        input_tangents: dict[str, Tensor] = {}
         for node in self.nodes:
             h = self.jvp_through(node, saved.get(node.name), errors, tangents, forget)
             if h is not None:
-                arriving[node.name] = h
-        return tangents, arriving
+                input_tangents[node.name] = h
+        return tangents, input_tangents
 
     def jvp_through(
         self, node: Node, saved: Any, errors: Mapping[str, Tensor], tangents: dict[str, Tensor], forget: bool
     ) -> Tensor | None:
         """`jvp` through one node, whose tangent joins the others. Returns that of its weighted input."""
-        t, h = (None, None) if node.clamped else node.jvp(saved, [tangents.get(p) for p in node.parents])
+        t, h = None, None
+        if not node.clamped:
+            t, h = node.jvp(saved, list(map(tangents.get, node.parents)))
         if node.owns_state:
             t = errors[node.name] if t is None else t + errors[node.name]
         if t is not None:
@@ -243,3 +276,59 @@ class Graph:
                 if g is not None:
                     total[p] = total[p] + g if p in total else g
         return total
+
+
+_HEADER = ("node", "operations", "shape", "parameters", "parents", "module, source")
+
+
+def _table(graph: Graph) -> str:
+    """One row a node: its operations, the shape of its value, its parameters and parents, and where it comes from."""
+    names = {p: name for name, p in graph.model.named_parameters()}
+    first = graph.sizes[0][0] if graph.sizes and graph.sizes[0] else None
+    batch = first[0] if isinstance(first, tuple) else ""
+    rows = [_row(node, names, batch) for node in graph.nodes]
+    widths = [max(len(row[i]) for row in (_HEADER, *rows)) for i in range(len(_HEADER) - 1)]
+    lines = [_line(row, widths) for row in (_HEADER, *rows)]
+    inside, total = graph.share_kept
+    notes = [f"input {', '.join(graph.inputs)}; output {graph.output}; {len(graph.states)} states, * junctions"]
+    if inside:
+        notes.append(share_in_words(inside, total))
+    written = [slot.name for node in graph.nodes for slot, _ in node.writes]
+    written += [slot.name for write in graph.writes for slot in write.slots]
+    if written:
+        notes.append(f"written once a step: {', '.join(written)}")
+    return "\n".join([*lines, *notes])
+
+
+def _row(node: Node, names: Mapping[nn.Parameter, str], batch: str) -> Sequence[str]:
+    operations = [op.label for op in node.program if op.label != "sym_size"]
+    shown = operations if len(operations) <= 3 else [operations[0], f"{len(operations) - 2} more", operations[-1]]
+    parameters = [names.get(p, "of the cost") for p in node.parameters]
+    shared = _prefix(parameters)
+    last = node.program[-1]
+    return (
+        node.name + ("" if node.owns_state else " *"),
+        ", ".join(shown),
+        "x".join("batch" if str(size) == batch else str(size) for size in node.shape),
+        shared,
+        ", ".join(node.parents),
+        ", ".join(part for part in (last.module, last.where) if part),
+    )
+
+
+def share_in_words(inside: int, total: int) -> str:
+    """Which share of the parameters is inside modules kept whole."""
+    return f"{inside:,} of {total:,} parameters learn by backprop inside leaves"
+
+
+def _prefix(names: Sequence[str]) -> str:
+    """`weight, bias` of one module with its path once."""
+    homes = {name.rpartition(".")[0] for name in names}
+    if len(homes) == 1 and len(names) > 1:
+        home = homes.pop()
+        return f"{home}.({', '.join(name.rpartition('.')[2] for name in names)})" if home else ", ".join(names)
+    return ", ".join(names) if len(names) <= 3 else f"{names[0]} and {len(names) - 1} more"
+
+
+def _line(row: Sequence[str], widths: Sequence[int]) -> str:
+    return "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[-1]]).rstrip()

@@ -1,70 +1,35 @@
-"""The parts of a graph: what a node predicts from its parents, and how a force on it pulls on them.
+"""The parts of a graph: what a node predicts from its parents, and the products with its Jacobians J = dmu/dparent.
 
-    predict(parents, held) -> mu, saved      mu = f(parents)
-    pull(saved, force)     -> one force a parent: J^T force, J = dmu/dparent   (None where nothing flows)
-    contract(saved, force, weight) -> one gradient a parameter: weight * (dmu/dtheta)^T force
-    push(saved, tangents)  -> sum over the parents of J tangent, where J is constant
+    predict(parents, context) -> mu, saved               mu = f(parents)
+    vjp(saved, force)         -> J^T force, one for each parent   (None where nothing flows)
+    param_vjp(saved, force, weight) -> weight * (dmu/dtheta)^T force, one for each parameter
+    jvp(saved, tangents)      -> sum over the parents of J tangent, where J is constant
 
-`AutogradNode` does this for any operations through an autograd graph of its own, which lives as long as `saved`;
-`mep.graph.chain.Chain` does it in closed form. There is never a graph through more than one node.
+A `Chain` has them in closed form: a sum of its parents or the only one of them, then one simple operation after the
+other. An `AutogradNode` computes them for any operations through an autograd graph of its own, which lives as long as
+`saved`. There is never a graph through more than one node.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from mep.graph.closed_forms import Activation, MaxPool
-from mep.graph.ops import Op, Program, Slot, is_tensor
+from mep.graph.closed_forms.layers import LayerOp, Pointwise, Pool, WeightedOp
+from mep.graph.closed_forms.table import layer_op_of, weighted_op
+from mep.graph.ops import Op, Program, Ref, Slot, is_tensor, leaves_of
+from mep.graph.step_context import StepContext
 from mep.hooks import without_hooks
-from mep.layout import as_laid_out, per_example
-from mep.noise import Noise, generators, set_generators
-
-if TYPE_CHECKING:
-    from mep.graph.closed_forms.weighted import WeightedOp
+from mep.layout import as_laid_out, in_dtype, per_example
+from mep.noise import generators, set_generators
 
 Beta = float | Tensor
 """A nudging strength: a number, a tensor without dimensions where a step is compiled for any, or one each: [batch]."""
-
-
-@dataclass
-class StepContext:
-    """What stays the same within a step, so that every evaluation sees one and the same energy.
-
-    `branches`: where each piecewise-linear operation stood at the free equilibrium; `noise`: the state of the random
-    number generators before each stochastic node; `clamped`: the predictions of nodes that see only the input;
-    `new_buffers`: what the model writes to its buffers. The first evaluation (`recording`) fills it. With
-    `freeze_branches=False` kinks stay kinks; a branch not yet known is that of the first evaluation to read it. While
-    `branch_changes` is a list, every frozen operation appends how many of its units left their branch, and of how many.
-    """
-
-    freeze_branches: bool = True
-    recording: bool = True
-    branch_changes: list[tuple[Tensor, int]] | None = None
-    branches: dict[tuple[str, str], Tensor] = field(default_factory=dict)
-    noise: dict[str, Noise] = field(default_factory=dict)
-    clamped: dict[str, tuple[Tensor, Any]] = field(default_factory=dict)
-    new_buffers: dict[Slot, Tensor] = field(default_factory=dict)
-
-    def on_branch(self, key: tuple[str, str], piece: Activation | MaxPool, x: Tensor) -> Tensor:
-        """The operation on the branch of that key, which is that of `x` if it is not known yet."""
-        if key not in self.branches and isinstance(piece, MaxPool):
-            y, self.branches[key] = piece.value_and_branch(x)
-            self.count(piece, x, self.branches[key])
-            return y
-        x0 = self.branches.setdefault(key, x.detach())
-        self.count(piece, x, x0)
-        return piece.linearized(x, x0)
-
-    def count(self, piece: Activation | MaxPool, x: Tensor, branch: Tensor) -> None:
-        """Note how many units of `x` are off the branch on which they are held."""
-        if self.branch_changes is not None:
-            self.branch_changes.append((piece.left_branch(x.detach(), branch).sum(), branch.numel()))
 
 
 @dataclass(eq=False, repr=False)
@@ -74,7 +39,8 @@ class Node:
     `program` are the operations from the `parents` to the prediction, which is the value of `op`. `flows[i]` says
     whether a force may reach parent i (an input is clamped). `writes` are buffers of the model with the values, of this
     program, that they are to have. `box` bounds the state of a Hopfield node. `weighted` is the linear layer or
-    convolution that the program ends in, if it does. A junction owns no state: forces pass through it.
+    convolution that the program ends in, if it does. A junction owns no state: the sum of the forces of its children is
+    its own force on its parents.
     """
 
     name: str
@@ -92,7 +58,7 @@ class Node:
     def __post_init__(self) -> None:
         self.op = self.op or self.program[-1].name
         self.clamped = not any(self.flows)
-        """Whether it sees only the input, so that its prediction never changes while settling."""
+        """Whether it depends on the input alone, so that its prediction never changes while settling."""
         self.runs_foreign_code = any(op.whole for op in self.program)
         """Whether it keeps a module or function whole."""
 
@@ -113,14 +79,6 @@ class Node:
         """What `weighted` was applied to."""
         raise NotImplementedError
 
-    def evaluate(self, parents: Sequence[Any], context: StepContext) -> tuple[Tensor, Any]:
-        """`predict`, once a step where the parents are clamped."""
-        if not self.clamped:
-            return self.predict(parents, context)
-        if self.name not in context.clamped:
-            context.clamped[self.name] = self.predict(parents, context)
-        return context.clamped[self.name]
-
     def predict(self, parents: Sequence[Any], context: StepContext) -> tuple[Tensor, Any]:
         """mu and whatever `vjp` and `param_vjp` need."""
         raise NotImplementedError
@@ -140,8 +98,8 @@ class Node:
         """
         raise NotImplementedError
 
-    def moved(self, saved: Any, arriving: Tensor, beta: Beta) -> Any:
-        """`saved` after `weighted_input` has moved by `-beta * arriving`."""
+    def moved(self, saved: Any, tangent: Tensor, beta: Beta) -> Any:
+        """`saved` after `weighted_input` has moved by `-beta * tangent`."""
         raise NotImplementedError
 
     def rows(self, saved: Any, index: Tensor) -> Any:
@@ -208,26 +166,6 @@ def _grad(output: Tensor, inputs: Sequence[Tensor], force: Tensor) -> Sequence[T
     return torch.autograd.grad(output, inputs, force, retain_graph=True, allow_unused=True)
 
 
-def state_from_error(mu: Tensor, error: Tensor, beta: Beta) -> Tensor:
-    """`mu - beta error`."""
-    strength = expand_beta(beta, error)
-    if isinstance(strength, Tensor):
-        return torch.addcmul(mu, error, strength, value=-1)
-    return torch.add(mu, error, alpha=-strength)
-
-
-def expand_beta(beta: Beta, like: Tensor) -> Beta:
-    """A strength ready to be multiplied with a state."""
-    if not isinstance(beta, Tensor):
-        return beta
-    return (per_example(beta, like) if beta.ndim else beta).to(like.dtype)
-
-
-def select_beta(beta: Beta, rows: Tensor) -> Beta:
-    """The strength of some of the examples."""
-    return beta.index_select(0, rows) if isinstance(beta, Tensor) and beta.ndim else beta
-
-
 class _same_noise:
     """Gives a stochastic node the same random numbers in every evaluation of a step.
 
@@ -250,3 +188,170 @@ class _same_noise:
                 self.context.noise[self.node.name] = self.before
         elif self.node.name in self.context.noise:
             set_generators(self.before)
+
+
+class Saved(NamedTuple):
+    """What each operation kept and the dtype of its result (autocast mixes them); shape and dtype of every parent."""
+
+    kept: list[Any]
+    dtypes: list[torch.dtype]
+    terms: list[tuple[Sequence[int], torch.dtype]]
+
+
+class Chain(Node):
+    """`mu = f_k(... f_1(sum of the parents))`, each `f_i` an operation with a closed form.
+
+    Where all their Jacobians are constant while branches are held (linear layers, convolutions, pooling, reshapes,
+    piecewise-linear activations) the node is affine, and has `jvp` as well. As in autograd, a force has the dtype of
+    its value.
+    """
+
+    def __init__(self, layers: Sequence[LayerOp], **fields: Any):
+        super().__init__(**fields)
+        self.layers = tuple(layers)
+
+    can_replace_rows = True
+
+    @property
+    def is_affine_when_held(self) -> bool:
+        return all(layer.is_affine for layer in self.layers)
+
+    def predict(self, parents: Sequence[Any], context: StepContext) -> tuple[Tensor, Any]:
+        h = parents[0] if len(parents) == 1 else _sum(parents)
+        kept, dtypes, terms = [], [], []
+        for p in parents:
+            terms.append((p.shape, p.dtype))
+        for layer in self.layers:
+            h, own = layer.value(h, context)
+            kept.append(own)
+            dtypes.append(h.dtype)
+        return h, Saved(kept, dtypes, terms)
+
+    def weighted_input(self, saved: Any) -> Tensor:
+        return saved.kept[-1]
+
+    def vjp(self, saved: Any, force: Tensor) -> Sequence[Tensor | None]:
+        for i in range(len(self.layers) - 1, -1, -1):
+            if force.dtype is not saved.dtypes[i]:
+                force = force.to(saved.dtypes[i])
+            force = self.layers[i].vjp(saved.kept[i], force)
+        if len(saved.terms) == 1:
+            dtype = saved.terms[0][1]
+            return (force if force.dtype is dtype else force.to(dtype),)
+        return [_fitting(force, *t) if flows else None for flows, t in zip(self.flows, saved.terms, strict=True)]
+
+    def param_vjp(self, saved: Any, force: Tensor, weight: float) -> Sequence[Tensor | None]:
+        if not self.parameters:
+            return ()
+        last, dtype = self.layers[-1], saved.dtypes[-1]
+        found = last.param_vjp(saved.kept[-1], force if force.dtype is dtype else force.to(dtype), weight)
+        gradients = []
+        for p, g in zip(last.parameters, found, strict=True):
+            if p is not None:
+                gradients.append(g)
+        return gradients
+
+    def jvp(self, saved: Any, tangents: Sequence[Tensor | None]) -> tuple[Tensor | None, Tensor | None]:
+        t, into_last = tangents[0] if len(tangents) == 1 else _sum(tangents), None
+        if t is not None:
+            for layer, kept in zip(self.layers, saved.kept, strict=True):
+                into_last, t = t, layer.jvp(kept, t)
+        return t, into_last if self.parameters else None
+
+    def moved(self, saved: Any, tangent: Tensor, beta: Beta) -> Any:
+        moved = state_from_error(saved.kept[-1], tangent, beta)
+        return Saved([*saved.kept[:-1], moved], saved.dtypes, saved.terms)
+
+    def rows(self, saved: Any, index: Tensor) -> Any:
+        kept = [layer.rows(own, index) for layer, own in zip(self.layers, saved.kept, strict=True)]
+        terms = [((len(index), *shape[1:]), dtype) for shape, dtype in saved.terms]
+        return saved._replace(kept=kept, terms=terms)
+
+
+def make_node(program: Sequence[Op], parents: Sequence[str], op: str, **fields: Any) -> Node:
+    """The closed form where there is one, the local autograd graph elsewhere."""
+    last = next(o for o in program if o.name == op)
+    weighted = weighted_op(last)
+    fields |= {"program": tuple(program), "parents": tuple(parents), "op": op}
+    layers = _layers(program, parents, fields["name"]) if last is program[-1] and not fields["writes"] else None
+    if layers is None:
+        return AutogradNode(weighted=weighted if last is program[-1] else None, **fields)
+    fields["parameters"] = tuple(p for p in layers[-1].parameters if isinstance(p, nn.Parameter)) if layers else ()
+    return Chain(layers, weighted=weighted if layers and layers[-1].parameters else None, **fields)
+
+
+def _layers(program: Sequence[Op], parents: Sequence[str], name: str) -> list[LayerOp] | None:
+    """The closed forms of a program of which each operation reads only the one before it; None if some has none."""
+    operations = list(program)
+    if len(parents) > 1:
+        if not _is_sum(operations[0], parents):
+            return None
+        previous = operations.pop(0).name
+    elif not parents:
+        return None
+    else:
+        previous = parents[0]
+    layers: list[LayerOp] = []
+    for op in operations:
+        layer = layer_op_of(op, (name, op.name))
+        if layer is None or _read(op) != [previous] or (layers and layers[-1].parameters):
+            return None  # parameters are read by the last operation alone
+        layers.append(layer)
+        previous = op.name
+    return _pooled_early(layers)
+
+
+def _read(op: Op) -> list[str]:
+    """The values that an operation reads, once each time."""
+    return [ref.name for ref in leaves_of((op.args, op.kwargs), Ref)]
+
+
+def _pooled_early(layers: list[LayerOp]) -> list[LayerOp]:
+    """The same operations with max pooling before an activation that never falls: equal winners, less work.
+
+    Where it is flat it may find other winners, of equal values and with J = 0.
+    """
+    for i in range(1, len(layers)):
+        before, layer = layers[i - 1], layers[i]
+        if isinstance(layer, Pool) and isinstance(before, Pointwise) and before.never_falls:
+            layers[i - 1], layers[i] = layer, before
+    return layers
+
+
+def _is_sum(op: Op, parents: Sequence[str]) -> bool:
+    """Whether an operation adds up the parents, each once, and does nothing else."""
+    return op.label == "add" and not op.kwargs and sorted(_read(op)) == sorted(parents) and len(op.args) == len(parents)
+
+
+def _sum(tensors: Sequence[Tensor | None]) -> Any:
+    """The sum of those that are not None, None if all are."""
+    total = None
+    for t in tensors:
+        if t is not None:
+            total = t if total is None else total + t
+    return total
+
+
+def _fitting(force: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """What a force on a sum is for a term, which may have been broadcast or promoted."""
+    return in_dtype(force if force.shape == shape else force.sum_to_size(shape), dtype)
+
+
+def state_from_error(mu: Tensor, error: Tensor, beta: Beta) -> Tensor:
+    """`mu - beta error`."""
+    strength = expand_beta(beta, error)
+    if isinstance(strength, Tensor):
+        return torch.addcmul(mu, error, strength, value=-1)
+    return torch.add(mu, error, alpha=-strength)
+
+
+def expand_beta(beta: Beta, like: Tensor) -> Beta:
+    """A strength ready to be multiplied with a state."""
+    if not isinstance(beta, Tensor):
+        return beta
+    return (per_example(beta, like) if beta.ndim else beta).to(like.dtype)
+
+
+def select_beta(beta: Beta, rows: Tensor) -> Beta:
+    """The strength of some of the examples."""
+    return beta.index_select(0, rows) if isinstance(beta, Tensor) and beta.ndim else beta

@@ -1,7 +1,7 @@
 """Recorded ATen operations, and programs of them that can be run again with other values.
 
 An operation's arguments are templates: a `Ref` stands for a value computed before, a `Slot` for a parameter, a buffer
-or a constant, which is read anew in every run. A `Program` is a list of operations as one Python function.
+or a constant, which is read anew in every run. A `Program` runs a list of operations.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from mep.graph.closed_forms.activations import Activation
 from mep.graph.closed_forms.maxima import MaxPool
-from mep.graph.closed_forms.pointwise import Activation
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def leaves_of(template: Any, kind: type | tuple[type, ...]) -> Iterator[Any]:
 
 
 class Program:
-    """Operations in order, as one Python function of named inputs that returns named results.
+    """Operations in order, as a function of named inputs that returns named results.
 
     Args:
         ops: each reads inputs, slots, and results of operations before it.
@@ -103,55 +103,57 @@ class Program:
     """
 
     def __init__(self, ops: Sequence[Op], inputs: Sequence[str], results: Sequence[str], owner: str = ""):
-        self._constants: dict[str, Any] = {}
-        self._variables: dict[str, str] = {}
-        for name in (*inputs, *(op.name for op in ops)):
-            self._variables.setdefault(name, f"v{len(self._variables)}")
-        lines = [f"    {self._variables[op.name]} = {self._call(op, owner)}" for op in ops]
-        given = ", ".join(["context", *(self._variables[name] for name in inputs)])
-        returned = ", ".join(self._variables[name] for name in results)
-        source = "\n".join([f"def run({given}):", *lines, f"    return ({returned},)"])
-        exec(compile(source, f"<program of {owner or 'a graph'}>", "exec"), self._constants)
-        self._run = self._constants.pop("run")
+        self.inputs, self.results = tuple(inputs), tuple(results)
+        self._calls = [_Call(op, (owner, op.name)) for op in ops]
 
     def __call__(self, context: Any, *inputs: Any) -> tuple[Any, ...]:
-        """The results; `context` holds the branches of the step (`mep.graph.node.StepContext`), None for none."""
-        found: tuple[Any, ...] = self._run(context, *inputs)
-        return found
+        """The results; `context` holds the branches of the step (`mep.graph.step_context.StepContext`) or is None."""
+        values: dict[str, Any] = dict(zip(self.inputs, inputs, strict=True))
+        frozen = context is not None and context.freeze_branches
+        for call in self._calls:
+            # The arguments: as they were recorded, with the values of this run in their places.
+            args = call.args.copy()
+            for place, name in call.refs:
+                args[place] = values[name]
+            for place, slot in call.slots:
+                args[place] = slot.home[slot.key]
+            for place, template in call.nested:
+                args[place] = _filled(template, values)
+            kwargs = {key: _filled(template, values) for key, template in call.kwargs.items()}
+            if call.piece is not None and frozen and not args[0].is_complex():
+                result = context.on_branch(call.key, call.piece, args[0])
+            elif call.whole:
+                result = call.target(context, call.key, *args, **kwargs)
+            else:
+                result = call.target(*args, **kwargs)
+            values[call.name] = result
+        return tuple([values[name] for name in self.results])
 
-    def _call(self, op: Op, owner: str) -> str:
-        args = [self._written(a) for a in op.args]
-        args += [f"{key}={self._written(value)}" for key, value in op.kwargs.items()]
-        target = self._constant(op.target)
-        if op.whole:
-            return f"{target}(context, {self._constant((owner, op.name))}, {', '.join(args)})"
-        if op.piece is None:
-            return f"{target}({', '.join(args)})"
-        key, piece, x = self._constant((owner, op.name)), self._constant(op.piece), args[0]
-        frozen = f"context.on_branch({key}, {piece}, {x})"
-        return (
-            f"{frozen} if context and context.freeze_branches and not {x}.is_complex() else {target}({', '.join(args)})"
-        )
 
-    def _written(self, template: Any) -> str:
-        """Python source for an argument."""
-        if isinstance(template, Ref):
-            return self._variables[template.name]
-        if isinstance(template, Slot):
-            return f"{self._constant(template.home)}[{template.key!r}]"
-        if isinstance(template, (tuple, list)):
-            inside = "".join(f"{self._written(t)}, " for t in template)
-            return f"({inside})" if isinstance(template, tuple) else f"[{inside}]"
-        if isinstance(template, dict):
-            return "{" + ", ".join(f"{k!r}: {self._written(v)}" for k, v in template.items()) + "}"
-        if isinstance(template, slice):
-            return f"slice({', '.join(map(self._written, (template.start, template.stop, template.step)))})"
-        return repr(template) if template is None or type(template) in (bool, int) else self._constant(template)
+class _Call:
+    """An operation, with the places of its arguments that change from run to run."""
 
-    def _constant(self, value: Any) -> str:
-        name = f"c{len(self._constants)}"
-        self._constants[name] = value
-        return name
+    def __init__(self, op: Op, key: tuple[str, str]):
+        self.name, self.target, self.key, self.piece, self.whole = op.name, op.target, key, op.piece, op.whole
+        self.args, self.kwargs = list(op.args), op.kwargs
+        self.refs = [(i, a.name) for i, a in enumerate(op.args) if isinstance(a, Ref)]
+        self.slots = [(i, a) for i, a in enumerate(op.args) if isinstance(a, Slot)]
+        self.nested = [(i, a) for i, a in enumerate(op.args) if isinstance(a, (tuple, list, dict, slice))]
+
+
+def _filled(template: Any, values: Mapping[str, Any]) -> Any:
+    """An argument with the values that stand for its references and slots."""
+    if isinstance(template, Ref):
+        return values[template.name]
+    if isinstance(template, Slot):
+        return template.value
+    if isinstance(template, (tuple, list)):
+        return type(template)([_filled(t, values) for t in template])
+    if isinstance(template, dict):
+        return {key: _filled(t, values) for key, t in template.items()}
+    if isinstance(template, slice):
+        return slice(*(_filled(t, values) for t in (template.start, template.stop, template.step)))
+    return template
 
 
 def is_tensor(value: Any) -> bool:

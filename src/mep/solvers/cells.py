@@ -35,7 +35,7 @@ class Cell:
 
 def predict(energy: Energy, node: Node, cell: Cell, values: Mapping[str, Any]) -> Cell:
     """The parents have moved: a new prediction from their `values`, and the state follows with its error."""
-    mu, saved = energy.graph.reevaluate(node, values, energy.context)
+    mu, saved = energy.graph.predict(node, values, energy.context)
     if not node.owns_state:
         return replace(cell, value=mu, saved=saved)
     s = mu if cell.error is None else state_from_error(mu, cell.error, energy.beta)

@@ -20,7 +20,7 @@ from mep.estimators import Backprop, EquilibriumPropagation, Estimate
 from mep.estimators.estimate import Gradients
 from mep.estimators.inputs import batch_size
 from mep.graph import Point
-from mep.graph.node import StepContext
+from mep.graph.step_context import StepContext
 from mep.noise import generators, set_generators
 from mep.solvers import Sweep
 

@@ -13,7 +13,7 @@ from mep.capture import Leaves
 from mep.errors import ArgumentError, DivergedError
 from mep.estimators.contrast import CONTRASTS
 from mep.estimators.inputs import batch_size, check_model, check_target
-from mep.graph.table import share_in_words
+from mep.graph.graph import share_in_words
 from mep.noise import generators_kept
 from mep.solvers import Sweep
 from mep.verification import verdict

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mep.graph.closed_forms.activations import activation_of
+from mep.graph.closed_forms.activations import Activation, activation_of
 from mep.graph.closed_forms.maxima import Largest, MaxPool, Windows, pool_of
-from mep.graph.closed_forms.pointwise import Activation
 
 __all__ = ["Activation", "Kink", "Largest", "MaxPool", "Windows", "activation_of", "kink_of_call", "pool_of"]
 

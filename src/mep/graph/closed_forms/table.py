@@ -1,12 +1,24 @@
-"""The table of closed forms: which ATen operation becomes which step of a chain."""
+"""The table of closed forms: which ATen operation becomes which operation of a chain."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
-from mep.graph.closed_forms.steps import AdaptiveAveragePool, AveragePool, Key, LayerOp, Mean, Pointwise, Pool, Reshape
-from mep.graph.closed_forms.weighted import Convolution, LayerNorm, Linear, WeightedOp
+from mep.graph.closed_forms.layers import (
+    AdaptiveAveragePool,
+    AveragePool,
+    Convolution,
+    Key,
+    LayerNorm,
+    LayerOp,
+    Linear,
+    Mean,
+    Pointwise,
+    Pool,
+    Reshape,
+    WeightedOp,
+)
 from mep.graph.ops import Op, Ref, Slot
 
 
@@ -26,8 +38,8 @@ def layer_op_of(op: Op, key: Key) -> LayerOp | None:
 
 def weighted_op(op: Op) -> WeightedOp | None:
     """The linear layer or convolution with a parameter as its weight that an operation is, or None."""
-    step = layer_op_of(op, ("", "")) if op.label in _WEIGHTED else None
-    return step if isinstance(step, WeightedOp) and step.parameters[0] is not None else None
+    layer = layer_op_of(op, ("", "")) if op.label in _WEIGHTED else None
+    return layer if isinstance(layer, WeightedOp) and layer.parameters[0] is not None else None
 
 
 def _linear(h: Any, weight: Any, bias: Any = None) -> LayerOp | None:

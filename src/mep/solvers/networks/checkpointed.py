@@ -24,7 +24,8 @@ from torch import Tensor
 from mep.energy import Energy, State
 from mep.errors import ArgumentError
 from mep.graph import Point
-from mep.graph.node import Node, StepContext, select_beta
+from mep.graph.node import Node, select_beta
+from mep.graph.step_context import StepContext
 from mep.settle import Response
 from mep.solvers.networks.affine import AffineNetwork, LazyMapping
 
@@ -181,7 +182,7 @@ def _forward(energy: Energy, nodes: Sequence[Node], values: dict[str, Any]) -> d
     """What `vjp` and `jvp` need of these nodes; `values` become those where they end."""
     saved: dict[str, Any] = {}
     for node in nodes:
-        values[node.name], saved[node.name] = node.evaluate([values[p] for p in node.parents], energy.context)
+        values[node.name], saved[node.name] = energy.graph.predict(node, values, energy.context)
         energy.context.branches.clear()  # they are those of the free equilibrium, each time they are asked for
         for name in energy.graph.last_read[node.name]:
             del values[name]

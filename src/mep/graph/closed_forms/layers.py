@@ -1,39 +1,209 @@
-"""Steps with parameters in closed form: linear layers, convolutions, layer normalisation."""
+"""The operations of a chain, `y = f(h)` each, in closed form: value, `vjp`, `jvp` and `param_vjp`.
+
+Without parameters: activations, reshapes, pooling, means. With parameters: linear layers, convolutions, layer
+normalisation, whose parameter gradients are sums over the rows of the batch.
+"""
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mep.graph.closed_forms.steps import LayerOp
+from mep.graph.closed_forms.activations import Activation
+from mep.graph.closed_forms.maxima import MaxPool
 from mep.graph.ops import Slot
-from mep.layout import in_dtype
-
-if TYPE_CHECKING:
-    from mep.graph.node import StepContext
+from mep.graph.step_context import StepContext
+from mep.layout import as_laid_out, in_dtype, rows_of
 
 aten = torch.ops.aten
+Key = tuple[str, str]
+
+
+class LayerOp(ABC):
+    """One operation `y = f(h)` of a chain. `kept` is what its Jacobian J and its parameters' gradient need."""
+
+    is_affine = True
+    """Whether J is constant while branches are held."""
+    parameters: tuple[Tensor | None, ...] = ()
+
+    @abstractmethod
+    def value(self, h: Tensor, context: StepContext) -> tuple[Tensor, Any]:
+        """y and `kept`."""
+
+    @abstractmethod
+    def vjp(self, kept: Any, g: Tensor) -> Tensor:
+        """`J^T g`; g has the dtype of y."""
+
+    def jvp(self, kept: Any, t: Tensor) -> Tensor:
+        """`J t` (affine operations only)."""
+        raise NotImplementedError
+
+    def rows(self, kept: Any, index: Tensor) -> Any:
+        """`kept` of some examples (affine operations only)."""
+        return rows_of(kept, index)
+
+    def param_vjp(self, kept: Any, force: Tensor, weight: float) -> Sequence[Tensor | None]:
+        """`weight * (dy/dtheta)^T force` for every parameter, None where it is not trained."""
+        return ()
+
+
+class Pointwise(LayerOp):
+    """An activation, on its branch if branches are held. J is diagonal."""
+
+    def __init__(self, activation: Activation, key: Key):
+        self.activation, self.key, self.is_affine = activation, key, activation.piecewise
+        self.is_homogeneous = activation.homogeneous
+        self.keeps_result = activation.box is not None and activation.homogeneous
+        """Whether y has the branch of h, as that of ReLU: y > 0 where h > 0. The next operation keeps y anyway."""
+        self.never_falls = activation.piecewise and min(activation.slopes) >= 0
+
+    def value(self, h: Tensor, context: StepContext) -> tuple[Tensor, Any]:
+        activation = self.activation
+        if not (self.is_affine and context.freeze_branches):
+            y = activation.value(h)
+            return y, (h, y)
+        x0 = context.branches.get(self.key)
+        if context.branch_changes is not None:
+            y = context.on_branch(self.key, activation, h)
+            x0 = context.branches[self.key]
+        elif x0 is None:
+            y = activation.value(h)
+            x0 = context.branches[self.key] = y if self.keeps_result else h.detach()
+        else:
+            y = activation.backward(h, x0, x0) if self.is_homogeneous else activation.linearized(h, x0)
+        return y, (x0, x0)
+
+    def vjp(self, kept: Any, g: Tensor) -> Tensor:
+        return self.activation.backward(as_laid_out(g, kept[0]) if g.ndim == 4 else g, *kept)
+
+    def jvp(self, kept: Any, t: Tensor) -> Tensor:
+        return self.activation.backward(as_laid_out(t, kept[0]) if t.ndim == 4 else t, *kept)
+
+    def rows(self, kept: Any, index: Tensor) -> Any:
+        x0 = rows_of(kept[0], index)
+        return x0, x0
+
+
+class Reshape(LayerOp):
+    """`reshape` to numbers, with -1 for the examples: they stay first."""
+
+    def __init__(self, sizes: Sequence[int]):
+        self.sizes = tuple(sizes)
+
+    def value(self, h: Tensor, context: StepContext) -> tuple[Tensor, Any]:
+        return h.reshape(self.sizes), h.shape
+
+    def vjp(self, kept: Any, g: Tensor) -> Tensor:
+        return g.reshape(-1, *kept[1:])
+
+    def jvp(self, kept: Any, t: Tensor) -> Tensor:
+        return t.reshape(self.sizes)
+
+    def rows(self, kept: Any, index: Tensor) -> Any:
+        return kept
+
+
+class Pool(LayerOp):
+    """Max pooling; J picks the winners."""
+
+    def __init__(self, pool: MaxPool, key: Key):
+        self.pool, self.key = pool, key
+
+    def value(self, h: Tensor, context: StepContext) -> tuple[Tensor, Any]:
+        if context.freeze_branches:
+            y = context.on_branch(self.key, self.pool, h)
+            return y, (context.branches[self.key], h.shape)
+        y, winners = self.pool.value_and_branch(h)
+        return y, (winners, h.shape)
+
+    def vjp(self, kept: Any, g: Tensor) -> Tensor:
+        winners, shape = kept
+        return self.pool.spread(g, winners, shape)
+
+    def jvp(self, kept: Any, t: Tensor) -> Tensor:
+        return self.pool.linearized(t, kept[0])
+
+    def rows(self, kept: Any, index: Tensor) -> Any:
+        return rows_of(kept[0], index), kept[1]
+
+
+class Mean(LayerOp):
+    """The mean over some dimensions of an example, counted from the last, so that the rank does not matter."""
+
+    def __init__(self, dims: Sequence[int], keepdim: bool):
+        self.dims, self.keepdim = tuple(dims), keepdim
+
+    def value(self, h: Tensor, context: StepContext) -> tuple[Tensor, Any]:
+        return h.mean(self.dims, self.keepdim), h.shape
+
+    def vjp(self, kept: Any, g: Tensor) -> Tensor:
+        size = 1
+        for d in sorted(self.dims):
+            size *= kept[d]
+            if not self.keepdim:
+                g = g.unsqueeze(len(kept) + d)
+        return (g / size).expand(-1, *kept[1:])
+
+    def jvp(self, kept: Any, t: Tensor) -> Tensor:
+        return t.mean(self.dims, self.keepdim)
+
+    def rows(self, kept: Any, index: Tensor) -> Any:
+        return kept
+
+
+class AveragePool(LayerOp):
+    """`avg_pool2d` with the arguments after its input."""
+
+    def __init__(self, size: Sequence[int], stride: Sequence[int] = (), padding: Sequence[int] = (0,), *options: Any):
+        options = (*options, *(False, True, None)[len(options) :])
+        self.arguments = (list(size), list(stride) or list(size), list(padding), *options)
+
+    def value(self, h: Tensor, context: StepContext) -> tuple[Tensor, Any]:
+        return self.jvp(None, h), h
+
+    def vjp(self, kept: Any, g: Tensor) -> Tensor:
+        return aten.avg_pool2d_backward(g, kept, *self.arguments)
+
+    def jvp(self, kept: Any, t: Tensor) -> Tensor:
+        return aten.avg_pool2d(t, *self.arguments)
+
+
+class AdaptiveAveragePool(LayerOp):
+    """`adaptive_avg_pool2d` to a size."""
+
+    def __init__(self, size: Sequence[int]):
+        self.size = list(size)
+
+    def value(self, h: Tensor, context: StepContext) -> tuple[Tensor, Any]:
+        return aten.adaptive_avg_pool2d(h, self.size), h
+
+    def vjp(self, kept: Any, g: Tensor) -> Tensor:
+        return aten._adaptive_avg_pool2d_backward(g, kept)
+
+    def jvp(self, kept: Any, t: Tensor) -> Tensor:
+        return aten.adaptive_avg_pool2d(t, self.size)
 
 
 class WeightedOp(LayerOp):
-    """A step whose parameter gradient is a sum of outer products of its input `h` and the error of its output.
+    """An operation whose parameter gradient is a sum of outer products of its input `h` and the error of its output.
 
     `weight` and `bias` are read anew in every call; `reads` is the name of the input.
     """
 
     def __init__(self, reads: str, weight: Slot, bias: Slot | None):
         self.reads, self._weight, self._bias = reads, weight, bias
+        self._home, self._key = weight.home, weight.key
         self.parameters = tuple(p if isinstance(p, nn.Parameter) else None for p in (self.weight, self.bias))
 
     @property
     def weight(self) -> Tensor:
         """As it is now."""
-        weight: Tensor = self._weight.home[self._weight.key]
+        weight: Tensor = self._home[self._key]
         return weight
 
     @property
@@ -59,14 +229,17 @@ class Linear(WeightedOp):
         self.transposed = transposed
 
     def value(self, h: Tensor, context: StepContext) -> tuple[Tensor, Any]:
-        weight = self.weight.t() if self.transposed else self.weight
-        return F.linear(h, weight, self.bias), h
+        weight = self._home[self._key]
+        bias = self._bias.home[self._bias.key] if self._bias else None
+        return F.linear(h, weight.t() if self.transposed else weight, bias), h
 
     def vjp(self, kept: Any, g: Tensor) -> Tensor:
-        return g @ (self.weight.t() if self.transposed else self.weight)
+        weight: Tensor = self._home[self._key]
+        return g @ (weight.t() if self.transposed else weight)
 
     def jvp(self, kept: Any, t: Tensor) -> Tensor:
-        return F.linear(t, self.weight.t() if self.transposed else self.weight)
+        weight = self._home[self._key]
+        return F.linear(t, weight.t() if self.transposed else weight)
 
     def rows(self, kept: Any, index: Tensor) -> Any:
         """J is the weight: nothing of the examples."""
