@@ -1,4 +1,4 @@
-"""Where the time of a step goes and what each settling step buys, for a model of your own.
+"""Where the time of a step goes, and by how much more iterations reduce the gradient's error, for your own model.
 
 `mep profile` does the same for the data sets by name, and writes a record and a picture.
 """
@@ -14,7 +14,7 @@ from mep.data import load
 
 
 class Net(nn.Module):
-    """Yours: any module that mep.trace can read."""
+    """Replace it by yours: any module that `mep.trace` can read."""
 
     def __init__(self):
         super().__init__()

@@ -1,10 +1,14 @@
-"""Named recipes: each body lists its parts. All are real `torch.optim.Optimizer`s with `step(x=..., target=...)`.
+"""Presets: each function builds an optimizer from an estimator, an update and constraints; its body lists these parts.
 
-Settling, in every preset: without `settle_lr` the sweep solver runs, with `settle_steps` as its limit; giving
-`settle_lr` selects gradient descent on the states with that step. `adaptive=True` stops once every example's relative
-residual has been at most `tol` for `patience` iterations, `adaptive=False` runs exactly `settle_steps`; left at None it
-is True for sweeps and False for descent. `settle_steps` left at None is 100 for adaptive sweeps, else 30.
-`on_unsettled` says what a step does with examples that did not settle, see `mep.EquilibriumPropagation`.
+All are real `torch.optim.Optimizer`s with `step(x=..., target=...)`. How the states settle, in every preset that has
+these arguments:
+
+- `settle_lr`: None uses sweeps, `mep.Sweep`; a number uses gradient descent on the states with this step size,
+  `mep.Descent`.
+- `settle_steps`: the largest number of iterations. None is 100 for adaptive sweeps, else 30.
+- `adaptive`: True stops each example once its residual has been at most `tol` in `patience` iterations in a row; False
+  makes exactly `settle_steps` iterations. None is True for sweeps and False for descent.
+- `on_unsettled`: what a step does if some example did not settle, see `mep.EquilibriumPropagation`.
 """
 
 from __future__ import annotations
@@ -56,14 +60,14 @@ def eqprop(
     checkpoint: bool = False,
     low_memory: bool = False,
 ) -> EPOptimizer:
-    """Vanilla equilibrium propagation: its gradient, and `torch.optim.SGD`.
+    """Equilibrium propagation with the fewest parts: its gradient, and `torch.optim.SGD`.
 
     Args:
         params: the parameters to train, or groups of them; they must be the model's.
         model: the model.
         lr, momentum, weight_decay, nesterov: as in `torch.optim.SGD`.
         cost, beta, energy, phases, branches, leaves, compile, checkpoint, proof: as in `mep.EquilibriumPropagation`.
-        settle_steps, settle_lr, adaptive, tol, patience, on_unsettled: how to settle, see `mep.presets`.
+        settle_steps, settle_lr, adaptive, tol, patience, on_unsettled: how the states settle, see `mep.presets`.
         low_memory: as in `mep.EPOptimizer`.
 
     Example:
@@ -120,15 +124,15 @@ def smep(
     checkpoint: bool = False,
     low_memory: bool = False,
 ) -> EPOptimizer:
-    """Spectral Muon EP: equilibrium propagation, Muon, and a bound on every weight's largest singular value.
+    """Spectral Muon EP: equilibrium propagation, Muon, and a bound on the largest singular value of every weight.
 
     Args:
         params: the parameters to train, or groups of them; they must be the model's.
         model: the model.
         lr, momentum, weight_decay, nesterov: as in `mep.Muon`.
-        gamma: the bound, see `mep.spectral_bound`.
+        gamma: the bound, see `mep.spectral_bound`. Weights of embedding layers are left out.
         cost, beta, energy, phases, branches, leaves, compile, checkpoint, proof: as in `mep.EquilibriumPropagation`.
-        settle_steps, settle_lr, adaptive, tol, patience, on_unsettled: how to settle, see `mep.presets`.
+        settle_steps, settle_lr, adaptive, tol, patience, on_unsettled: how the states settle, see `mep.presets`.
         low_memory: as in `mep.EPOptimizer`.
     """
     solver = _solver(energy, settle_steps, settle_lr, adaptive, tol, patience)
@@ -177,9 +181,10 @@ def smep_fast(
     checkpoint: bool = False,
     low_memory: bool = False,
 ) -> EPOptimizer:
-    """`smep` with a looser tolerance and fewer steps: for prototyping.
+    """`smep` with a larger tolerance, fewer sweeps and a smaller learning rate: for first experiments.
 
-    Takes the arguments of `smep`. One or two sweeps a step suffice.
+    Takes the arguments of `smep`. Three defaults differ: `tol` is 0.1 (0.01 in `smep`), `settle_steps` is 10 (100), and
+    `lr` is 0.01 (0.02). Beta is chosen as in `smep`. A step is faster only where `smep` needs several sweeps.
     """
     solver = _solver(energy, settle_steps, settle_lr, adaptive, tol, patience)
     estimator = EquilibriumPropagation(
@@ -229,13 +234,13 @@ def sdmep(
     checkpoint: bool = False,
     low_memory: bool = False,
 ) -> EPOptimizer:
-    """Spectral Dion-Muon EP: `smep` with Dion's low-rank step for the large weights.
+    """Spectral Dion-Muon EP: `smep` with Dion's low-rank update for large weights.
 
-    Takes the arguments of `smep`, and of Dion:
+    Takes the arguments of `smep`, and two of `mep.Dion`:
 
     Args:
-        rank_fraction, dion_threshold: as in `mep.Dion`. Weights with fewer entries than the threshold, biases and gains
-            take Muon's step; `nesterov` concerns only these.
+        rank_fraction, dion_threshold: as in `mep.Dion`. Weights with fewer entries than the threshold, biases and other
+            vectors are updated as by `mep.Muon`; `nesterov` applies to these only.
 
     Example:
         >>> import torch, mep
@@ -296,11 +301,15 @@ def O1MemoryEPv2(
     proof: str = "amortised",
     low_memory: bool = False,
 ) -> EPOptimizer:
-    """`smep` that settles by gradient descent with closed-form forces: its memory does not grow with `settle_steps`.
+    """`smep` whose states settle by gradient descent, in memory that does not grow with `settle_steps`.
 
-    The states are those of descent by autograd on the whole energy, up to rounding, but no graph ever spans more than
-    one node, and only the latest states, forces and velocities are kept. Takes the arguments of `smep`; without
-    sweeps to choose from, `settle_lr` must be a number.
+    "O1Memory" means O(1) in the number of iterations; the name is that of an optimizer of an earlier system, kept so
+    that its code runs. The forces are computed node by node, in closed form or by a small autograd graph of the node.
+    Only the latest states, forces and velocities are kept. Up to rounding the states are those of gradient descent by
+    autograd through the whole energy.
+
+    By default it makes exactly `settle_steps` iterations, converged or not: `opt.last.residual` has the residual of
+    each example. Takes the arguments of `smep`, but `compile` and `checkpoint`; `settle_lr` must be a number.
 
     Example:
         >>> import torch, mep
@@ -349,19 +358,19 @@ def natural_ep(
     proof: str = "amortised",
     compile: bool = False,
 ) -> EPOptimizer:
-    """Natural-gradient EP: equilibrium propagation, and a Fisher matrix from the settled states.
+    """Natural-gradient EP: equilibrium propagation, and natural gradient with the Fisher matrix of the settled states.
 
-    Its Kronecker factors are made of the inputs and errors that settling leaves behind, without a backward pass. The
-    energy is "prediction", whose errors they are.
+    The Kronecker factors of the Fisher matrix are computed from the input and the error of every layer, which settling
+    has computed already, so they need no backward pass. The energy is always "prediction".
 
     Args:
         params: the parameters to train, or groups of them; they must be the model's.
         model: the model.
         lr, momentum, weight_decay, nesterov, damping, kl_clip, decay, factors_every, inverse_every, rank,
-            use_diagonal_fisher, orthogonalise: as in `mep.NaturalGradient`. Some weight decay is the default: steps
-            this long fit a small training set at once.
-        cost, beta, phases, branches, leaves, compile: as in `mep.EquilibriumPropagation`.
-        settle_steps, settle_lr, adaptive, tol, patience, on_unsettled: how to settle, see `mep.presets`.
+            use_diagonal_fisher, orthogonalise: as in `mep.NaturalGradient`. Weight decay is 0.02 by default, because
+            natural-gradient steps overfit small data quickly.
+        cost, beta, phases, branches, leaves, compile, proof: as in `mep.EquilibriumPropagation`.
+        settle_steps, settle_lr, adaptive, tol, patience, on_unsettled: how the states settle, see `mep.presets`.
 
     Example:
         >>> import torch, mep
@@ -422,10 +431,12 @@ def local_ep(
     proof: str = "amortised",
     low_memory: bool = False,
 ) -> EPOptimizer:
-    """Strictly local equilibrium propagation: nodes that see only their neighbours, and `torch.optim.SGD`.
+    """Local equilibrium propagation: each node settles from the values of its neighbours alone; `torch.optim.SGD`.
 
-    A node answers its parents' states and its children's forces until it is quiet, see `mep.Local`; its weights then
-    follow from what it holds. No sweep, no norm over other nodes, no orthogonalisation: SGD is local to each weight.
+    A node is computed again when a parent's state or a child's force has changed, until its residual is at most `tol`,
+    see `mep.Local`. The gradient of its parameters follows from its own state and error. There is no sweep, no norm
+    over other nodes and no orthogonalisation, and SGD updates each parameter by itself. Only `beta=None` uses the whole
+    network: it computes the gain, so pass a beta for a strictly local rule.
 
     Args:
         params: the parameters to train, or groups of them; they must be the model's.
@@ -461,7 +472,7 @@ def muon_backprop(
     nesterov: bool = True,
     cost: str | PerExample | type[BatchCost] = "cross_entropy",
 ) -> EPOptimizer:
-    """Muon fed by backpropagation: the yardstick for `smep`.
+    """Muon with backpropagation's gradient, to compare `smep` with; without the bound on singular values.
 
     Args:
         params: the parameters to train, or groups of them; they must be the model's.
@@ -475,7 +486,7 @@ def muon_backprop(
 
 
 def _embeddings(model: nn.Module) -> list[Any]:
-    """The tables of a model: rows that are looked up, and stretch nothing."""
+    """The weights of embedding layers: their rows are looked up, not multiplied with, so that the bound has no use."""
     return [m.weight for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))]
 
 
@@ -492,7 +503,7 @@ def _listed(params: ParamsT, model: nn.Module) -> list[Any]:
 def _sgd(
     call: str, groups: list[Any], lr: float, momentum: float, weight_decay: float, nesterov: bool
 ) -> torch.optim.Optimizer:
-    """`torch.optim.SGD`, which would let NaN pass, and raises errors of its own for the rest."""
+    """`torch.optim.SGD` after checks that raise an `ArgumentError`; by itself it accepts NaN."""
     for name, value in (("lr", lr), ("momentum", momentum), ("weight_decay", weight_decay)):
         require(call, name, value, lambda v: v >= 0, "a number >= 0")
     require(call, "nesterov", nesterov, *A_FLAG)
