@@ -313,7 +313,7 @@ def free_energy(model: nn.Module, x, reading: str = "held", leaves=()):
     coupling = make_node_energy("hopfield" if reading == "hopfield" else "prediction")
     batch = len(x[0] if isinstance(x, tuple) else x)
     energy = Energy(graph, coupling, graph.bind(x), StepContext(freeze_branches=reading == "held"), batch)
-    point = energy.rest()
+    point = energy.free_point()
     energy.context.recording = False
     return energy, point
 

@@ -17,7 +17,7 @@ class Written:
 
     def __init__(self, kind, model, x, cost, target):
         self.model, self.cost, self.target, self.batch = model, cost, target, len(x)
-        self.coupling = "hopfield" if kind == "hopfield" else "prediction"
+        self.node_energy = "hopfield" if kind == "hopfield" else "prediction"
         activate = _held(model, x) if kind == "held" else lambda module, h: module(h)
         self.predict = predictions_of_modules(model, x, kind == "hopfield", activate)
         names = [name for name, module in model.named_children() if isinstance(module, nn.Linear)]
@@ -36,7 +36,7 @@ class Written:
 
     def total(self, beta):
         """states -> F of every example."""
-        return nudged_energy(self.predict, self.output, self.cost, self.target, beta, self.coupling)
+        return nudged_energy(self.predict, self.output, self.cost, self.target, beta, self.node_energy)
 
     def nudged(self, beta):
         """The equilibrium at beta."""
@@ -47,7 +47,7 @@ class Written:
         found = {p: torch.zeros_like(p) for p in self.model.parameters()}
         for beta, weight in multiples_and_weights:
             s = self.free if beta == 0 else self.nudged(beta)
-            value = energy(self.predict, s, self.coupling).sum() / self.batch
+            value = energy(self.predict, s, self.node_energy).sum() / self.batch
             for p, g in zip(found, torch.autograd.grad(value, list(found)), strict=True):
                 found[p] += weight * g
         return found

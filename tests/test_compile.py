@@ -10,7 +10,7 @@ from torch import nn
 
 import mep
 from mep.estimators import programs
-from mep.estimators.programs import CompiledSteps
+from mep.estimators.compiled_step import CompiledSteps
 
 STEPS = 10
 
@@ -76,7 +76,7 @@ def test_same_steps_as_without(uncompiled, make, cost, phases):
         torch.testing.assert_close(*losses)
         torch.testing.assert_close(plain.last.residual, quick.last.residual, rtol=1e-4, atol=1e-10)
         assert (plain.last.iterations, plain.last.result) == (quick.last.iterations, quick.last.result)
-    assert len(quick.estimator.programs) == 1
+    assert len(quick.estimator.compiled_steps) == 1
     assert_equal_states(plain, quick, rtol=1e-9, atol=1e-10)
 
 
@@ -88,7 +88,7 @@ def test_settles_each_example_as_without(uncompiled):
         assert quick.last.converged
         assert quick.last.residual.max() <= 1e-4
         assert plain.last.iterations == quick.last.iterations
-    assert len(quick.estimator.programs) >= 1
+    assert len(quick.estimator.compiled_steps) >= 1
     assert_equal_states(plain, quick, rtol=1e-8, atol=1e-9)
 
 
@@ -118,7 +118,7 @@ def test_by_inductor(make, options):
         for opt in (plain, quick):
             opt.step(x=x, target=nn.functional.one_hot(y, 3).double() if options else y)
         torch.testing.assert_close(plain.last.residual, quick.last.residual, rtol=1e-4, atol=1e-9)
-    assert len(quick.estimator.programs) == 1
+    assert len(quick.estimator.compiled_steps) == 1
     assert_equal_states(plain, quick, rtol=1e-8, atol=1e-9)
 
 
@@ -126,15 +126,15 @@ def test_one_program_for_one_shape(uncompiled):
     _, quick = pair(mlp, settle_steps=3, adaptive=False)
     for x, y in batches(4, count=30):
         quick.step(x=x, target=y)
-    assert len(quick.estimator.programs) == 1
+    assert len(quick.estimator.compiled_steps) == 1
     for x, y in batches(5, count=6, size=11):
         quick.step(x=x, target=y)
-    assert len(quick.estimator.programs) == 2
+    assert len(quick.estimator.compiled_steps) == 2
 
 
 def needed(opt, sweeps):
     """As if steps of late had needed so many."""
-    own = opt.estimator.programs
+    own = opt.estimator.compiled_steps
     own.needed.clear()
     own.needed.extend(sweeps)
 
@@ -148,7 +148,7 @@ def test_programs_are_made_for_few_numbers_of_sweeps(uncompiled):
             needed(quick, [(3, 3, 5, 6, 7, 2, 1, 4)[number - 4]])
         for opt in (plain, quick):
             opt.step(x=x, target=y)
-        made.append(len(quick.estimator.programs))
+        made.append(len(quick.estimator.compiled_steps))
     assert made == [0, 0, 0, 0, 1, 1, 2, 2, 2, 3, 4, 5]
     assert_equal_states(plain, quick, rtol=1e-8, atol=1e-9)
 
@@ -160,7 +160,7 @@ def test_rare_steps_that_sweep_often_do_not_count(uncompiled):
     for rare, made in ((3, 0), (2, 1)):
         needed(quick, [7] * rare + [2] * (20 - rare))
         quick.step(x=x, target=y)
-        assert len(quick.estimator.programs) == made
+        assert len(quick.estimator.compiled_steps) == made
 
 
 def test_what_does_not_settle_is_done_without(uncompiled):
@@ -169,14 +169,14 @@ def test_what_does_not_settle_is_done_without(uncompiled):
     for x, y in batches(6):
         for opt in (plain, quick):
             opt.step(x=x, target=y)
-    counted = len(quick.estimator.programs.needed)
+    counted = len(quick.estimator.compiled_steps.needed)
     for beta in (0.5, 20.0):
         x, y = next(batches(7, count=1))
         for opt in (plain, quick):
             opt.estimator.beta = beta
             opt.step(x=x, target=y)
             assert opt.last.converged and opt.last.beta == beta
-        assert len(quick.estimator.programs.needed) == counted + 1, "a step that is made twice counts once"
+        assert len(quick.estimator.compiled_steps.needed) == counted + 1, "a step that is made twice counts once"
         counted += 1
         assert plain.last.iterations == quick.last.iterations
         assert torch.equal(plain.last.counts, quick.last.counts)
@@ -263,7 +263,7 @@ def test_a_copy_has_programs_of_its_own(uncompiled):
         plain.step(x=x, target=y)
         quick.step(x=x, target=y)
     twin = copy.deepcopy(quick)
-    assert len(twin.estimator.programs) == 0
+    assert len(twin.estimator.compiled_steps) == 0
     for x, y in batches(16):
         plain.step(x=x, target=y)
         twin.step(x=x, target=y)
@@ -291,7 +291,7 @@ def test_natural_gradient_observes_the_same(uncompiled, make):
     for x, y in batches(17):
         plain.step(x=x, target=y)
         quick.step(x=x, target=y)
-    assert len(quick.estimator.programs) == 1
+    assert len(quick.estimator.compiled_steps) == 1
     assert_equal_states(plain, quick, rtol=1e-7, atol=1e-8)
 
 
@@ -309,7 +309,7 @@ def test_several_inputs(uncompiled):
     for x, y in batches(18):
         for opt in (plain, quick):
             opt.step(x={"left": x, "right": x.flip(1)}, target=y)
-    assert len(quick.estimator.programs) == 1
+    assert len(quick.estimator.compiled_steps) == 1
     assert_equal_states(plain, quick, rtol=1e-9, atol=1e-10)
 
 
@@ -334,7 +334,7 @@ def test_inputs_that_are_no_tensors(uncompiled, make):
         for x, y in batches(18, count=6):
             for opt in (plain, quick):
                 opt.step(x={"x": x, "scale": [scale] if make is ScaledByFirst else scale}, target=y)
-    assert len(quick.estimator.programs) == 2
+    assert len(quick.estimator.compiled_steps) == 2
     assert_equal_states(plain, quick, rtol=1e-9, atol=1e-10)
 
 
@@ -344,7 +344,7 @@ def test_only_so_many_kinds_of_step_are_remembered(uncompiled, monkeypatch):
     x, y = next(batches(18, count=1))
     for step in range(9):
         quick.step(x={"x": x, "scale": float(step)}, target=y)
-    assert len(quick.estimator.programs._seen) == 3
+    assert len(quick.estimator.compiled_steps._seen) == 3
 
 
 def test_tensors_may_lie_in_memory_as_they_like():
@@ -356,7 +356,7 @@ def test_tensors_may_lie_in_memory_as_they_like():
             if number == 7:
                 opt.model[0].weight.data = opt.model[0].weight.data.t().contiguous().t()
             opt.step(x=x, target=y)
-    assert len(quick.estimator.programs) == 1
+    assert len(quick.estimator.compiled_steps) == 1
     assert_equal_states(plain, quick, rtol=1e-8, atol=1e-9)
 
 
@@ -364,9 +364,9 @@ def test_an_estimator_with_programs_is_pickled_without(uncompiled):
     _, quick = pair(mlp, settle_steps=3, adaptive=False)
     for x, y in batches(18, count=6):
         quick.step(x=x, target=y)
-    assert len(quick.estimator.programs) == 1
+    assert len(quick.estimator.compiled_steps) == 1
     twin = pickle.loads(pickle.dumps(quick))
-    assert len(twin.estimator.programs) == 0
+    assert len(twin.estimator.compiled_steps) == 0
     assert torch.equal(twin.step(x=x, target=y), quick.step(x=x, target=y))
 
 

@@ -71,7 +71,7 @@ class Strike:
         goes_on = event == "call" and code.co_flags & inspect.CO_GENERATOR
         if event not in ("call", "c_call") or goes_on or not code.co_filename.startswith(HOME):
             return
-        if signal.getsignal(signal.SIGINT) is not self.handler:  # a signal would wait here, see mep.interrupts
+        if signal.getsignal(signal.SIGINT) is not self.handler:  # a signal would wait here, see mep.guards
             return
         self.calls += 1
         if self.calls == self.at:

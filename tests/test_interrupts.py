@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import mep
-from mep.interrupts import uninterrupted
+from mep.guards import uninterrupted
 
 
 def press():

@@ -142,7 +142,7 @@ def test_reported_residual_is_the_true_one(name, schedule):
         *(mep.Local(k, adaptive=False, tol=1e-3, schedule=schedule) for k in (1, 2, 3, 4, 6)),
     ):
         energy, found = settled(model, x, y, "cross_entropy", 0.05, solver, leaves=case.leaves)
-        predict = predictions_of_graph(energy.graph, energy.inputs, states_of(energy, energy.rest()))
+        predict = predictions_of_graph(energy.graph, energy.inputs, states_of(energy, energy.free_point()))
         if name != "batch norm":
             total = nudged_energy(predict, energy.graph.output, COSTS["cross_entropy"].value, y, 0.05)
             true = residual(predict, total, states_of(energy, found.point))

@@ -252,7 +252,7 @@ def test_steps_before_the_first_turn_do_not_make_the_machine_look_busy(monkeypat
 
 def test_a_turn_in_which_something_is_compiled_is_taken_again(uncompiled):
     contender = contending(Recipe("", "eqprop", {"compile": True}))
-    programs = contender.optimizer.estimator.programs
+    programs = contender.optimizer.estimator.compiled_steps
     step, seen = contender.step, []
 
     def compile_once(x, target):
@@ -270,7 +270,7 @@ def test_a_turn_in_which_something_is_compiled_is_taken_again(uncompiled):
 
 
 def test_a_compiled_recipe_that_is_never_compiled_says_so(uncompiled, monkeypatch):
-    monkeypatch.setattr("mep.estimators.programs.MOST_SWEEPS", 0)
+    monkeypatch.setattr("mep.estimators.compiled_step.MOST_SWEEPS", 0)
     rows = compare(network(*WIDTHS), batches(), [SGD, Recipe("EP", "eqprop", {"compile": True})], rounds=2)
     assert f"no program in {UNTIL_COMPILED} steps" in rows[1]["error"]
 

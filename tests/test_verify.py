@@ -396,7 +396,7 @@ def test_a_solver_that_certifies_what_is_no_equilibrium_is_found(name, wrong, mo
         found = finalize(solver, energy, iterate).errors
         errors = wrong({node.name: found[node.name] for node in energy.graph.states})
         zero = torch.zeros_like(iterate.residual)
-        return replace(iterate, point=energy.following(errors), errors=errors, residual=zero, exact=True)
+        return replace(iterate, point=energy.at_errors(errors), errors=errors, residual=zero, exact=True)
 
     monkeypatch.setattr(mep.Sweep, "finalize", end)
     report = verified(name)

@@ -2,6 +2,8 @@
 
 from .capture import trace
 from .constraints import spectral_bound
+from .cost import BatchCost
+from .energy import NodeEnergy
 from .errors import (
     ArgumentError,
     DataError,
@@ -13,7 +15,7 @@ from .errors import (
     ParameterError,
     TraceError,
 )
-from .estimators import Backprop, EquilibriumPropagation, Estimate
+from .estimators import Backprop, Equilibrium, EquilibriumPropagation, Estimate
 from .optimizer import EPOptimizer
 from .presets import O1MemoryEPv2, eqprop, local_ep, muon_backprop, natural_ep, sdmep, smep, smep_fast
 from .settle import Result, Solver
@@ -26,11 +28,13 @@ __version__: str
 __all__ = [
     "ArgumentError",
     "Backprop",
+    "BatchCost",
     "DataError",
     "Descent",
     "Dion",
     "DivergedError",
     "EPOptimizer",
+    "Equilibrium",
     "EquilibriumPropagation",
     "Estimate",
     "InputError",
@@ -38,6 +42,7 @@ __all__ = [
     "MepError",
     "Muon",
     "NaturalGradient",
+    "NodeEnergy",
     "NotConvergedError",
     "NotConvergedWarning",
     "O1MemoryEPv2",

@@ -262,7 +262,8 @@ def _checked_labels(output: Tensor, labels: Tensor) -> Tensor:
             f"{tuple(labels.shape)}. Classes are dimension 1 of the output; for [batch, time, classes] transpose the "
             "output, or pass a cost function."
         )
-    low, high = (int(bound) for bound in labels.aminmax())
+    lowest, highest = labels.aminmax()
+    low, high = int(lowest), int(highest)
     if low < 0 or high >= classes:
         ignored = low == -100 and high < classes
         hint = " To ignore -100, pass cost=lambda out, y: F.cross_entropy(out, y, reduction='none')." if ignored else ""

@@ -3,17 +3,17 @@ r"""The energy of a graph's states, its forces, and its nudge toward a cost.
     E(s) = sum_n e(s_n, mu_n)      one number per example, never divided by the batch size
     F(s) = E(s) + beta C(s_out)    the nudged energy
 
-Two couplings, `prediction` and `hopfield`, differ only in `e`; both pull a state with `de/ds = s - mu`:
+The coupling `e` of a state to its prediction is an object, `NodeEnergy`. Two have names:
 
-| coupling   | e(s, mu)              | tension = -de/dmu | states |
-|------------|-----------------------|-------------------|--------|
-| prediction | 1/2 \|s - mu\|^2      | s - mu            | free   |
-| hopfield   | 1/2 \|s\|^2 - <s, mu> | s                 | in a box |
+| energy       | e(s, mu)              | de/ds  | -de/dmu | states                                  |
+|--------------|-----------------------|--------|---------|-----------------------------------------|
+| `prediction` | 1/2 \|s - mu\|^2      | s - mu | s - mu  | free                                    |
+| `hopfield`   | 1/2 \|s\|^2 - <s, mu> | s - mu | s       | behind the activations, each in its box |
 
-The force on a state is local: `dF/ds_n = (s_n - mu_n) - sum_c J_c^T tension_c`, minus `-beta dC/ds` at the output.
+The force on a state is local: `dF/ds_n = de/ds_n - sum_c J_c^T (-de/dmu)_c`, plus `beta dC/ds` at the output.
 
 The residual of a state says how far it is from equilibrium *in units of the nudge*: the two sides that balance there,
-both over beta, differ by no more than that fraction of the larger one (`Energy.residuals`). A residual relative to the
+both over beta, differ by no more than that fraction of the larger one (`Energy.residual`). A residual relative to the
 states themselves would call any weak nudge settled before anything has moved.
 
 Sources: Scellier and Bengio 2017 (arXiv:1602.05179), eq. 3 to 6; Whittington and Bogacz 2017 for `prediction`.
@@ -22,9 +22,10 @@ Sources: Scellier and Bengio 2017 (arXiv:1602.05179), eq. 3 to 6; Whittington an
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -42,61 +43,123 @@ Box = tuple[float, float]
 FREE: Box = (-math.inf, math.inf)
 
 
-class Prediction:
+class NodeEnergy(ABC):
+    """The energy `e(s, mu)` of a state and its prediction, and its two derivatives.
+
+    An object of a class derived from this one may be passed as `energy=` wherever "prediction" and "hopfield" may.
+    `mep.Descent` settles all of them; `mep.Sweep` those that have `state` (it works with the errors `-de/dmu`).
+
+    Example: a quartic coupling, which sweeps settle as well.
+        >>> class Quartic(NodeEnergy):
+        ...     is_forward = True
+        ...     def energy(self, s, mu):
+        ...         return (s - mu) ** 2 / 2 + (s - mu) ** 4 / 4
+        ...     def ds(self, s, mu):
+        ...         return (s - mu) + (s - mu) ** 3
+        ...     def dmu(self, s, mu):
+        ...         return -self.ds(s, mu)
+        ...     def state(self, mu, force):  # d + d^3 = f has the root 2 / sqrt(3) sinh(asinh(3 sqrt(3) / 2 f) / 3)
+        ...         return mu + 2 / 3**0.5 * torch.sinh(torch.asinh(1.5 * 3**0.5 * force) / 3)
+        >>> mu, force = torch.zeros(1), torch.tensor([2.0])
+        >>> Quartic().ds(Quartic().state(mu, force), mu)
+        tensor([2.0000])
+    """
+
+    is_forward: ClassVar[bool] = False
+    """Whether e is least at s = mu, with `de/dmu = 0` there: the free equilibrium is then the forward pass."""
+    is_quadratic: ClassVar[bool] = False
+    """Whether `e = 1/2 |s - mu|^2`: nodes with constant Jacobians then make an affine network."""
+    behind_activations: ClassVar[bool] = False
+    """Whether states stand behind the activations, in their boxes; else on the predictions of parametrised nodes."""
+    box: ClassVar[Box] = FREE
+    """Bounds of every state, where they stand on predictions."""
+
+    @property
+    def name(self) -> str:
+        """That of the class, in lower case."""
+        return type(self).__name__.lower()
+
+    @property
+    def has_state(self) -> bool:
+        """Whether `state` is there."""
+        return type(self).state is not NodeEnergy.state
+
+    @abstractmethod
+    def energy(self, s: Tensor, mu: Tensor) -> Tensor:
+        """e: elementwise, or any numbers whose sum over everything but the examples is meant."""
+
+    @abstractmethod
+    def ds(self, s: Tensor, mu: Tensor) -> Tensor:
+        """de/ds, in the shape of s."""
+
+    @abstractmethod
+    def dmu(self, s: Tensor, mu: Tensor) -> Tensor:
+        """de/dmu, in the shape of mu."""
+
+    def state(self, mu: Tensor, force: Tensor) -> Tensor:
+        """The s at which `de/ds = -de/dmu = force`, for couplings that depend on s - mu alone; optional."""
+        raise NotImplementedError
+
+    def forces(self, s: Tensor, mu: Tensor) -> tuple[Tensor, Tensor]:
+        """de/ds and -de/dmu."""
+        return self.ds(s, mu), self.dmu(s, mu).neg()
+
+    def drive(self, s: Tensor, mu: Tensor) -> Tensor:
+        """`s - de/ds`: where a step of length one would lead if nothing else acted on the state."""
+        return s - self.ds(s, mu)
+
+
+class Prediction(NodeEnergy):
     """`e = 1/2 |s - mu|^2`: the free equilibrium is the forward pass, with E = 0."""
 
-    name = "prediction"
-    vanishes_when_free = True
+    is_forward = True
+    is_quadratic = True
 
     def energy(self, s: Tensor, mu: Tensor) -> Tensor:
-        """Elementwise."""
         return 0.5 * (s - mu).square()
 
-    def prediction_force(self, s: Tensor, mu: Tensor) -> Tensor:
-        """-de/dmu."""
+    def ds(self, s: Tensor, mu: Tensor) -> Tensor:
         return s - mu
 
-    def force_terms(
-        self, s: Tensor, mu: Tensor, incoming: Tensor, free: Free | None, box: Box
-    ) -> tuple[Tensor, Tensor]:
-        """The two sides that are equal at equilibrium: the error, and the pull of the children."""
-        return s - mu, incoming
+    def dmu(self, s: Tensor, mu: Tensor) -> Tensor:
+        return mu - s
+
+    def state(self, mu: Tensor, force: Tensor) -> Tensor:
+        return mu + force
+
+    def forces(self, s: Tensor, mu: Tensor) -> tuple[Tensor, Tensor]:
+        error = s - mu
+        return error, error
 
 
-class Hopfield:
+class Hopfield(NodeEnergy):
     """`e = 1/2 |s|^2 - <s, mu>` with s in a box: the deep Hopfield network of Scellier and Bengio 2017."""
 
-    name = "hopfield"
-    vanishes_when_free = False
+    behind_activations = True
 
     def energy(self, s: Tensor, mu: Tensor) -> Tensor:
-        """Elementwise."""
         return 0.5 * s.square() - s * mu
 
-    def prediction_force(self, s: Tensor, mu: Tensor) -> Tensor:
-        """-de/dmu."""
-        return s
+    def ds(self, s: Tensor, mu: Tensor) -> Tensor:
+        return s - mu
 
-    def force_terms(
-        self, s: Tensor, mu: Tensor, incoming: Tensor, free: Free | None, box: Box
-    ) -> tuple[Tensor, Tensor]:
-        """The two sides that are equal at equilibrium: the state, and all its input moved into the box.
+    def dmu(self, s: Tensor, mu: Tensor) -> Tensor:
+        return -s
 
-        With a nudge, both as they differ from the free state: else the response to a weak one would drown.
-        """
-        if free is None:
-            return s, (mu + incoming).clamp(*box)
-        return s - free.state, (mu + incoming + free.leftover).clamp(*box) - free.state
+    def drive(self, s: Tensor, mu: Tensor) -> Tensor:
+        return mu
 
 
-NodeEnergy = Prediction | Hopfield
-NODE_ENERGIES: dict[str, type[Prediction] | type[Hopfield]] = {"prediction": Prediction, "hopfield": Hopfield}
+NODE_ENERGIES: dict[str, type[NodeEnergy]] = {"prediction": Prediction, "hopfield": Hopfield}
 
 
-def make_node_energy(name: str) -> NodeEnergy:
-    """The coupling of that name."""
-    require("EquilibriumPropagation", "energy", name, *one_of(sorted(NODE_ENERGIES)))
-    return NODE_ENERGIES[name]()
+def make_node_energy(energy: str | NodeEnergy) -> NodeEnergy:
+    """The energy of that name, or the object itself."""
+    if isinstance(energy, NodeEnergy):
+        return energy
+    among, wanted = one_of(sorted(NODE_ENERGIES))
+    require("EquilibriumPropagation", "energy", energy, among, f"{wanted}, or an object derived from mep.NodeEnergy")
+    return NODE_ENERGIES[energy]()
 
 
 @dataclass(frozen=True)
@@ -126,7 +189,7 @@ class Energy:
     """The energy of one batch: a graph with its input clamped, and a nudge or none."""
 
     graph: Graph
-    coupling: NodeEnergy
+    node_energy: NodeEnergy
     inputs: Mapping[str, Any]
     context: StepContext
     batch: int
@@ -145,28 +208,48 @@ class Energy:
     @property
     def is_affine(self) -> bool:
         """Whether the Jacobians do not depend on the state: every node but the output is then balanced by a sweep."""
-        return self.context.freeze_branches and self.graph.is_affine_when_held
+        return self.context.freeze_branches and self.graph.is_affine_when_held and self.node_energy.is_quadratic
 
-    def rest(self, lean: bool = False) -> Point:
-        """Every state on its prediction, inside its box: the free equilibrium of the prediction energy.
+    def free_point(self, lean: bool = False) -> Point:
+        """Every state on its prediction, inside its box: the free equilibrium where that is the forward pass.
 
         A `lean` one has only the values that a sweep through an affine graph reads: input, output, loose ends.
         """
-        return self.graph.evaluate(self.inputs, self.context, inside_box, lean=lean)
+        return self.graph.evaluate(self.inputs, self.context, None if self._is_boxless else self.in_box, lean=lean)
 
     def at(self, state: Mapping[str, Tensor]) -> Point:
         """The graph evaluated at a state."""
         return self.graph.evaluate(self.inputs, self.context, lambda node, mu: state[node.name])
 
-    def following(self, errors: Mapping[str, Tensor]) -> Point:
-        """The graph with every state off its prediction by its scaled error: `s = mu - beta error`."""
-        return self.graph.evaluate(
-            self.inputs, self.context, lambda node, mu: state_from_error(mu, errors[node.name], self.beta)
-        )
+    def at_errors(self, errors: Mapping[str, Tensor]) -> Point:
+        """The graph with every state off its prediction by its scaled error: `s = mu - beta error`, if quadratic."""
+
+        def place(node: Node, mu: Tensor) -> Tensor:
+            if self.node_energy.is_quadratic:
+                return state_from_error(mu, errors[node.name], self.beta)
+            return self.node_energy.state(mu, -errors[node.name] * expand_beta(self.beta, mu))
+
+        return self.graph.evaluate(self.inputs, self.context, place)
+
+    def in_box(self, node: Node, s: Tensor) -> Tensor:
+        """The point of the node's box that is nearest to s."""
+        box = self.box_of(node)
+        return s if box == FREE else s.clamp(*box)
+
+    def box_of(self, node: Node) -> Box:
+        """The bounds of a node's state."""
+        return node.box if self.node_energy.behind_activations else self.node_energy.box
+
+    @property
+    def _is_boxless(self) -> bool:
+        return not self.node_energy.behind_activations and self.node_energy.box is FREE
 
     def errors(self, point: Point) -> State:
-        """The scaled errors `(mu - s) / beta` of every state."""
-        return {name: (mu - point.values[name]) / expand_beta(self.beta, mu) for name, mu in point.predictions.items()}
+        """The scaled errors `de/dmu / beta` of every state; for the prediction energy `(mu - s) / beta`."""
+        dmu = self.node_energy.dmu
+        return {
+            name: dmu(point.values[name], mu) / expand_beta(self.beta, mu) for name, mu in point.predictions.items()
+        }
 
     def state(self, point: Point) -> State:
         """The states of a point."""
@@ -184,7 +267,7 @@ class Energy:
         """`E(s)`, or `F(s)` when nudged, without the leftover of the free phase: [batch]."""
         total = torch.zeros(self.batch, dtype=self.output(point).dtype, device=self.output(point).device)
         for name, mu in point.predictions.items():
-            total = total + self.coupling.energy(point.values[name], mu).reshape(self.batch, -1).sum(1)
+            total = total + self.node_energy.energy(point.values[name], mu).reshape(self.batch, -1).sum(1)
         if self.nudge:
             total = total + self.nudge.beta * self.nudge.cost.value(self.output(point))
         return total
@@ -207,23 +290,18 @@ class Energy:
 
         `saved` is a point's, or some rows of it; `like` has the shapes of the states that nothing arrives at.
         """
+        arriving: dict[str, Tensor | None] = {}
+        self.graph.vjp(saved, x, arriving=arriving)
         errors: State = {}
-
-        def transmit(node: Node, force: Tensor | None) -> Tensor | None:
-            if node.name == self.graph.output:
-                force = x
-            if node.owns_state:
-                if force is None:
-                    shape = like[node.name].shape
-                    force = x.new_zeros(shape[0] * len(x) // self.batch, *shape[1:])
-                errors[node.name] = force
-            return force
-
-        self.graph.vjp(saved, None, transmit)
+        for name, force in arriving.items():
+            if force is None:
+                shape = like[name].shape
+                force = x.new_zeros(shape[0] * len(x) // self.batch, *shape[1:])
+            errors[name] = force
         return errors
 
     def incoming_forces(self, point: Point) -> State:
-        """What each state is pulled by: `sum_c J_c^T tension_c`, and `-beta dC/ds` at the output."""
+        """The forces on each state from elsewhere: `sum_c J_c^T (-de/dmu)_c`, and `-beta dC/ds` at the output."""
         arriving: State = {}
 
         def transmit(node: Node, force: Tensor | None) -> Tensor | None:
@@ -231,37 +309,35 @@ class Energy:
                 return force
             s, mu = point.values[node.name], point.predictions[node.name]
             arriving[node.name] = torch.zeros_like(s) if force is None else force
-            return self.coupling.prediction_force(s, mu)
+            return self.node_energy.forces(s, mu)[1]
 
         gradient = self.cost_gradient(point)
-        self.graph.vjp(
-            point.saved, None if gradient is None else -gradient * expand_beta(self.beta, gradient), transmit
-        )
+        nudge = None if gradient is None else -gradient * expand_beta(self.beta, gradient)
+        self.graph.vjp(point.saved, nudge, transmit)
         return arriving
 
-    def forces(self, point: Point, incoming_forces: Mapping[str, Tensor] | None = None) -> State:
+    def forces(self, point: Point, incoming: Mapping[str, Tensor] | None = None) -> State:
         """dF/ds_n of every state, in closed form."""
-        incoming_forces = self.incoming_forces(point) if incoming_forces is None else incoming_forces
+        incoming = self.incoming_forces(point) if incoming is None else incoming
         return {
-            name: self.force(name, point.values[name], mu, incoming_forces[name])
-            for name, mu in point.predictions.items()
+            name: self.force(name, point.values[name], mu, incoming[name]) for name, mu in point.predictions.items()
         }
 
     def force(self, name: str, s: Tensor, mu: Tensor, incoming: Tensor) -> Tensor:
         """dF/ds of one state."""
         free = self.free_of(name)
-        return s - mu - incoming if free is None else s - mu - incoming - free.leftover
+        force = self.node_energy.ds(s, mu) - incoming
+        return force if free is None else force - free.leftover
 
     def free_of(self, name: str) -> Free | None:
         """The free equilibrium of one state, where the nudge has noted it."""
         return self.nudge.free[name] if self.nudge and self.nudge.free else None
 
-    def residuals(self, point: Point, incoming_forces: Mapping[str, Tensor] | None = None) -> State:
+    def residuals(self, point: Point, incoming: Mapping[str, Tensor] | None = None) -> State:
         """The residual of every state, in units of the nudge: {node: [batch]}, see `relative_residual`."""
-        incoming_forces = self.incoming_forces(point) if incoming_forces is None else incoming_forces
+        incoming = self.incoming_forces(point) if incoming is None else incoming
         return {
-            name: self.residual(name, point.values[name], mu, incoming_forces[name])
-            for name, mu in point.predictions.items()
+            name: self.residual(name, point.values[name], mu, incoming[name]) for name, mu in point.predictions.items()
         }
 
     def residual(self, name: str, s: Tensor, mu: Tensor, incoming: Tensor) -> Tensor:
@@ -271,7 +347,15 @@ class Energy:
         of dC/ds, and enters here times beta; but the free one alone where a strong nudge fixes the other.
         """
         free, batch = self.free_of(name), self.batch
-        side, other = self.coupling.force_terms(s, mu, incoming, free, self.graph.by_name[name].box)
+        if self.node_energy.is_forward:
+            side, other = self.node_energy.ds(s, mu), incoming
+        else:
+            # The state, and where all forces would move it inside its box. With a nudge both as they differ from the
+            # free state: else the response to a weak one would drown.
+            side, other = s, self.node_energy.drive(s, mu) + incoming
+            other = other if free is None else other + free.leftover
+            other = other.clamp(*self.box_of(self.graph.by_name[name]))
+            side, other = (side, other) if free is None else (side - free.state, other - free.state)
         if self.nudge is None:
             return relative_residual(side, other, batch)
         rounded = rounding(s, batch)
@@ -280,6 +364,10 @@ class Energy:
             share = torch.as_tensor(self.beta).abs().clamp(max=1)
             unknown = unknown + share * example_norm(free.leftover, batch)
         return relative_residual(side, other, batch, unknown, 10 * rounded)
+
+    def relative(self, side: Tensor, other: Tensor) -> Tensor:
+        """`relative_residual` of two sides of a balance: [batch]."""
+        return relative_residual(side, other, self.batch)
 
     def has_nothing_to_settle(self, free: Point, size: Tensor | None = None) -> Tensor:
         """Which examples have a cost gradient at the free output that is no more than its rounding: [batch].
@@ -294,12 +382,12 @@ class Energy:
     ) -> dict[Any, Tensor]:
         """`weight * dE/dtheta`, over beta where there is a nudge, summed over the batch and over the nodes (or all).
 
-        `errors` are the scaled ones, (mu - s) / beta, where they are known. Without `nodes`, the gradient of the cost's
+        `errors` are the scaled ones, `de/dmu / beta`, where they are known. Without `nodes`, the gradient of the cost's
         own parameters is added.
         """
         if errors is None:
             names = [node.name for node in (self.graph.states if nodes is None else nodes)]
-            errors = {n: -self.coupling.prediction_force(point.values[n], point.predictions[n]) for n in names}
+            errors = {n: self.node_energy.dmu(point.values[n], point.predictions[n]) for n in names}
             if self.nudge:
                 errors = {n: e / expand_beta(self.beta, e) for n, e in errors.items()}
         gradients = self.graph.param_vjp(point, errors, weight, nodes)
@@ -341,17 +429,13 @@ def add_gradients(total: dict[Any, Tensor], found: Mapping[Any, Tensor]) -> None
         total[p] = total[p] + g if p in total else g
 
 
-def inside_box(node: Node, mu: Tensor) -> Tensor:
-    """The point of the node's box that is nearest to mu."""
-    return mu if node.box == FREE else mu.clamp(*node.box)
-
-
 def example_norm(tensor: Tensor, batch: int) -> Tensor:
     """The Euclidean norm over everything but the examples, [batch], in float32 at least.
 
     Rows of one example must be neighbours.
     """
-    return torch.linalg.vector_norm(by_example(tensor, batch), dim=1, dtype=accurate(tensor))
+    rows = by_example(tensor, batch) if tensor.ndim == 4 else tensor.reshape(batch, -1)
+    return torch.linalg.vector_norm(rows, dim=1, dtype=torch.promote_types(tensor.dtype, torch.float32))
 
 
 def example_dot(a: Tensor, b: Tensor, batch: int) -> Tensor:

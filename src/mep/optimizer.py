@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mep.capture.state import Buffers
 from mep.errors import A_FLAG, ArgumentError, ParameterError, require, warn
 from mep.estimators.estimate import Estimate, Gradients, accumulate
-from mep.interrupts import uninterrupted
+from mep.guards import uninterrupted
 
 Constraint = Callable[[torch.optim.Optimizer], None]
 
@@ -132,10 +132,13 @@ class EPOptimizer(torch.optim.Optimizer):
                 loss = self._step_in_pieces(x, target, **known)
                 return loss if closure is None else value
             gradients, estimate = self.estimator.gradients(x, target, **known)
-            own = self._parameters()
-            for p in own:
-                p.grad = None
-            accumulate({p: gradients[p] for p in own if p in gradients})
+            moved = {}
+            for group in self.param_groups:
+                for p in group["params"]:
+                    p.grad = None
+                    if p in gradients:
+                        moved[p] = gradients[p]
+            accumulate(moved)
             self.last, loss = estimate, estimate.loss if closure is None else value
         elif self.low_memory:
             raise ArgumentError("step(): low_memory=True makes its own gradients. Call step(x=inputs, target=labels).")
@@ -172,7 +175,10 @@ class EPOptimizer(torch.optim.Optimizer):
 
     def _check_owned(self) -> None:
         """Refuse parameters that the model no longer has. Where each was found last is looked at first."""
-        if self._homes and all(home.get(key) is p for home, key, p in self._homes):
+        is_found = bool(self._homes)
+        for home, key, p in self._homes:
+            is_found = is_found and home.get(key) is p
+        if is_found:
             return
         found, modules = homes_of(self.estimator)
         own = self._parameters()

@@ -25,7 +25,7 @@ from mep.constraints import spectral_bound
 from mep.cost import BatchCost, PerExample
 from mep.errors import A_FLAG, ArgumentError, ParameterError, removed_arguments, require
 from mep.estimators import Backprop, EquilibriumPropagation
-from mep.estimators.inputs import check_model
+from mep.estimators.checks import check_model
 from mep.optimizer import EPOptimizer
 from mep.settle import Solver
 from mep.solvers import Descent, Local, Sweep

@@ -8,7 +8,7 @@ from __future__ import annotations
 import enum
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from typing import Any, ClassVar
@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from mep.energy import Energy, State, example_dot, example_norm
+from mep.energy import Energy, NodeEnergy, State, example_dot, example_norm
 from mep.errors import A_FLAG, require, whole_number
 from mep.graph import Point
 
@@ -51,21 +51,23 @@ class Response:
         batch: the number of examples.
         error: x, in the shape of the output.
         errors: backpropagation's errors of all states; None where they are not kept (`checkpoint=True`). A solver may
-            empty it, and `arriving`, once they are replaced, so that their memory is free: pass a `copy` to keep them.
+            empty it, and `input_tangents`, once they are replaced, to free their memory: pass a `copy` to keep them.
         shift: `M x`; None where Jacobians may change.
-        arriving: how far the weighted inputs move, see `Graph.jvp`; None without `shift` or `errors`.
+        input_tangents: how far the weighted inputs move, see `Graph.jvp`; None without `shift` or `errors`.
     """
 
     batch: int
     error: Tensor
     errors: State | None = None
     shift: Tensor | None = None
-    arriving: State | None = None
+    input_tangents: State | None = None
 
     def copy(self) -> Response:
         """The same tensors in dictionaries of their own."""
-        errors, arriving = (None if state is None else dict(state) for state in (self.errors, self.arriving))
-        return replace(self, errors=errors, arriving=arriving)
+        errors, input_tangents = (
+            None if state is None else dict(state) for state in (self.errors, self.input_tangents)
+        )
+        return replace(self, errors=errors, input_tangents=input_tangents)
 
     @cached_property
     def size(self) -> Tensor:
@@ -142,11 +144,6 @@ class Iterate:
     exact: bool = True
     state: Any = field(default=None, repr=False)
 
-    @cached_property
-    def worst(self) -> float:
-        """The largest residual; read it once this iterate is complete."""
-        return float(self.residual.max())
-
 
 @dataclass(frozen=True)
 class Solver(ABC):
@@ -168,12 +165,14 @@ class Solver(ABC):
 
     carries_errors: ClassVar[bool] = False
     """Whether it works with scaled errors, not with differences of states: no beta is too small for its digits."""
-    prediction_only: ClassVar[bool] = False
-    """Whether it settles the energy "prediction" alone."""
     uses_response: ClassVar[bool] = False
     """Whether it begins with the response of the free equilibrium, which it computes itself if it is not given."""
     uses_warm_start: ClassVar[bool] = False
     """Whether it can begin at an earlier equilibrium of the same examples."""
+    compiles: ClassVar[bool] = False
+    """Whether it has `unrolled`, a fixed number of steps without decisions, from which a program is compiled."""
+    checkpoints: ClassVar[bool] = False
+    """Whether it settles from the output and the input alone, without the states of all nodes."""
 
     def __post_init__(self) -> None:
         name = type(self).__name__
@@ -181,6 +180,9 @@ class Solver(ABC):
         require(name, "patience", self.patience, *whole_number(1))
         require(name, "tol", self.tol, lambda tol: 0 < tol < 1, "above 0 and below 1")
         require(name, "adaptive", self.adaptive, *A_FLAG)
+
+    def check(self, node_energy: NodeEnergy) -> None:  # noqa: B027 - most solvers settle all energies
+        """Raise an ArgumentError if this solver does not settle such an energy."""
 
     @abstractmethod
     def init(self, energy: Energy, point: Point, start: Start) -> Iterate:
@@ -194,27 +196,50 @@ class Solver(ABC):
         """The same iterate with its point, its errors and its exact residual, where `step` was content with less."""
         return iterate
 
+    def unrolled(self, energy: Energy, point: Point, start: Start, steps: int) -> tuple[Iterate, Tensor]:
+        """Where so many steps lead, and the residuals after each, [steps, batch]; only where `compiles`."""
+        raise NotImplementedError
+
     def failure_hint(self, energy: Energy, point: Point) -> str:
         """What to do where this has diverged, or not settled, from a point."""
         return "a smaller beta (beta=None chooses one for each example), or more settle_steps."
 
 
-def settle(energy: Energy, point: Point, solver: Solver, start: Start = Start()) -> Settled:
+def settle(
+    energy: Energy,
+    point: Point,
+    solver: Solver,
+    start: Start = Start(),
+    watch: Callable[[int, Iterate], None] | None = None,
+) -> Settled:
     """Run `solver` on `energy` from `point` until every example has settled or the steps are used up.
 
     Whether an example has anything to settle is judged once, at `point`, by the cost gradient alone: on the way a state
     may well pass where that vanishes.
+
+    Args:
+        energy, point: where to begin; with a nudge `point` is the free equilibrium.
+        solver: proposes the iterates.
+        start: what it may begin with.
+        watch: called with the number of iterations and each iterate, complete with its point.
     """
-    size = start.response.size if start.response else None
-    idle = energy.has_nothing_to_settle(point, size) if energy.nudge else None
-    iterate = _without(idle, solver.init(energy, point, start))
+    idle = (
+        energy.has_nothing_to_settle(point, start.response.size if start.response else None) if energy.nudge else None
+    )
+    iterate = solver.init(energy, point, start)
     tol = rounded(solver.tol, iterate.residual.dtype)
     active: Tensor | None = None  # all of them
-    calm: Tensor | None = None
+    calm: Tensor | None = None  # for how many iterations in a row each example has been settled
     counts: Tensor | None = None  # all alike
     for iterations in range(solver.settle_steps + 1):
+        if idle is not None:
+            iterate.residual = iterate.residual.masked_fill(idle, 0)
+        if watch is not None:
+            watch(iterations, solver.finalize(energy, iterate))
+        worst = float(iterate.residual.max())
+        # Which examples have settled: by their residuals, and by nothing else.
         if solver.adaptive and (iterations > 0 or iterate.exact):
-            if solver.patience == 1 and iterate.worst <= tol:
+            if solver.patience == 1 and worst <= tol:
                 break
             active = ~(iterate.residual <= tol)
             if solver.patience > 1:
@@ -222,37 +247,27 @@ def settle(energy: Energy, point: Point, solver: Solver, start: Start = Start())
                 active = calm < solver.patience
                 if not active.any():
                     break
-        if iterations == solver.settle_steps or iterate.diverging or not math.isfinite(iterate.worst):
+        if iterations == solver.settle_steps or iterate.diverging or not math.isfinite(worst):
             break
         if active is not None:
             counts = active + (torch.full_like(active, iterations, dtype=torch.long) if counts is None else counts)
-        iterate = _without(idle, solver.step(energy, iterate, active))
-    if counts is None:
-        counts = iterate.residual.new_full((energy.batch,), iterations, dtype=torch.long)
+        iterate = solver.step(energy, iterate, active)
     last = solver.finalize(energy, iterate)
-    last = last if last.residual is iterate.residual else _without(idle, last)
-    return _judged(solver, last, iterations, counts)
+    if last.residual is not iterate.residual:
+        last.residual = last.residual if idle is None else last.residual.masked_fill(idle, 0)
+        worst = float(last.residual.max())
+    if last.diverging or not math.isfinite(worst):
+        result = Result.DIVERGED
+    elif worst <= tol:
+        result = Result.CONVERGED
+    else:
+        result = Result.STEP_LIMIT if solver.adaptive else Result.FIXED_STEPS
+    if counts is None:
+        counts = last.residual.new_full((energy.batch,), iterations, dtype=torch.long)
+    return Settled(last.point, last.residual, iterations, result, counts, last.errors, last.turns)
 
 
 @cache
 def rounded(tol: float, dtype: torch.dtype) -> float:
     """The tolerance as residuals of that dtype are compared with it, one by one or the worst of them."""
     return torch.tensor(tol, dtype=dtype).item()
-
-
-def _without(idle: Tensor | None, iterate: Iterate) -> Iterate:
-    """With a residual of zero where there is nothing to settle."""
-    if idle is not None:
-        iterate.residual = iterate.residual.masked_fill(idle, 0)
-    return iterate
-
-
-def _judged(solver: Solver, iterate: Iterate, iterations: int, counts: Tensor) -> Settled:
-    worst = iterate.worst
-    if iterate.diverging or not math.isfinite(worst):
-        result = Result.DIVERGED
-    elif worst <= rounded(solver.tol, iterate.residual.dtype):
-        result = Result.CONVERGED
-    else:
-        result = Result.STEP_LIMIT if solver.adaptive else Result.FIXED_STEPS
-    return Settled(iterate.point, iterate.residual, iterations, result, counts, iterate.errors, iterate.turns)

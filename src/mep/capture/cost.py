@@ -12,7 +12,7 @@ from mep.cost import BatchCost
 from mep.errors import InputError
 from mep.graph.graph import Graph
 from mep.graph.inputs import flattened
-from mep.hooks import without_hooks
+from mep.guards import without_hooks
 
 
 class RecordedCost(BatchCost):

@@ -26,8 +26,7 @@ from mep.graph.graph import Graph
 from mep.graph.inputs import call_model, flattened, unflattened
 from mep.graph.node import Node
 from mep.graph.step_context import StepContext
-from mep.hooks import without_hooks
-from mep.noise import generators, set_generators
+from mep.guards import generators, set_generators, without_hooks
 
 
 @dataclass(frozen=True)
@@ -162,7 +161,7 @@ def _graph_side(proof: Proof, x: Any, target: Any, buffers: Buffers) -> Side:
     graph, batch = proof.graph, len(next(t for t in flattened(x)[0] if isinstance(t, Tensor)))
     context = StepContext(freeze_branches=proof.branches == "held" and proof.energy == "prediction")
     energy = Energy(graph, make_node_energy(proof.energy), graph.bind(x), context, batch)
-    free = energy.rest()
+    free = energy.free_point()
     context.recording = False
     output = energy.output(free)
     cost: Any = RecordedCost(graph, energy.inputs, target) if graph.cost else make_cost(proof.cost)(output, target)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mep.capture.surroundings import surroundings_kept
 from mep.errors import TraceError
-from mep.noise import generators_kept
+from mep.guards import generators_kept
 
 
 def check_state(model: nn.Module, hooks: bool = True) -> None:

@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 from mep.capture.state import Buffers
 from mep.graph.closed_forms import kink_of_call
 from mep.graph.step_context import StepContext
-from mep.noise import generators_kept
+from mep.guards import generators_kept
 
 _KEPT: dict[int, Whole] = {}
 _KEYS = itertools.count()

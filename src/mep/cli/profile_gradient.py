@@ -22,9 +22,8 @@ import mep
 from mep.cli.profile_rows import Recipe, estimator_of
 from mep.cli.turns import Batch
 from mep.errors import ArgumentError, NotConvergedError
-from mep.estimators.contrast import contrast
+from mep.estimators.contrast import contrast, settle_phases
 from mep.estimators.estimate import finished
-from mep.estimators.phases import settle_phases
 from mep.settle import Result, Settled
 from mep.verification.subject import Case, Config
 
@@ -59,8 +58,8 @@ class Reference:
             ArgumentError: there is no such reference: the energy is another one, the model draws random numbers, or the
                 gradient is zero.
         """
-        if estimator.coupling.name != "prediction":
-            raise ArgumentError(f"energy={estimator.coupling.name!r}: only 'prediction' has an exact gradient here.")
+        if estimator.node_energy.name != "prediction":
+            raise ArgumentError(f"energy={estimator.node_energy.name!r}: only 'prediction' has an exact gradient here.")
         how = Config(estimator.cost, EXACT, estimator.branches, estimator.leaves)
         x, target = self.batches[place]
         subject = Case(self.model, x, target, how, dtype=None)

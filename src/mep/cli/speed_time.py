@@ -107,7 +107,7 @@ class Contender(Stepper):
     def _programs(self) -> int:
         """How many programs of whole steps have been compiled."""
         estimator = estimator_of(self.optimizer)
-        return 0 if estimator is None or estimator.programs is None else len(estimator.programs)
+        return 0 if estimator is None or estimator.compiled_steps is None else len(estimator.compiled_steps)
 
     def _is_eager_in_spite(self, recipe: Recipe) -> bool:
         return compiles(recipe) and estimator_of(self.optimizer) is not None and not self._programs

@@ -3,5 +3,6 @@
 from mep.estimators.backprop import Backprop
 from mep.estimators.equilibrium import EquilibriumPropagation
 from mep.estimators.estimate import Estimate
+from mep.estimators.view import Equilibrium
 
-__all__ = ["Backprop", "EquilibriumPropagation", "Estimate"]
+__all__ = ["Backprop", "Equilibrium", "EquilibriumPropagation", "Estimate"]

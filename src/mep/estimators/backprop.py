@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from mep.capture.state import Buffers, check_state, trained_parameters
 from mep.cost import BatchCost, PerExample, make_cost, mean_cost
 from mep.errors import ArgumentError, DivergedError
+from mep.estimators.checks import check_mode, check_model, checked_batch, noise_undone_on_error
 from mep.estimators.estimate import Estimate, Gradients, accumulate, finished
-from mep.estimators.inputs import batch_size, check_mode, check_model, check_target, noise_undone_on_error
 from mep.graph.inputs import call_model, dtype_errors
-from mep.hooks import without_hooks
+from mep.guards import without_hooks
 from mep.settle import Result
 
 
@@ -46,8 +46,7 @@ class Backprop:
         if indices is not None:
             raise ArgumentError("Backprop: there is no equilibrium to begin at; leave indices out.")
         check_mode()
-        batch_size(x)
-        check_target(target, self.cost)
+        checked_batch(x, target, self.cost)
         check_model(self.model, "Backprop")
         trained = trained_parameters(self.model, self.cost)
         buffers = Buffers(self.model)

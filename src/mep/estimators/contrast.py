@@ -1,30 +1,143 @@
-"""Every variant of equilibrium propagation is a table: which equilibria, with which weights.
+"""A gradient from equilibria: which ones, at which beta, and with which weights.
 
     dC/dtheta ~ sum_k w_k dE/dtheta(s*(beta_k))
 
-Each row is `(beta_k / beta, w_k beta)`. One-sided (Scellier and Bengio 2017, eq. 10) errs by O(beta), centered
-(Laborieux et al. 2021, arXiv:2006.03824, eq. 6) by O(beta^2).
+Every variant of equilibrium propagation is a table of `(beta_k / beta, w_k beta)`. One-sided (Scellier and Bengio 2017,
+eq. 10) errs by O(beta), centered (Laborieux et al. 2021, arXiv:2006.03824, eq. 6) by O(beta^2).
+
+**Which beta**, if none is named: as strong as the bias allows, chosen before any state has moved. At beta the cost's
+gradient at the output changes by `|dC(s_beta) - dC(s_free)| <= L |s_beta - s_free|`, with L the cost's smoothness, and
+the output has moved by `beta |M g|` to first order, g = dC(s_free). So the relative bias of the output's error is about
+`beta k L`, with `k = |M g| / |g|`, and
+
+    beta = largest / max(1, k L)
+
+keeps it at `largest` for each example: 0.1 for gradient descent, whose states have to stand out from their rounding;
+0.01 for solvers that carry errors, for which no beta is too small. Where Jacobians are constant the response M g of the
+free equilibrium is known before any state has moved; then the bound is exact, and a tolerance of 0.01 takes one sweep.
+Elsewhere k is the gain `<g, M g> / <g, g> = sum_n |A_n^T g|^2 / |g|^2`, which the first backward walk gives exactly and
+which is no larger, and the Jacobians move as well: the gradient as a whole may be biased tens of times as much as the
+output's error. There `largest` is 0.0002. Examples that are coupled have one beta, from the gain of all together.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 
 import torch
+from torch import Tensor
 
-from mep.energy import Energy
+from mep.cost import BatchCost
+from mep.energy import Energy, Free, State, example_norm, nudge
+from mep.errors import DivergedError
 from mep.estimators.estimate import Gradients, finished
-from mep.settle import Iterate, Settled
+from mep.graph import Point
+from mep.graph.node import Beta
+from mep.settle import Iterate, Response, Result, Settled, Solver, Start, settle
+from mep.solvers.networks.network import are_independent, spread_length
+from mep.solvers.sweep import linear_response
 
 Contrast = tuple[tuple[float, float], ...]
 
 Phase = tuple[float, Energy, Settled | Iterate]
 """The weight of an equilibrium, its energy, and the equilibrium."""
+SettledPhase = tuple[float, Energy, Settled]
+"""The same with all that settling reports."""
 
 CONTRASTS: dict[str, Contrast] = {
     "one-sided": ((0.0, -1.0), (1.0, 1.0)),
     "centered": ((-1.0, -0.5), (1.0, 0.5)),
 }
+
+
+Watch = Callable[[float, Energy, int, Iterate], None]
+
+
+def settle_phases(
+    energy: Energy,
+    free: Settled,
+    cost: BatchCost,
+    solver: Solver,
+    phases: str,
+    beta: Beta | None,
+    errors: State | None = None,
+    watch: Watch | None = None,
+) -> list[SettledPhase]:
+    """Settle every phase of the contrast at exactly its multiple of beta; the weights are over that multiple.
+
+    Args:
+        energy: without a nudge, and `free` its equilibrium.
+        cost: of the batch.
+        solver: for all phases.
+        phases: the name of the contrast.
+        beta: that of every example, or one each, [batch]; None to choose it, see above.
+        errors: scaled errors to begin with, for solvers that use warm starts.
+        watch: called with the multiple of beta, the nudged energy, the number of iterations, and each iterate.
+
+    Raises:
+        DivergedError: settling a phase leads out of the finite numbers.
+    """
+    is_forward = energy.node_energy.is_forward
+    noted = None if is_forward else _noted(energy, free)
+    unit = nudge(energy, cost, 1.0, noted)
+    response = linear_response(unit, free.point) if beta is None or solver.uses_response else None
+    if beta is None:
+        assert response is not None
+        beta = chosen_beta(unit, free.point, response, solver)
+    found: list[SettledPhase] = []
+    contrast = CONTRASTS[phases]
+    for i, (multiple, weight) in enumerate(contrast):
+        nudged = nudge(energy, cost, (multiple or 1.0) * beta, noted)
+        if multiple:
+            start = Start(response if response is None or i == len(contrast) - 1 else response.copy(), errors)
+            settled = settle(nudged, free.point, solver, start, watch and partial(watch, multiple, nudged))
+            found.append((weight * multiple, nudged, settled))
+        elif not is_forward:
+            found.append((weight, nudged, free))
+        else:
+            continue
+        if found[-1][2].result is Result.DIVERGED:
+            raise DivergedError(
+                f"Settling diverged at {_named(beta)} with {solver}. Nothing was changed. Way out: "
+                + solver.failure_hint(nudged, free.point)
+            )
+    return found
+
+
+def _noted(energy: Energy, free: Settled) -> dict[str, Free]:
+    """The free equilibrium, node by node, and the forces left there; what a face of the box holds back is none."""
+    point, noted = free.point, {}
+    forces = energy.forces(point)
+    for node in energy.graph.states:
+        s, force = point.values[node.name], forces[node.name]
+        noted[node.name] = Free(s, torch.where(s == (s - force).clamp(*energy.box_of(node)), 0, force))
+    return noted
+
+
+def _named(beta: Beta) -> str:
+    return f"beta={float(beta.min()):.3g} and more" if isinstance(beta, Tensor) else f"beta={beta:g}"
+
+
+def chosen_beta(energy: Energy, free: Point, response: Response, solver: Solver) -> Tensor:
+    """One beta an example ([batch]), or one for all where examples are coupled (0-dim)."""
+    assert energy.nudge is not None
+    largest = (0.01 if energy.is_affine else 0.0002) if solver.carries_errors else 0.1
+    independent = are_independent(energy, free)
+    k = response.amplification if independent else response.group_gain
+    smoothness = energy.nudge.cost.smoothness
+    if smoothness is None:
+        smoothness = measured_smoothness(energy.nudge.cost, energy.output(free), response, k, largest)
+        smoothness = smoothness if independent else smoothness.max()
+    return largest / (k * smoothness).nan_to_num(0.0).clamp(min=1.0)
+
+
+def measured_smoothness(cost: BatchCost, output: Tensor, response: Response, k: Tensor, largest: float) -> Tensor:
+    """`|dC(s) - dC(s - t g)| / |t g|` of every example, `t = largest k`: as far as the largest beta would take it."""
+    g, batch = response.error, response.batch
+    way = g * spread_length(k, g) * largest
+    change = example_norm(cost.gradient(output - way) - g, batch)
+    return change / example_norm(way, batch).add_(torch.finfo(change.dtype).tiny)
 
 
 def contrast(phases: Iterable[Phase], batch: int) -> Gradients:
@@ -65,3 +178,10 @@ def iter_gradients(phases: Sequence[Phase], batch: int) -> Iterator[Gradients]:
 def _add(total: Gradients, found: Gradients) -> None:
     for p, g in found.items():
         total[p] = total[p].add_(g) if p in total else g
+
+
+def betas_of(beta: Beta, batch: int, device: torch.device) -> Tensor:
+    """The strengths of all examples, toward the target or away from it."""
+    if isinstance(beta, Tensor):
+        return beta.abs().expand(batch)
+    return torch.full((batch,), abs(beta), dtype=torch.float64, device=device)

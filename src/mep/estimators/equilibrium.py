@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
-from typing import Any, TypeVar, cast
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,42 +15,23 @@ from mep.capture import Leaves, check_leaves
 from mep.capture.cache import Graphs
 from mep.capture.state import check_state
 from mep.cost import BatchCost, PerExample, make_cost
-from mep.energy import Energy, State, make_node_energy
-from mep.errors import (
-    ArgumentError,
-    DivergedError,
-    InputError,
-    NotConvergedError,
-    NotConvergedWarning,
-    warn,
-)
-from mep.estimators.contrast import Phase, contrast, iter_gradients
+from mep.energy import Energy, NodeEnergy, make_node_energy
+from mep.errors import ArgumentError, DivergedError, InputError, NotConvergedError, NotConvergedWarning, warn
+from mep.estimators.checks import check_mode, check_model, check_settings, check_solver, checked_batch
+from mep.estimators.compiled_step import CompiledSteps, CompileOptions
+from mep.estimators.contrast import SettledPhase, Watch, betas_of, contrast, iter_gradients, settle_phases
 from mep.estimators.estimate import Estimate, Gradients, accumulate, finished
-from mep.estimators.inputs import (
-    batch_size,
-    check_finite,
-    check_mode,
-    check_model,
-    check_target,
-    count_examples,
-    noise_undone_on_error,
-)
 from mep.estimators.layer_factors import LayerStatistics, layer_statistics
-from mep.estimators.phases import estimate_of, settle_phases
-from mep.estimators.program import CompileOptions
-from mep.estimators.programs import CompiledSteps
-from mep.estimators.settings import check_settings, check_solver
+from mep.estimators.view import Equilibrium, Recorder, view
 from mep.estimators.warm_start import EquilibriumCache, check_indices
 from mep.graph import Graph
 from mep.graph.ops import Slot
 from mep.graph.step_context import StepContext
-from mep.interrupts import uninterrupted
+from mep.guards import generators, set_generators, uninterrupted
 from mep.layout import per_example
 from mep.settle import Result, Settled, Solver, rounded, settle
 from mep.solvers import Descent, Sweep
-from mep.solvers.networks import CheckpointedPoint
-
-Found = TypeVar("Found")
+from mep.solvers.networks.checkpointed import CheckpointedPoint
 
 
 class EquilibriumPropagation:
@@ -65,17 +46,17 @@ class EquilibriumPropagation:
             example. It may read parameters, have some of its own (a module), and read what `forward` leaves on modules;
             where it does, one number for the whole batch will do, too.
         beta: the nudging strength of every example in every phase. None: each example has one of its own, chosen before
-            anything moves: 0.01 over its gain where that exceeds one (0.1 for descent), so that the output's error is
-            biased by 1% at most; see `mep.estimators.beta`. The estimate has them as `betas`.
+            anything moves, so small that the gradient is biased by about 1%; see `mep.estimators.contrast`. The
+            estimate has them as `betas`.
         solver: `mep.Sweep(...)` (the default for "prediction") or `mep.Descent(...)` (for "hopfield").
-        energy: "prediction" or "hopfield".
+        energy: "prediction", "hopfield", or an object derived from `mep.NodeEnergy`.
         phases: "one-sided" or "centered".
         branches: "held" keeps ReLU-like gates and max-pool winners as in the free equilibrium while the nudged one is
             sought; "exact" seeks the equilibrium of the nonsmooth energy itself.
         leaves: modules to keep whole, see `mep.trace`.
         diagnostics: also report the fraction of units that left their branch; one more forward walk a phase.
         observe: called with the layers of every batch whose estimate is good, for `NaturalGradient.observe`; only for
-            "prediction".
+            energies whose free equilibrium is the forward pass.
         on_unsettled: what to do where some example has not settled in the steps given: "warn" (once, with the way out),
             "raise" a NotConvergedError before anything is written, or "ignore". The estimate is the same, and says
             which examples. A solver that runs a fixed number of steps, `adaptive=False`, is not warned of.
@@ -113,7 +94,7 @@ class EquilibriumPropagation:
         cost: str | PerExample | type[BatchCost] = "cross_entropy",
         beta: float | None = None,
         solver: Solver | None = None,
-        energy: str = "prediction",
+        energy: str | NodeEnergy = "prediction",
         phases: str = "one-sided",
         branches: str = "held",
         leaves: Leaves = (),
@@ -129,14 +110,14 @@ class EquilibriumPropagation:
         self.model = model
         self.cost = cost
         self._cost = make_cost(cost)
-        self.coupling = make_node_energy(energy)
+        self.node_energy = make_node_energy(energy)
         self.phases = phases
         self.branches = branches
         check_leaves(model, leaves, "EquilibriumPropagation")
         self.leaves = tuple(leaves)
         self.diagnostics = diagnostics
         self.observe = observe
-        self.solver = solver or (Sweep() if energy == "prediction" else _HOPFIELD_SOLVER)
+        self.solver = solver or (Sweep() if self.node_energy.has_state else _DESCENT)
         check_solver(self.solver)
         self.beta = beta
         self.compile, self.checkpoint = compile, checkpoint
@@ -163,15 +144,21 @@ class EquilibriumPropagation:
     @torch.no_grad()
     def gradients(self, x: Any, target: Tensor, indices: Tensor | None = None) -> tuple[Gradients, Estimate]:
         """The estimated gradient of the mean cost for every trained parameter, without touching `p.grad`."""
-        check_mode()
-        if self.programs is not None and indices is None:
-            count_examples(x)
-            check_target(target, self.cost)
+        batch = self._check(x, target)
+        graph = None
+        if self.compiled_steps is not None and indices is None:
             graph = self._graphs.of(x, target)
-            if (compiled := self._compiled(graph, x, target)) is not None:
-                return compiled
-            return self._contracted(x, target, indices, self._contrast, graph)
-        return self._contracted(x, target, indices, self._contrast)
+            if (found := self._compiled(graph, x, target)) is not None:
+                return found
+        noise = generators()
+        try:
+            step = self._settled(x, target, batch, indices, graph)
+            gradients = finished(contrast(step.phases, batch))
+            self._finish(step, x, target, indices)
+        except BaseException:
+            set_generators(noise)
+            raise
+        return gradients, step.estimate
 
     @torch.no_grad()
     def iter_gradients(
@@ -182,14 +169,63 @@ class EquilibriumPropagation:
         Every trained parameter occurs once, after the last node that uses it; from then on it may be changed. All have
         been made and found finite before, and dropped again. Never by a compiled program.
         """
-        check_mode()
-        return self._contracted(x, target, indices, _checked_gradients)
+        batch = self._check(x, target)
+        noise = generators()
+        try:
+            step = self._settled(x, target, batch, indices, saves_memory=True)
+            # Made twice: first to see that all are finite, since the first that is used changes a weight.
+            deque(iter_gradients(step.phases, batch), maxlen=0)
+            buffers = dict(step.energy.context.new_buffers)
+            step.energy.context.new_buffers.clear()  # autograd has kept the old ones for the gradients still to be made
+            self._finish(step, x, target, indices)
+        except BaseException:
+            set_generators(noise)
+            raise
+
+        def gradients() -> Iterator[Gradients]:
+            yield from iter_gradients(step.phases, batch)
+            with torch.no_grad():
+                _write(buffers)
+
+        return gradients(), step.estimate
+
+    @torch.no_grad()
+    def settle(self, x: Any, target: Tensor, indices: Tensor | None = None, record: bool = False) -> Equilibrium:
+        """The equilibria of a batch, to look at: nothing is changed, neither buffers nor random numbers.
+
+        Args:
+            x, target, indices: as in a call.
+            record: also keep the residuals of every node after every iteration, for `Equilibrium.plot`.
+
+        Returns:
+            States, predictions, scaled errors, energies and residuals by node, of the free and the nudged phases.
+
+        Example:
+            >>> import torch, mep
+            >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
+            >>> eq = mep.EquilibriumPropagation(net).settle(torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1]))
+            >>> eq.nudged.states["2"].shape, bool((eq.nudged.residuals["0"] <= 1e-2).all())
+            (torch.Size([5, 3]), True)
+        """
+        batch = self._check(x, target)
+        noise = generators()
+        recorder = Recorder() if record else None
+        try:
+            step = self._settled(x, target, batch, indices, watch=recorder)
+            return view(step.estimate, step.energy, step.free, step.phases, recorder)
+        finally:
+            set_generators(noise)
 
     @torch.no_grad()
     def predict(self, x: Any) -> Tensor:
         """The output of the free equilibrium; for the prediction energy that is `model(x)`."""
-        with noise_undone_on_error():
-            energy, free = self._free(self._graphs.of(x), x, batch_size(x))
+        batch = checked_batch(x)
+        noise = generators()
+        try:
+            energy, free = self._free(self._graphs.of(x), x, batch)
+        except BaseException:
+            set_generators(noise)
+            raise
         _write(energy.context.new_buffers)
         return energy.output(free.point)
 
@@ -207,7 +243,7 @@ class EquilibriumPropagation:
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what belongs to this very model: a copy is bound to the copied one, and traces it anew."""
-        return {name: value for name, value in self.__dict__.items() if name not in ("_graphs", "programs")}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_graphs", "compiled_steps")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -215,73 +251,63 @@ class EquilibriumPropagation:
 
     def _trace(self) -> None:
         """What belongs to this very model."""
-        self._graphs = Graphs(self.model, self.leaves, self.coupling.name, self.branches, self.cost, self.proof)
-        self.programs: CompiledSteps | None = None
+        states = "hopfield" if self.node_energy.behind_activations else "prediction"
+        self._graphs = Graphs(self.model, self.leaves, states, self.branches, self.cost, self.proof)
+        self.compiled_steps: CompiledSteps | None = None
         if self.compile:
-            assert isinstance(self.solver, Sweep)
-            self.programs = CompiledSteps(
-                CompileOptions(self.solver, self.phases, self.observe is not None), self._cost
-            )
+            options = CompileOptions(self.solver, self.node_energy, self.phases, self.observe is not None)
+            self.compiled_steps = CompiledSteps(options, self._cost)
 
-    def _contracted(
+    def _check(self, x: Any, target: Any) -> int:
+        """The number of examples, once everything that can be refused without the model is found right."""
+        check_mode()
+        batch = checked_batch(x, target, self.cost)
+        check_model(self.model, "EquilibriumPropagation")
+        return batch
+
+    def _settled(
         self,
         x: Any,
         target: Tensor,
+        batch: int,
         indices: Tensor | None,
-        contract: Callable[[Sequence[Phase], int], Found],
         graph: Graph | None = None,
-    ) -> tuple[Found, Estimate]:
-        """What `param_vjp` makes of the phases, once they have settled; and how they did."""
-        batch = count_examples(x)
-        check_target(target, self.cost)
+        saves_memory: bool = False,
+        watch: Watch | None = None,
+    ) -> _Step:
+        """The step up to its equilibria: the graph, the free phase, the loss, the nudged phases. Nothing is written."""
         indices = None if indices is None else self._checked_indices(indices, batch)
-        check_finite(x)
-        check_model(self.model, "EquilibriumPropagation")
-        with noise_undone_on_error():
-            in_parts = self.checkpoint or contract is _checked_gradients
-            graph = graph or self._graphs.of(x, target, saves_memory=in_parts)
-            self._check_graph(graph)
-            energy, free = self._free(graph, x, batch, indices)
-            output = energy.output(free.point)
-            if len(output) != batch:
-                raise InputError(f"The output has {len(output)} rows for {batch} examples; dimension 0 is the batch.")
-            cost = self._graphs.cost_of(graph, self._cost, energy.inputs, output, target)
-            loss = cost.value(output).mean()
-            if not math.isfinite(float(loss)):
-                raise DivergedError(
-                    f"The loss is {float(loss)} before settling: the target or the weights are not finite, or the "
-                    "output overflows. Nothing was changed."
-                )
-            phases = settle_phases(
-                energy, free, cost, self.solver, self.phases, self.beta, self._cached_errors(energy, free, indices)
+        graph = graph or self._graphs.of(x, target, saves_memory=saves_memory or self.checkpoint)
+        self._check_graph(graph)
+        energy, free = self._free(graph, x, batch, indices)
+        output = energy.output(free.point)
+        if len(output) != batch:
+            raise InputError(f"The output has {len(output)} rows for {batch} examples; dimension 0 is the batch.")
+        cost = self._graphs.cost_of(graph, self._cost, energy.inputs, output, target)
+        loss = cost.value(output).mean()
+        if not math.isfinite(float(loss)):
+            raise DivergedError(
+                f"The loss is {float(loss)} before settling: the target or the weights are not finite, or the "
+                "output overflows. Nothing was changed."
             )
-            estimate = estimate_of(loss, free, phases, self.solver.tol, self.diagnostics, graph.share_kept)
+        errors = None  # those of the same examples at their last equilibrium
+        if indices is not None and self.node_energy.is_forward:
+            errors = self._cache.of(indices, energy.state(free.point))[0]
+        phases = settle_phases(energy, free, cost, self.solver, self.phases, self.beta, errors, watch)
+        estimate = self._estimate(loss, free, phases, graph)
+        if estimate.result is not Result.CONVERGED and self.on_unsettled != "ignore":
             self._report(estimate, phases[-1][1], free)
-            found = contract(phases, batch)
-            with uninterrupted():  # the estimate is there: all that it moves is moved
-                if self.observe is not None:
-                    self.observe(layer_statistics((e, settled) for _, e, settled in phases if e.nudge is not None))
-                if contract is _checked_gradients:  # autograd has kept the buffers for the pieces still to be made
-                    found = cast(Found, _then_written(found, energy.context.new_buffers))
-                else:
-                    _write(energy.context.new_buffers)
-        if self.programs is not None:
-            self.programs.keep(self._graphs.graphs)  # a graph that is new takes its first steps here
-            self.programs.record_eager_step(x, target, *phases[-1][1:])
-        if indices is not None:
-            self._cache.keep(indices, self._worth_keeping(*phases[-1][1:], free))
-        return found, estimate
+        return _Step(energy, free, phases, estimate)
 
     def _free(self, graph: Graph, x: Any, batch: int, indices: Tensor | None = None) -> tuple[Energy, Settled]:
-        """The free equilibrium, and the energy as the nudged phases are to see it."""
-        hold = self.branches == "held"
-        is_forward = self.coupling.vanishes_when_free
-        context = StepContext(freeze_branches=hold and is_forward)
-        energy = Energy(graph, self.coupling, graph.bind(x), context, batch)
-        sweeps_affine = isinstance(self.solver, Sweep) and energy.is_affine
-        point = (
-            CheckpointedPoint(energy) if self.checkpoint else energy.rest(lean=sweeps_affine and not self.diagnostics)
-        )
+        """The free equilibrium, and the energy as the nudged phases are to have it."""
+        freeze, is_forward = self.branches == "held", self.node_energy.is_forward
+        context = StepContext(freeze_branches=freeze and is_forward)
+        energy = Energy(graph, self.node_energy, graph.bind(x), context, batch)
+        if self.checkpoint:
+            point: Any = CheckpointedPoint(energy)
+        else:  # affine networks need neither states nor predictions to settle, only to look at
+            point = energy.free_point(lean=self.solver.checkpoints and energy.is_affine and not self.diagnostics)
         context.recording = False
         if context.noise and self.compile:
             raise ArgumentError(
@@ -295,10 +321,53 @@ class EquilibriumPropagation:
             states, seen = self._cache.of(indices, energy.state(point))
             point = energy.at({n: torch.where(per_example(seen, s), s, point.values[n]) for n, s in states.items()})
         free = settle(energy, point, replace(self.solver, tol=self.solver.tol / _FREE))
-        if hold:
+        if freeze:
             energy = replace(energy, context=replace(context, freeze_branches=True))
             free = replace(free, point=energy.at(energy.state(free.point)))
         return energy, free
+
+    def _estimate(self, loss: Tensor, free: Settled, phases: list[SettledPhase], graph: Graph) -> Estimate:
+        """What is reported of these phases. What the free one has left is part of the residuals of the nudged ones."""
+        residual, counts, iterations, result = None, free.counts, free.iterations, Result.CONVERGED
+        for _, _, settled in phases:
+            if settled is not free:
+                residual = settled.residual if residual is None else torch.maximum(residual, settled.residual)
+                counts = torch.maximum(counts, settled.counts)
+                iterations = max(iterations, settled.iterations)
+                result = settled.result if result is Result.CONVERGED else result
+        _, energy, last = phases[-1]
+        assert residual is not None
+        return Estimate(
+            loss,
+            residual,
+            iterations,
+            result,
+            betas_of(energy.beta, energy.batch, residual.device),
+            counts,
+            self.solver.tol,
+            max(e.left_branch(settled.point) for _, e, settled in phases) if self.diagnostics else None,
+            last.turns,
+            graph.share_kept,
+        )
+
+    def _finish(self, step: _Step, x: Any, target: Tensor, indices: Tensor | None) -> None:
+        """Everything that a step moves besides gradients, once these are there: factors, buffers, warm starts."""
+        _, energy, last = step.phases[-1]
+        new_buffers = energy.context.new_buffers
+        if self.observe is not None or new_buffers:
+            with uninterrupted():
+                if self.observe is not None:
+                    self.observe(layer_statistics((e, settled) for _, e, settled in step.phases if e.nudge))
+                _write(new_buffers)
+        if self.compiled_steps is not None:
+            self.compiled_steps.keep(self._graphs.graphs)  # a graph that is new takes its first steps here
+            self.compiled_steps.record_eager_step(x, target, energy, last)
+        if indices is not None:
+            # Scaled errors of the nudged equilibrium; where the free one is not the forward pass, its states.
+            kept: Mapping[str, Tensor] = energy.state(step.free.point)
+            if self.node_energy.is_forward:
+                kept = energy.errors(last.point) if last.errors is None else last.errors
+            self._cache.keep(indices.long(), kept)
 
     def _check_graph(self, graph: Graph) -> None:
         """Refuse what cannot be checkpointed, and warn of a softmax before the cost that has one."""
@@ -316,16 +385,8 @@ class EquilibriumPropagation:
                 UserWarning,
             )
 
-    def _cached_errors(self, energy: Energy, free: Settled, indices: Tensor | None) -> State | None:
-        """The errors of the same examples at their last equilibrium."""
-        if indices is None or not self.coupling.vanishes_when_free:
-            return None
-        return self._cache.of(indices, energy.state(free.point))[0]
-
     def _report(self, estimate: Estimate, energy: Energy, free: Settled) -> None:
-        """Warn of examples that have not settled, or raise, as `on_unsettled` says."""
-        if estimate.converged or self.on_unsettled == "ignore":
-            return
+        """Warn of examples that have not settled, or raise, as `on_unsettled` is set."""
         is_fixed = estimate.result is Result.FIXED_STEPS
         if self.on_unsettled == "warn" and (is_fixed or self._has_warned):
             return
@@ -345,12 +406,6 @@ class EquilibriumPropagation:
             NotConvergedWarning,
         )
 
-    def _worth_keeping(self, energy: Energy, settled: Settled, free: Settled) -> Mapping[str, Tensor]:
-        """Scaled errors of the nudged equilibrium; where the free one is not the forward pass, its states."""
-        if not self.coupling.vanishes_when_free:
-            return energy.state(free.point)
-        return energy.errors(settled.point) if settled.errors is None else settled.errors
-
     def _checked_indices(self, indices: Any, batch: int) -> Tensor:
         if not self.solver.uses_warm_start:
             raise ArgumentError(
@@ -359,13 +414,10 @@ class EquilibriumPropagation:
             )
         return check_indices(indices, batch)
 
-    def _contrast(self, phases: Sequence[Phase], batch: int) -> Gradients:
-        return finished(contrast(phases, batch))
-
     def _compiled(self, graph: Graph, x: Any, target: Tensor) -> tuple[Gradients, Estimate] | None:
         """The step by a compiled program, or None if it has to be made without one."""
-        assert self.programs is not None
-        found = self.programs.step(graph, x, target, self.beta)
+        assert self.compiled_steps is not None
+        found = self.compiled_steps.step(graph, x, target, self.beta)
         if found is None:
             return None
         if self.observe is not None:
@@ -385,26 +437,25 @@ class EquilibriumPropagation:
         return found.gradients, estimate
 
 
-def _checked_gradients(phases: Sequence[Phase], batch: int) -> Iterator[Gradients]:
-    """All pieces are made twice: first to see that they are finite, since the first that is used changes a weight."""
-    deque(iter_gradients(phases, batch), maxlen=0)  # drops each before the next is made
-    return iter_gradients(phases, batch)
+@dataclass(frozen=True)
+class _Step:
+    """A step whose equilibria have been found: the energy without its nudge and where it is least, and the phases."""
 
-
-def _then_written(found: Any, new_buffers: Mapping[Slot, Tensor]) -> Iterator[Gradients]:
-    yield from found
-    with torch.no_grad():
-        _write(new_buffers)
+    energy: Energy
+    free: Settled
+    phases: list[SettledPhase]
+    estimate: Estimate
 
 
 def _write(new_buffers: Mapping[Slot, Tensor]) -> None:
     """What the model writes to its buffers, once a step that is known to be good."""
-    written = [(slot.value, value) for slot, value in new_buffers.items()]
-    with uninterrupted():
-        for buffer, value in written:
-            buffer.copy_(value)
+    if new_buffers:
+        written = [(slot.value, value) for slot, value in new_buffers.items()]
+        with uninterrupted():
+            for buffer, value in written:
+                buffer.copy_(value)
 
 
 _FREE = 100
 """The free phase is settled so many times better than the nudged ones, whose residuals count what it leaves."""
-_HOPFIELD_SOLVER = Descent(settle_steps=500, settle_lr=0.3, adaptive=True, tol=1e-4)
+_DESCENT = Descent(settle_steps=500, settle_lr=0.3, adaptive=True, tol=1e-4)

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from mep.errors import DivergedError
 from mep.graph.graph import share_in_words
-from mep.hooks import hooks_of
 from mep.settle import Result, rounded
 
 Gradients = dict[nn.Parameter, Tensor]
@@ -56,7 +55,7 @@ class Estimate:
         """
         settled = "" if self.residual is None else f", residual {float(self.residual.max()):.1g} at most"
         left = "" if self.left_branch is None else f", {self.left_branch:.1%} off their branch"
-        counted = f"{self.iterations} iterations, beta {self.beta:.3g}"
+        counted = f"{self.iterations} iteration{'' if self.iterations == 1 else 's'}, beta {self.beta:.3g}"
         inside, total = self.in_leaves
         kept = f" ({share_in_words(inside, total)})" if inside else ""
         return f"loss {float(self.loss):.4g}{settled}, {counted}{left}: {self.result}{kept}"
@@ -100,7 +99,7 @@ def finished(gradients: Gradients) -> Gradients:
 def accumulate(gradients: Mapping[nn.Parameter, Tensor]) -> None:
     """Add to `p.grad` what `loss.backward()` would add, through the hooks of the parameters."""
     for p, g in gradients.items():
-        if hooks_of(p):
+        if p._backward_hooks or p._post_accumulate_grad_hooks:
             p.backward(g)
         elif p.grad is None:
             p.grad = g

@@ -179,7 +179,7 @@ class Graph:
         """The prediction of one node from these values, and what its `vjp` needs; once a step where it is clamped."""
         known = context.clamped.get(node.name) if node.clamped else None
         if known is None:
-            known = node.predict([values[p] for p in node.parents], context)
+            known = node.predict(list(map(values.__getitem__, node.parents)), context)
             if node.clamped:
                 context.clamped[node.name] = known
         return known

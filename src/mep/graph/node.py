@@ -24,9 +24,8 @@ from mep.graph.closed_forms.layers import LayerOp, Pointwise, Pool, WeightedOp
 from mep.graph.closed_forms.table import layer_op_of, weighted_op
 from mep.graph.ops import Op, Program, Ref, Slot, is_tensor, leaves_of
 from mep.graph.step_context import StepContext
-from mep.hooks import without_hooks
+from mep.guards import generators, set_generators, without_hooks
 from mep.layout import as_laid_out, in_dtype, per_example
-from mep.noise import generators, set_generators
 
 Beta = float | Tensor
 """A nudging strength: a number, a tensor without dimensions where a step is compiled for any, or one each: [batch]."""
@@ -349,7 +348,9 @@ def expand_beta(beta: Beta, like: Tensor) -> Beta:
     """A strength ready to be multiplied with a state."""
     if not isinstance(beta, Tensor):
         return beta
-    return (per_example(beta, like) if beta.ndim else beta).to(like.dtype)
+    if beta.ndim:
+        beta = beta.view(-1, *[1] * (like.ndim - 1)) if len(beta) == len(like) else per_example(beta, like)
+    return beta.to(like.dtype)
 
 
 def select_beta(beta: Beta, rows: Tensor) -> Beta:

@@ -10,7 +10,7 @@ from torch import Tensor
 from mep.graph.closed_forms.activations import Activation
 from mep.graph.closed_forms.maxima import MaxPool
 from mep.graph.ops import Slot
-from mep.noise import Noise
+from mep.guards import Noise
 
 
 @dataclass

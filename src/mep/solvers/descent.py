@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from mep.energy import Energy, State, example_norm, inside_box
+from mep.energy import Energy, State, example_norm
 from mep.errors import require
 from mep.graph import Point
 from mep.graph.node import Node, expand_beta
@@ -68,7 +68,7 @@ class Descent(Solver):
     def init(self, energy: Energy, point: Point, start: Start) -> Iterate:
         """Without velocity, at the free equilibrium, or off it by the errors of an earlier one."""
         lr = largest_step(energy, point, self.momentum) / 2 if self.settle_lr is None else self.settle_lr
-        there = _forces(energy, point if start.errors is None else energy.following(start.errors))
+        there = _forces(energy, point if start.errors is None else energy.at_errors(start.errors))
         there = replace(there, lr=lr, first=there.size(energy.batch))
         return self._iterate(energy, there, self.adaptive)
 
@@ -83,7 +83,7 @@ class Descent(Solver):
         before = [state[name] for name in names]
         moved = torch._foreach_sub(before, [velocity[name] for name in names], alpha=there.lr)
         for name, s, s_before in zip(names, moved, before, strict=True):
-            s = inside_box(energy.graph.by_name[name], s)
+            s = energy.in_box(energy.graph.by_name[name], s)
             state[name] = s if active is None else torch.where(per_example(active, s), s, s_before)
         place = lambda node, mu: state[node.name]  # noqa: E731
         there_next = _forces(energy, energy.graph.evaluate(energy.inputs, energy.context, place, there.point))
@@ -133,7 +133,7 @@ class _Place:
 
 
 def _forces(energy: Energy, point: Point) -> _Place:
-    """One backward walk: `s - mu` less what the children pull with, and less `-beta dC/ds` at the output."""
+    """One backward walk: `de/ds` less the forces of the children, and less `-beta dC/ds` at the output."""
     incoming_forces, forces = State(), State()
     noted = energy.nudge.free if energy.nudge else None
 
@@ -141,14 +141,16 @@ def _forces(energy: Energy, point: Point) -> _Place:
         if not node.owns_state:
             return incoming
         name, s, mu = node.name, point.values[node.name], point.predictions[node.name]
-        error = None if s is mu else s - mu
+        # A state on its prediction, where no signal has arrived: nothing acts there.
+        is_calm = s is mu and energy.node_energy.is_forward
+        ds, onward = (None, None) if is_calm else energy.node_energy.forces(s, mu)
         if incoming is not None:
             incoming_forces[name] = incoming
-        if incoming is not None or error is not None:
-            force = error if incoming is None else incoming.neg() if error is None else error - incoming
+        if incoming is not None or ds is not None:
+            force = ds if incoming is None else incoming.neg() if ds is None else ds - incoming
             assert force is not None
             forces[name] = force - noted[name].leftover if noted else force
-        return error if energy.coupling.vanishes_when_free else energy.coupling.prediction_force(s, mu)
+        return onward
 
     gradient = energy.cost_gradient(point)
     nudge = None if gradient is None else -gradient * expand_beta(energy.beta, gradient)

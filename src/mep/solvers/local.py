@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from mep.energy import Energy
+from mep.energy import Energy, NodeEnergy
 from mep.errors import ArgumentError, one_of, require
 from mep.graph import Point
 from mep.graph.node import Node, expand_beta
@@ -33,7 +33,6 @@ from mep.settle import Iterate, Solver, Start
 from mep.solvers.cells import Cell, Network
 from mep.solvers.networks.network import has_grown
 from mep.solvers.networks.nonsmooth import worst_residual
-from mep.solvers.sweep import require_prediction
 
 Groups = Sequence[Sequence[Node]]
 _GROWN = 3
@@ -81,7 +80,13 @@ class Local(Solver):
     schedule: str = "there and back"
 
     carries_errors = True
-    prediction_only = True
+
+    def check(self, node_energy: NodeEnergy) -> None:
+        if not node_energy.is_quadratic:
+            raise ArgumentError(
+                f"{type(self).__name__} does not settle energy={node_energy.name!r}: it works with the errors mu - s. "
+                "Use solver=mep.Descent(...)."
+            )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -89,7 +94,7 @@ class Local(Solver):
 
     def init(self, energy: Energy, point: Point, start: Start) -> Iterate:
         """The free equilibrium: only the output is active."""
-        require_prediction(self, energy)
+        self.check(energy.node_energy)
         if energy.kinks:
             raise ArgumentError(
                 f"Local cannot rest at the kinks of {list(energy.kinks)} (branches='exact'). Use branches='held', or "

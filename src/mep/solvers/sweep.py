@@ -28,12 +28,15 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from mep.energy import Energy
+from mep.energy import Energy, NodeEnergy
 from mep.errors import ArgumentError, removed_arguments
 from mep.graph import Point
-from mep.settle import Iterate, Solver, Start
-from mep.solvers.networks import linear_response, make_network
-from mep.solvers.networks.network import within
+from mep.settle import Iterate, Response, Solver, Start
+from mep.solvers.networks.affine import AffineNetwork, walk
+from mep.solvers.networks.checkpointed import CheckpointedNetwork, CheckpointedPoint, Recomputed
+from mep.solvers.networks.general import GeneralNetwork
+from mep.solvers.networks.network import Network, within
+from mep.solvers.networks.nonsmooth import NonsmoothNetwork
 
 
 @removed_arguments(
@@ -67,12 +70,20 @@ class Sweep(Solver):
     adaptive: bool = True
 
     carries_errors = True
-    prediction_only = True
     uses_response = True
+    compiles = True
+    checkpoints = True
+
+    def check(self, node_energy: NodeEnergy) -> None:
+        if not node_energy.has_state:
+            raise ArgumentError(
+                f"{type(self).__name__} does not settle energy={node_energy.name!r}: it works with the errors de/dmu, "
+                "and so with energies that have `state` (see mep.NodeEnergy). Use solver=mep.Descent(...)."
+            )
 
     def init(self, energy: Energy, point: Point, start: Start) -> Iterate:
         """The free equilibrium: every error is zero, and the residual of the output is all of dC/ds."""
-        require_prediction(self, energy)
+        self.check(energy.node_energy)
         network = make_network(energy, point, start.response or linear_response(energy, point))
         return Iterate(network.residual, point, exact=False, state=(network, None))
 
@@ -125,10 +136,21 @@ def barzilai_borwein(a: Tensor, numerator: Tensor, denominator: Tensor) -> Tenso
     return within(torch.where((numerator > 0) & (denominator > 0), longer, a))
 
 
-def require_prediction(solver: Solver, energy: Energy) -> None:
-    """Refuse an energy whose equilibrium is not one of errors."""
-    if energy.coupling.name != "prediction":
-        raise ArgumentError(
-            f"{type(solver).__name__} settles the energy 'prediction' only, not {energy.coupling.name!r}: it works "
-            "with the errors mu - s. Use solver=mep.Descent(...)."
-        )
+def make_network(energy: Energy, free: Point, response: Response) -> Network:
+    """The network that fits a nudged energy."""
+    if isinstance(free, CheckpointedPoint):
+        return CheckpointedNetwork(energy, free, response)
+    if energy.is_affine:
+        return AffineNetwork(energy, free, response)
+    return NonsmoothNetwork(energy, free, response) if energy.kinks else GeneralNetwork(energy, free, response)
+
+
+def linear_response(energy: Energy, free: Point) -> Response:
+    """The response of the free equilibrium to the cost of a nudged energy, whatever its beta."""
+    x = energy.wanted_error(free)
+    if isinstance(free, CheckpointedPoint):
+        return Response(energy.batch, x, shift=Recomputed(energy, x).shift())
+    if energy.is_affine:
+        errors, Mx, input_tangents = walk(energy, free, x)
+        return Response(energy.batch, x, errors, Mx, input_tangents)
+    return Response(energy.batch, x, energy.errors_back(free.saved, x, free.predictions))

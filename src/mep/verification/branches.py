@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from mep.capture import Leaves
 from mep.energy import Energy
 from mep.errors import ArgumentError
+from mep.estimators.checks import check_model, checked_batch
 from mep.estimators.contrast import contrast
 from mep.estimators.estimate import finished
-from mep.estimators.inputs import batch_size, check_model, check_target
 from mep.graph import Graph, Point
 from mep.graph.closed_forms import Kink, Largest
-from mep.noise import generators_kept
+from mep.guards import generators_kept
 from mep.settle import Result, Settled, settle
 from mep.solvers import Sweep
 from mep.verification.gradients import cosine
@@ -94,8 +94,7 @@ def compare_branches(
     if not betas or not all(isinstance(b, (int, float)) and 0 < b < math.inf for b in betas):
         raise ArgumentError(f"compare_branches(betas={betas!r}): must be positive numbers, one at least.")
     check_model(model, "compare_branches")
-    batch_size(x)
-    check_target(y)
+    checked_batch(x, y)
     with generators_kept():
         solver = Sweep(settle_steps=settle_steps, tol=tol)
         subject = Case(model, x, y, Config(cost, solver, "exact", leaves), dtype)

@@ -17,11 +17,11 @@ from mep.cost import BatchCost, PerExample, make_cost
 from mep.energy import Energy, make_node_energy, nudge
 from mep.errors import ArgumentError
 from mep.estimators import Backprop, EquilibriumPropagation, Estimate
+from mep.estimators.checks import checked_batch
 from mep.estimators.estimate import Gradients
-from mep.estimators.inputs import batch_size
 from mep.graph import Point
 from mep.graph.step_context import StepContext
-from mep.noise import generators, set_generators
+from mep.guards import generators, set_generators
 from mep.solvers import Sweep
 
 CostArgument = str | PerExample | type[BatchCost]
@@ -101,8 +101,8 @@ class Case:
         self._as_found()
         hold = self.how.branches == "held" if freeze_branches is None else freeze_branches
         context = StepContext(freeze_branches=hold)
-        energy = Energy(graph, make_node_energy("prediction"), graph.bind(self.x), context, batch_size(self.x))
-        point = energy.rest()
+        energy = Energy(graph, make_node_energy("prediction"), graph.bind(self.x), context, checked_batch(self.x))
+        point = energy.free_point()
         context.recording = False
         return energy, point
 

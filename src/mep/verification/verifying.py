@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from mep.capture import Leaves
 from mep.errors import ArgumentError, DivergedError
+from mep.estimators.checks import check_model, checked_batch
 from mep.estimators.contrast import CONTRASTS
-from mep.estimators.inputs import batch_size, check_model, check_target
 from mep.graph.graph import share_in_words
-from mep.noise import generators_kept
+from mep.guards import generators_kept
 from mep.solvers import Sweep
 from mep.verification import verdict
 from mep.verification.differences import Difference, differences
@@ -82,8 +82,7 @@ def verify(
         (True, [1, 2])
     """
     check_model(model, "verify")
-    batch_size(x)
-    check_target(y)
+    checked_batch(x, y)
     _check(betas, phases, samples, tol)
     with generators_kept():
         solver = Sweep(settle_steps=_SWEEPS, tol=tol or _default_tol(model, dtype))

@@ -25,14 +25,20 @@ from mep.energy import Energy, State, example_dot, example_norm
 from mep.graph import Point
 from mep.graph.node import Beta, expand_beta, select_beta, state_from_error
 from mep.settle import Response
-from mep.solvers.networks.coupling import are_independent
-from mep.solvers.networks.network import Network, length_along, no_autocast, output_residual, spread_length
+from mep.solvers.networks.network import (
+    Network,
+    are_independent,
+    length_along,
+    no_autocast,
+    output_residual,
+    spread_length,
+)
 
 
 class AffineNetwork(Network):
     """The output error x of the examples in play, and the errors of all states that follow it.
 
-    The errors and `arriving` (see `Graph.jvp`) stand as the last walk left them, to be multiplied by `scale`
+    The errors and `input_tangents` (see `Graph.jvp`) stand as the last walk left them, to be multiplied by `scale`
     ([batch]): the first move is along one ray and needs no walk of its own. With the weighted inputs that `free` keeps
     that is all that is held, three numbers a unit. A walk of some examples holds their share of it twice.
     """
@@ -111,25 +117,28 @@ class AffineNetwork(Network):
         return picked
 
     def result(self) -> tuple[Point, Mapping[str, Tensor]]:
-        errors = LazyMapping(self._errors, lambda name: self._scaled(self._errors[name]))
-        return PerturbedPoint(self.energy, self.free, errors, self._arriving, self._step), errors
+        errors, beta, scale = self._errors, self.energy.beta, self.scale
+        if scale is None:
+            return PerturbedPoint(self.energy, self.free, errors, self._input_tangents, beta), errors
+        scaled = LazyMapping(errors, lambda name: errors[name] * spread_length(scale, errors[name]))
+        return PerturbedPoint(self.energy, self.free, scaled, self._input_tangents, beta * scale), scaled
 
     def _hold(self, response: Response) -> None:
         """The response's errors; the dictionaries are this network's own, the tensors may be another phase's too."""
-        assert response.errors is not None and response.arriving is not None
-        self._errors, self._arriving, self._is_ours = response.errors, response.arriving, False
+        assert response.errors is not None and response.input_tangents is not None
+        self._errors, self._input_tangents, self._is_ours = response.errors, response.input_tangents, False
 
     def _walk(self, x: Tensor) -> Tensor:
         """The errors that follow the output errors of the examples in play, and `M x`."""
         graph, rows = self.energy.graph, self.rows
         if rows is None:
             self._errors.clear()  # the old ones are gone before there are new ones
-            self._arriving.clear()
-            self._errors, Mx, self._arriving = walk(self.energy, self.free, x)
+            self._input_tangents.clear()
+            self._errors, Mx, self._input_tangents = walk(self.energy, self.free, x)
             self.scale, self._is_ours = None, True
             return Mx
-        errors, Mx, arriving = walk(self.energy, self.free, x, graph.rows(self.free.saved, rows))
-        for whole, some in ((self._errors, errors), (self._arriving, arriving)):
+        errors, Mx, input_tangents = walk(self.energy, self.free, x, graph.rows(self.free.saved, rows))
+        for whole, some in ((self._errors, errors), (self._input_tangents, input_tangents)):
             for name, value in some.items():
                 whole[name] = (whole[name] if self._is_ours else whole[name].clone()).index_copy_(0, rows, value)
         self._is_ours = True
@@ -140,22 +149,13 @@ class AffineNetwork(Network):
     def _can_select(self) -> bool:
         return self.cost.narrows and all(len(error) == self.energy.batch for error in self._errors.values())
 
-    def _scaled(self, value: Tensor) -> Tensor:
-        return value if self.scale is None else value * spread_length(self.scale, value)
-
-    @property
-    def _step(self) -> Beta:
-        """By how much `arriving` moves what the weights are applied to: `beta scale`."""
-        beta = self.energy.beta
-        return beta if self.scale is None else beta * self.scale
-
 
 def walk(energy: Energy, free: Point, x: Tensor, saved: Mapping[str, Any] | None = None) -> tuple[State, Tensor, State]:
     """The errors `A_n^T x`, the response `M x`, and how far the weighted inputs move; for the rows of `saved`."""
     saved = free.saved if saved is None else saved
     errors = energy.errors_back(saved, x, free.values)
-    tangents, arriving = energy.graph.jvp(saved, errors, forget=True)
-    return errors, tangents[energy.graph.output], arriving
+    tangents, input_tangents = energy.graph.jvp(saved, errors, forget=True)
+    return errors, tangents[energy.graph.output], input_tangents
 
 
 class LazyMapping(Mapping[str, Any]):
@@ -177,23 +177,30 @@ class LazyMapping(Mapping[str, Any]):
 class PerturbedPoint(Point):
     """An affine graph after its states have followed the errors; values that are not read are not computed.
 
-    The weighted inputs have moved by `-step arriving`.
+    The weighted inputs have moved by `-beta input_tangents`.
     """
 
     def __init__(
-        self, energy: Energy, free: Point, errors: Mapping[str, Tensor], arriving: Mapping[str, Tensor], step: Beta
+        self,
+        energy: Energy,
+        free: Point,
+        errors: Mapping[str, Tensor],
+        input_tangents: Mapping[str, Tensor],
+        beta: Beta,
     ):
-        self.energy, self.free, self.errors, self.arriving, self.step = energy, free, errors, arriving, step
-        self.saved = LazyMapping(free.saved, self._saved)
+        self.energy, self.errors = energy, errors
 
-    def _saved(self, name: str) -> Any:
-        """What `vjp` and `param_vjp` need of a node."""
-        saved, arriving = self.free.saved[name], self.arriving.get(name)
-        return saved if arriving is None else self.energy.graph.by_name[name].moved(saved, arriving, self.step)
+        def saved(name: str) -> Any:
+            tangent = input_tangents.get(name)
+            if tangent is None:
+                return free.saved[name]
+            return energy.graph.by_name[name].moved(free.saved[name], tangent, beta)
+
+        self.saved = LazyMapping(free.saved, saved)
 
     @cached_property
     def _walked(self) -> Point:
-        return self.energy.following(self.errors)
+        return self.energy.at_errors(self.errors)
 
     @property
     def values(self) -> dict[str, Any]:  # type: ignore[override]

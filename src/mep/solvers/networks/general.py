@@ -16,8 +16,7 @@ from mep.energy import Energy, State, example_dot, example_norm
 from mep.graph import Point
 from mep.layout import replace_rows_, select_examples
 from mep.settle import Response
-from mep.solvers.networks.coupling import are_independent
-from mep.solvers.networks.network import Network, length_by_gain, spread_length
+from mep.solvers.networks.network import Network, are_independent, length_by_gain, spread_length
 
 _SAME = 1e-3
 """Values that agree to this fraction are the same: sums over another number of rows are rounded otherwise."""
@@ -84,7 +83,7 @@ class GeneralNetwork(Network):
         self.now = self.free
         if self.rows is None:
             self.all_now, self.all_errors = self.free, self.delta
-        self.now = self.in_play.following(self.delta)
+        self.now = self.in_play.at_errors(self.delta)
         swept = self.in_play.errors_back(self.now.saved, self.in_play.wanted_error(self.now), self.now.predictions)
         norms = []
         for name, delta in self.delta.items():
@@ -126,7 +125,7 @@ class GeneralNetwork(Network):
     def result(self) -> tuple[Point, Mapping[str, Tensor]]:
         self._put_back()
         if self.rows is not None and not self._can_replace_rows:
-            self.all_now = self.energy.following(self.all_errors)
+            self.all_now = self.energy.at_errors(self.all_errors)
         return self.all_now, self.all_errors
 
     @property
@@ -171,7 +170,7 @@ def _evaluates_some(energy: Energy, free: Point) -> bool:
     if any(t.ndim == 0 or len(t) % energy.batch for t in states):
         return False
     try:
-        some = energy.select(rows).rest().predictions
+        some = energy.select(rows).free_point().predictions
     except Exception:  # whatever a model raises that was made for one size of batch
         return False
     wanted = {name: select_examples(mu, rows, energy.batch) for name, mu in free.predictions.items()}

@@ -23,8 +23,8 @@ from torch import Tensor
 from mep.cost import BatchCost
 from mep.energy import Energy, example_dot
 from mep.graph import Point
-from mep.graph.node import expand_beta
-from mep.layout import accurate, per_example
+from mep.graph.node import Node, expand_beta
+from mep.layout import per_example
 from mep.settle import Response
 
 _SHORTEST, _LONGEST = 1e-4, 1.5
@@ -52,8 +52,8 @@ class Network(ABC):
     def __init__(self, energy: Energy, free: Point, response: Response):
         self.energy, self.free, self.response = energy, free, response
         self.rows: Tensor | None = None
-        output = energy.output(free)
-        self.residual = output.new_ones(energy.batch, dtype=accurate(output))
+        output = response.error
+        self.residual = output.new_ones(energy.batch, dtype=torch.promote_types(output.dtype, torch.float32))
 
     @abstractmethod
     def result(self) -> tuple[Point, Mapping[str, Tensor]]:
@@ -119,9 +119,9 @@ def has_grown(size: Tensor, first: Tensor, rows: Tensor | None = None) -> Tensor
 def output_residual(error: Tensor, wanted: Tensor) -> Tensor:
     """The residual of the output by row, `|x - dC/ds|` over the larger of the two."""
     rows = torch.stack([error - wanted, error, wanted])
-    violated, one, two = torch.linalg.vector_norm(
-        rows if rows.ndim == 3 else rows.reshape(*rows.shape[:2], -1), dim=2, dtype=accurate(rows)
-    )
+    rows = rows if rows.ndim == 3 else rows.reshape(*rows.shape[:2], -1)
+    dtype = torch.promote_types(rows.dtype, torch.float32)
+    violated, one, two = torch.linalg.vector_norm(rows, dim=2, dtype=dtype)
     return violated / torch.maximum(one, two).add_(torch.finfo(violated.dtype).tiny)
 
 
@@ -179,3 +179,51 @@ def no_autocast(device: torch.device) -> AbstractContextManager[object]:
     """Entering an autocast context takes as long as a few small operations, so only where there is one to leave."""
     kind = device.type
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+
+
+def are_independent(energy: Energy, free: Point) -> bool:
+    """Whether the Jacobians at a point couple no two examples, and the cost does not either.
+
+    Then the nudged energy is a sum over examples, each with an equilibrium, a beta and a step length of its own. If
+    not, as with batch normalisation in training, the batch is one group.
+
+    Computed from the first batch of a graph that has two examples at least, by some backward walks, and kept there. A
+    point that saves nothing (`checkpoint=True`) is one of an affine graph, whose operations couple none.
+    """
+    graph = energy.graph
+    if graph.is_separable is None and energy.batch > 1:
+        output = energy.output(free)
+        place = torch.arange(energy.batch, device=output.device)
+        digits = [(place >> digit) % 2 == 1 for digit in range((energy.batch - 1).bit_length())]  # no two have the same
+        halves = [half for digit in digits for half in (digit, ~digit)]
+        assert energy.nudge is not None
+        graph.is_separable = not any(
+            (bool(free.saved) and _forces_cross(energy, free, half)) or _cost_crosses(energy.nudge.cost, output, half)
+            for half in halves
+        )
+    return energy.batch == 1 or bool(graph.is_separable)
+
+
+def _forces_cross(energy: Energy, free: Point, some: Tensor) -> bool:
+    """Whether forces on the output of other examples reach these."""
+    graph, batch, output = energy.graph, energy.batch, energy.output(free)
+    uneven = torch.arange(output.numel(), device=output.device).cos().view_as(output).to(output.dtype)
+    found: list[Tensor] = []
+
+    def transmit(node: Node, force: Tensor | None) -> Tensor | None:
+        if force is not None:
+            crossing = force if force.ndim == 0 or len(force) % batch else force * per_example(some, force)
+            found.append(crossing.count_nonzero())
+        return force
+
+    graph.vjp(free.saved, uneven * per_example(~some, uneven), transmit)
+    return bool(torch.stack(found).any())
+
+
+def _cost_crosses(cost: BatchCost, output: Tensor, some: Tensor) -> bool:
+    """Whether the gradient of other examples changes with the outputs of these."""
+    if cost.narrows:
+        return False
+    others = per_example(~some, output)
+    moved = torch.where(others, output, 1.1 * output + 0.1)
+    return not torch.equal(cost.gradient(output) * others, cost.gradient(moved) * others)

@@ -19,8 +19,7 @@ from mep.graph.node import Node, expand_beta, state_from_error
 from mep.layout import per_example
 from mep.settle import Response
 from mep.solvers.networks import kinks
-from mep.solvers.networks.coupling import are_independent
-from mep.solvers.networks.network import Network, length_by_gain, output_residual, spread_length
+from mep.solvers.networks.network import Network, are_independent, length_by_gain, output_residual, spread_length
 
 Behind = dict[str, tuple[Tensor, Kink]]
 """State -> what pulls on it through a kink, or where it rests, and the operation that has the kink."""

@@ -1,15 +1,66 @@
-"""The states of the random number generators: torch's on the CPU and on the present GPU, Python's and NumPy's."""
+"""What a step leaves as it was: hooks that are not to fire, random number generators, and Ctrl-C at a bad moment."""
 
 from __future__ import annotations
 
 import random
+import signal
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+
+def hooks_of(p: Tensor) -> list[dict[Any, Any]]:
+    """The hooks on a parameter's gradient."""
+    return [own for own in (p._backward_hooks, getattr(p, "_post_accumulate_grad_hooks", None)) if own]
+
+
+@contextmanager
+def without_hooks(parameters: Sequence[Tensor]) -> Iterator[None]:
+    """Hooks on these parameters do not fire inside: they are for the gradient of a step."""
+    hooks = [(own, dict(own)) for p in parameters for own in hooks_of(p)]
+    for own, _ in hooks:
+        own.clear()
+    try:
+        yield
+    finally:
+        for own, kept in hooks:
+            own.update(kept)
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """What runs inside is finished before an interrupt by the keyboard (SIGINT) takes effect; a second goes through.
+
+    Python hands signals to the main thread alone: other threads are never interrupted, and nothing is done there.
+
+    Example:
+        >>> with uninterrupted():
+        ...     pass
+    """
+    usual = signal.getsignal(signal.SIGINT)
+    if not callable(usual) or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[tuple[int, FrameType | None]] = []
+
+    def postpone(number: int, frame: FrameType | None) -> None:
+        came.append((number, frame))
+        if len(came) > 1:
+            usual(number, frame)
+
+    signal.signal(signal.SIGINT, postpone)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, usual)
+        if len(came) == 1:
+            usual(*came[0])
 
 
 class Noise(NamedTuple):

@@ -1,0 +1,146 @@
+"""What an estimator refuses: batches that cannot be used, settings out of range, and those that do not go together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from mep.cost import recorded_function
+from mep.errors import A_FLAG, ArgumentError, InputError, ParameterError, one_of, require
+from mep.estimators.compiled_step import MOST_SWEEPS
+from mep.estimators.contrast import CONTRASTS
+from mep.graph.inputs import flattened
+from mep.guards import generators, set_generators
+from mep.settle import Solver
+
+if TYPE_CHECKING:
+    from mep.estimators.equilibrium import EquilibriumPropagation
+
+_CALL = "EquilibriumPropagation"
+_NO_TARGET = object()
+
+
+def checked_batch(x: Any, target: Any = _NO_TARGET, cost: Any = None) -> int:
+    """The number of examples of a batch that can be used: not empty, finite, and with tensors that autograd takes.
+
+    A target must be a tensor, unless the cost is a function; its shape and values are for the cost to check.
+    """
+    tensors = []
+    for leaf in flattened(x)[0]:
+        if isinstance(leaf, Tensor):
+            tensors.append(leaf)
+    if not tensors:
+        raise InputError(f"x must be a tensor, or a tuple or dict of them, not {type(x).__name__}: torch.as_tensor(x).")
+    made_in_inference = False
+    for leaf in [*tensors, *([] if target is _NO_TARGET else flattened(target)[0])]:
+        made_in_inference |= isinstance(leaf, Tensor) and leaf.is_inference()
+    if made_in_inference:
+        raise InputError(
+            "The batch was made in torch.inference_mode(), and autograd cannot use such tensors. Way out: make it in "
+            "torch.no_grad(), or pass x.clone()."
+        )
+    if tensors[0].ndim == 0 or len(tensors[0]) == 0:
+        raise InputError(f"The batch is empty: {[tuple(t.shape) for t in tensors]}. Pass at least one example.")
+    is_given = target is not _NO_TARGET and not isinstance(target, Tensor)
+    if is_given and (target is None or recorded_function(cost) is None):
+        raise InputError(f"The target must be a tensor, not {type(target).__name__}: torch.as_tensor(target).")
+    for t in tensors:
+        # A sum is finite only if all its terms are; only if it is not does the slower exact test decide.
+        if t.is_floating_point() and not math.isfinite(float(t.detach().sum())) and not torch.isfinite(t).all():
+            raise InputError("The input contains NaN or Inf. Nothing was changed; mend or drop this batch.")
+    return len(tensors[0])
+
+
+def check_mode() -> None:
+    """Refuse inference mode, in which autograd records nothing of a single module either."""
+    if torch.is_inference_mode_enabled():
+        raise ArgumentError("Gradients cannot be estimated in torch.inference_mode(). Call outside, or in no_grad().")
+
+
+def check_model(model: nn.Module, caller: str) -> None:
+    """Refuse what is no module, or has nothing to train."""
+    if not isinstance(model, nn.Module):
+        raise ArgumentError(f"{caller}(model={model!r}): must be a torch.nn.Module.")
+    for p in model.parameters():
+        if p.requires_grad:
+            return
+    raise ParameterError(f"{type(model).__name__} has no parameter that requires a gradient: nothing to train.")
+
+
+@contextmanager
+def noise_undone_on_error() -> Iterator[None]:
+    """On an error, an interruption included, torch's random number generators end as they began."""
+    noise = generators()
+    try:
+        yield
+    except BaseException:
+        set_generators(noise)
+        raise
+
+
+def check_solver(solver: Any) -> None:
+    """Refuse what is no solver."""
+    if not isinstance(solver, Solver):
+        raise ArgumentError(f"{_CALL}(solver={solver!r}): must be a mep.Sweep, mep.Descent, ...")
+
+
+def check_settings(ep: EquilibriumPropagation) -> None:
+    """Raise an ArgumentError that says what to write instead."""
+    _check_values(ep)
+    if ep.compile:
+        _check_compile(ep)
+    if ep.checkpoint:
+        _check_checkpoint(ep)
+
+
+def _check_values(ep: EquilibriumPropagation) -> None:
+    if ep.beta is not None:
+        require(_CALL, "beta", ep.beta, lambda beta: 0 < beta < math.inf, "a positive number, or None to choose it")
+    require(_CALL, "phases", ep.phases, *one_of(sorted(CONTRASTS)))
+    require(_CALL, "branches", ep.branches, *one_of(("held", "exact")))
+    require(_CALL, "on_unsettled", ep.on_unsettled, *one_of(("warn", "raise", "ignore")))
+    require(_CALL, "proof", ep.proof, *one_of(("amortised", "always", "never")))
+    for name in ("compile", "checkpoint", "diagnostics"):
+        require(_CALL, name, getattr(ep, name), *A_FLAG)
+    if ep.observe is not None:
+        require(_CALL, "observe", ep.observe, callable, "callable, as update.observe")
+    if ep.observe is not None and not ep.node_energy.is_forward:
+        raise ArgumentError(f"{_CALL}(observe=...): energy={ep.node_energy.name!r} has no errors to observe.")
+    ep.solver.check(ep.node_energy)
+
+
+def _check_compile(ep: EquilibriumPropagation) -> None:
+    call = f"{_CALL}(compile=True"
+    if not ep.solver.compiles:
+        raise ArgumentError(f"{call}, solver={ep.solver}): only solvers with `unrolled` are compiled: mep.Sweep.")
+    if ep.solver.patience > 1:
+        raise ArgumentError(f"{call}, solver=Sweep(patience={ep.solver.patience})): patience must be 1.")
+    if not ep.solver.adaptive and ep.solver.settle_steps > MOST_SWEEPS:
+        raise ArgumentError(
+            f"{call}, solver={ep.solver}): at most {MOST_SWEEPS} sweeps are compiled. Give fewer, or adaptive=True."
+        )
+    if ep.branches == "exact":
+        raise ArgumentError(f"{call}, branches='exact'): only held branches are compiled.")
+    if ep.diagnostics:
+        raise ArgumentError(f"{call}, diagnostics=True): leave out one of the two.")
+    if ep.cost not in ("cross_entropy", "mse"):
+        raise ArgumentError(f"{call}, cost={ep.cost!r}): only 'cross_entropy' and 'mse' are compiled.")
+
+
+def _check_checkpoint(ep: EquilibriumPropagation) -> None:
+    for name, asked in (
+        (f"solver={ep.solver}", not ep.solver.checkpoints),
+        ("branches='exact'", ep.branches == "exact"),
+        ("compile=True", ep.compile),
+        ("diagnostics=True", ep.diagnostics),
+        ("observe=...", ep.observe is not None),
+    ):
+        if asked:
+            raise ArgumentError(
+                f"{_CALL}(checkpoint=True, {name}): it needs the states of all nodes at once. Leave out one of the two."
+            )

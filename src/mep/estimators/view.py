@@ -1,0 +1,161 @@
+"""An equilibrium to look at: what stands in every node of the free and the nudged phases, and how it got there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from mep.energy import Energy
+from mep.errors import ArgumentError
+from mep.estimators.contrast import SettledPhase
+from mep.estimators.estimate import Estimate
+from mep.graph import Point
+from mep.graph.node import expand_beta
+from mep.settle import Iterate, Settled
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Residuals = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class PhaseView:
+    """One equilibrium, node by node; every mapping is from the name of a node that has a state.
+
+    Attributes:
+        beta: the multiple of the nudging strength: 0 for the free phase.
+        states, predictions: s and mu.
+        errors: the scaled errors `de/dmu / beta`, for the prediction energy `(mu - s) / beta`; 0 in the free phase.
+            Where the free equilibrium is not the forward pass: how far each state has moved from it, over beta.
+        energies: `e(s, mu)` summed over the node, [batch].
+        residuals: in units of the nudge, [batch].
+        course: the residuals after every iteration, where they were recorded.
+    """
+
+    beta: float
+    states: Mapping[str, Tensor]
+    predictions: Mapping[str, Tensor]
+    errors: Mapping[str, Tensor]
+    energies: Mapping[str, Tensor]
+    residuals: Mapping[str, Tensor]
+    course: Sequence[Residuals] = ()
+
+
+@dataclass(frozen=True)
+class Equilibrium:
+    """The equilibria of one batch. `print` shows a table; `plot` a picture of settling.
+
+    Attributes:
+        estimate: loss, betas, iterations and residuals, as a step reports them.
+        free: the free equilibrium.
+        phases: the nudged ones, in the order of the contrast.
+    """
+
+    estimate: Estimate
+    free: PhaseView
+    phases: tuple[PhaseView, ...]
+
+    @property
+    def nudged(self) -> PhaseView:
+        """The equilibrium that is nudged toward the target."""
+        return self.phases[-1]
+
+    def __str__(self) -> str:
+        """A row a node: its shape, the mean size of state and error over the examples, energy, largest residual."""
+        header = ("node", "shape", "|state|", "|error|", "energy", "residual")
+        rows: list[tuple[str, ...]] = [header]
+        for name, s in self.nudged.states.items():
+            batch = len(self.nudged.residuals[name])
+            sizes = [float(t.reshape(batch, -1).norm(dim=1).mean()) for t in (s, self.nudged.errors[name])]
+            energy, residual = self.nudged.energies[name].mean(), self.nudged.residuals[name].max()
+            numbers = [f"{v:.3g}" for v in (*sizes, float(energy), float(residual))]
+            rows.append((name, "x".join(map(str, s.shape)), *numbers))
+        widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        return "\n".join([*lines, str(self.estimate)])
+
+    def plot(self, phase: int = -1) -> Figure:
+        """The residual of every node by iteration, of the worst example, and the tolerance as a line.
+
+        Raises:
+            ArgumentError: the course was not recorded, or matplotlib is not installed.
+        """
+        try:
+            from matplotlib.figure import Figure
+            from matplotlib.ticker import MaxNLocator
+        except ImportError as error:
+            raise ArgumentError("Equilibrium.plot(): needs matplotlib, pip install 'mep-torch[cli]'.") from error
+        course = self.phases[phase].course
+        if not course:
+            raise ArgumentError("Equilibrium.plot(): nothing was recorded. Way out: ep.settle(x, y, record=True).")
+        figure = Figure(figsize=(6, 4), layout="constrained")
+        axes = figure.subplots()
+        for name in course[0]:
+            axes.semilogy([float(residuals[name].max()) or None for residuals in course], ".-", label=name)
+        axes.axhline(self.estimate.tol, color="0.5", linestyle="--", label="tolerance")
+        axes.set(xlabel="iteration", ylabel="residual, largest of any example", title="settling, node by node")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.legend(fontsize="small", ncols=2)
+        return figure
+
+
+@dataclass
+class Recorder:
+    """The residuals of all nodes after every iteration, by the multiple of beta of the phase."""
+
+    courses: dict[float, list[Residuals]] = field(default_factory=dict)
+
+    def __call__(self, multiple: float, energy: Energy, iteration: int, iterate: Iterate) -> None:
+        """Called by `settle` with every iterate."""
+        point = _complete(energy, iterate.point, iterate.errors)
+        self.courses.setdefault(multiple, []).append(_residuals(energy, point, iterate.errors))
+
+
+def view(
+    estimate: Estimate, energy: Energy, free: Settled, phases: Sequence[SettledPhase], recorder: Recorder | None
+) -> Equilibrium:
+    """The phases of a step as an `Equilibrium`."""
+    nudged = [(e, settled) for _, e, settled in phases if settled is not free]
+    courses = list(recorder.courses.items()) if recorder else [(1.0, [])] * len(nudged)
+    if len(nudged) == 2 and not recorder:
+        courses[0] = (-1.0, [])
+    views = [_phase(e, s, multiple, course) for (e, s), (multiple, course) in zip(nudged, courses, strict=True)]
+    return Equilibrium(estimate, _phase(energy, free, 0.0, []), tuple(views))
+
+
+def _phase(energy: Energy, settled: Settled, multiple: float, course: Sequence[Residuals]) -> PhaseView:
+    point = _complete(energy, settled.point, settled.errors)
+    states = energy.state(point)
+    if energy.nudge is None:
+        errors: Mapping[str, Tensor] = {name: mu.new_zeros(mu.shape) for name, mu in point.predictions.items()}
+    else:
+        errors = energy.errors(point) if settled.errors is None else settled.errors
+        if energy.nudge.free:
+            moved = {name: s - energy.nudge.free[name].state for name, s in states.items()}
+            errors = {name: s / expand_beta(energy.beta, s) for name, s in moved.items()}
+    energies = {
+        name: energy.node_energy.energy(states[name], mu).reshape(energy.batch, -1).sum(1)
+        for name, mu in point.predictions.items()
+    }
+    residuals = _residuals(energy, point, settled.errors)
+    return PhaseView(multiple, states, dict(point.predictions), dict(errors), energies, residuals, tuple(course))
+
+
+def _complete(energy: Energy, point: Point, errors: Mapping[str, Tensor] | None) -> Point:
+    """The point with the values and predictions of all nodes, where settling has done without some of them."""
+    names = [node.name for node in energy.graph.states]
+    if set(names) <= point.values.keys() and set(names) <= point.predictions.keys() and point.saved:
+        return point
+    return energy.free_point() if errors is None else energy.at_errors(dict(errors))
+
+
+def _residuals(energy: Energy, point: Point, errors: Mapping[str, Tensor] | None) -> Residuals:
+    """By node, [batch]: from the scaled errors where these are known, since differences of states have fewer digits."""
+    if errors is None:
+        return energy.residuals(point)
+    swept = energy.errors_back(point.saved, energy.wanted_error(point), point.predictions)
+    return {name: energy.relative(errors[name], swept[name]) for name in swept}
