@@ -13,8 +13,11 @@ these arguments:
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Any
+import difflib
+import functools
+import inspect
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ParamSpec, TypedDict
 
 import torch
 from torch import nn
@@ -23,18 +26,82 @@ from torch.optim.optimizer import ParamsT
 from mep.capture import Leaves
 from mep.constraints import spectral_bound
 from mep.cost import BatchCost, PerExample
-from mep.errors import A_FLAG, ArgumentError, ParameterError, removed_arguments, require
+from mep.energy import NodeEnergy, make_node_energy
+from mep.errors import A_FLAG, ArgumentError, ParameterError, RemovedArgumentError, require
 from mep.estimators import Backprop, EquilibriumPropagation
 from mep.estimators.checks import check_model
-from mep.optimizer import EPOptimizer
+from mep.optimizer import Constraint, EPOptimizer
 from mep.settle import Solver
 from mep.solvers import Descent, Local, Sweep
 from mep.updates import Dion, Muon, NaturalGradient
 
-_STRENGTH = "No nudge is weakened any more: beta is used as given. beta=None chooses one for each example."
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+_Given = ParamSpec("_Given")
 
 
-@removed_arguments(strength=_STRENGTH)
+class Settling(TypedDict, total=False):
+    """How a preset estimates gradients: the keywords that presets have in common."""
+
+    cost: str | PerExample | type[BatchCost]
+    beta: float | None
+    energy: str | NodeEnergy
+    phases: str
+    branches: str
+    leaves: Leaves
+    settle_steps: int | None
+    settle_lr: float | None
+    adaptive: bool | None
+    tol: float
+    patience: int
+    on_unsettled: str
+    proof: str
+    compile: bool
+    checkpoint: bool
+    low_memory: bool
+
+
+_DEFAULTS: dict[str, Any] = {
+    "cost": "cross_entropy", "beta": None, "energy": "prediction", "phases": "one-sided", "branches": "held",
+    "leaves": (), "settle_steps": None, "settle_lr": None, "adaptive": None, "tol": 1e-2, "patience": 1,
+    "on_unsettled": "warn", "proof": "amortised", "compile": False, "checkpoint": False, "low_memory": False,
+}  # fmt: skip
+_REMOVED = {"strength": "No nudge is weakened any more: beta is used as given. beta=None chooses one for each example."}
+
+
+def _settles(*without: str, **changed: Any) -> Callable[[Callable[_Given, EPOptimizer]], Callable[_Given, EPOptimizer]]:
+    """A decorator of presets: `**settling` holds every keyword of `Settling` but those named, with these defaults.
+
+    The signature that `help` and `inspect` show has them one by one, and an unknown keyword raises with a suggestion.
+    """
+    defaults = {name: changed.get(name, value) for name, value in _DEFAULTS.items() if name not in without}
+
+    def decorate(recipe: Callable[_Given, EPOptimizer]) -> Callable[_Given, EPOptimizer]:
+        own = [p for p in inspect.signature(recipe).parameters.values() if p.kind is not p.VAR_KEYWORD]
+        names = [p.name for p in own] + list(defaults)
+
+        @functools.wraps(recipe)
+        def build(*args: _Given.args, **given: _Given.kwargs) -> EPOptimizer:
+            for name in given.keys() - set(names):
+                if name in _REMOVED:
+                    raise RemovedArgumentError(f"{recipe.__name__}({name}=...) is gone. {_REMOVED[name]}")
+                near = difflib.get_close_matches(name, names, n=1)
+                hint = f" Did you mean {near[0]!r}?" if near else f" It takes {', '.join(names)}."
+                raise TypeError(f"{recipe.__name__}() got an unexpected keyword argument {name!r}.{hint}")
+            every: Any = defaults | given
+            return recipe(*args, **every)
+
+        kind = inspect.Parameter.KEYWORD_ONLY
+        hints = {n: getattr(hint, "__forward_arg__", hint) for n, hint in Settling.__annotations__.items()}
+        more = [inspect.Parameter(n, kind, default=v, annotation=hints[n]) for n, v in defaults.items()]
+        build.__signature__ = inspect.Signature([*own, *more], return_annotation="EPOptimizer")  # type: ignore[attr-defined]
+        return build
+
+    return decorate
+
+
+@_settles()
 def eqprop(
     params: ParamsT,
     model: nn.Module,
@@ -43,22 +110,7 @@ def eqprop(
     momentum: float = 0.9,
     weight_decay: float = 0.0,
     nesterov: bool = False,
-    cost: str | PerExample | type[BatchCost] = "cross_entropy",
-    beta: float | None = None,
-    energy: str = "prediction",
-    phases: str = "one-sided",
-    branches: str = "held",
-    leaves: Leaves = (),
-    settle_steps: int | None = None,
-    settle_lr: float | None = None,
-    adaptive: bool | None = None,
-    tol: float = 1e-2,
-    patience: int = 1,
-    on_unsettled: str = "warn",
-    proof: str = "amortised",
-    compile: bool = False,
-    checkpoint: bool = False,
-    low_memory: bool = False,
+    **settling: Unpack[Settling],
 ) -> EPOptimizer:
     """Equilibrium propagation with the fewest parts: its gradient, and `torch.optim.SGD`.
 
@@ -78,26 +130,12 @@ def eqprop(
         >>> opt.last.iterations <= 4, float(opt.last.residual.max()) <= 1e-2
         (True, True)
     """
-    solver = _solver(energy, settle_steps, settle_lr, adaptive, tol, patience)
-    estimator = EquilibriumPropagation(
-        model,
-        cost,
-        beta,
-        solver,
-        energy,
-        phases,
-        branches,
-        leaves,
-        compile=compile,
-        checkpoint=checkpoint,
-        on_unsettled=on_unsettled,
-        proof=proof,
-    )
+    estimator = EquilibriumPropagation(model, solver=_solver(settling), **_estimator(settling))
     update = _sgd("eqprop", _listed(params, model), lr, momentum, weight_decay, nesterov)
-    return EPOptimizer(estimator, update, low_memory=low_memory)
+    return EPOptimizer(estimator, update, low_memory=settling["low_memory"])
 
 
-@removed_arguments(strength=_STRENGTH)
+@_settles()
 def smep(
     params: ParamsT,
     model: nn.Module,
@@ -107,22 +145,7 @@ def smep(
     weight_decay: float = 0.0,
     nesterov: bool = True,
     gamma: float = 3.0,
-    cost: str | PerExample | type[BatchCost] = "cross_entropy",
-    beta: float | None = None,
-    energy: str = "prediction",
-    phases: str = "one-sided",
-    branches: str = "held",
-    leaves: Leaves = (),
-    settle_steps: int | None = None,
-    settle_lr: float | None = None,
-    adaptive: bool | None = None,
-    tol: float = 1e-2,
-    patience: int = 1,
-    on_unsettled: str = "warn",
-    proof: str = "amortised",
-    compile: bool = False,
-    checkpoint: bool = False,
-    low_memory: bool = False,
+    **settling: Unpack[Settling],
 ) -> EPOptimizer:
     """Spectral Muon EP: equilibrium propagation, Muon, and a bound on the largest singular value of every weight.
 
@@ -135,26 +158,12 @@ def smep(
         settle_steps, settle_lr, adaptive, tol, patience, on_unsettled: how the states settle, see `mep.presets`.
         low_memory: as in `mep.EPOptimizer`.
     """
-    solver = _solver(energy, settle_steps, settle_lr, adaptive, tol, patience)
-    estimator = EquilibriumPropagation(
-        model,
-        cost,
-        beta,
-        solver,
-        energy,
-        phases,
-        branches,
-        leaves,
-        compile=compile,
-        checkpoint=checkpoint,
-        on_unsettled=on_unsettled,
-        proof=proof,
-    )
+    estimator = EquilibriumPropagation(model, solver=_solver(settling), **_estimator(settling))
     update = Muon(_listed(params, model), lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov)
-    return EPOptimizer(estimator, update, [spectral_bound(gamma, exclude=partial(_embeddings, model))], low_memory)
+    return EPOptimizer(estimator, update, [_bound(gamma, model)], settling["low_memory"])
 
 
-@removed_arguments(strength=_STRENGTH)
+@_settles(settle_steps=10, tol=1e-1)
 def smep_fast(
     params: ParamsT,
     model: nn.Module,
@@ -164,48 +173,19 @@ def smep_fast(
     weight_decay: float = 0.0,
     nesterov: bool = True,
     gamma: float = 3.0,
-    cost: str | PerExample | type[BatchCost] = "cross_entropy",
-    beta: float | None = None,
-    energy: str = "prediction",
-    phases: str = "one-sided",
-    branches: str = "held",
-    leaves: Leaves = (),
-    settle_steps: int = 10,
-    settle_lr: float | None = None,
-    adaptive: bool | None = None,
-    tol: float = 1e-1,
-    patience: int = 1,
-    on_unsettled: str = "warn",
-    proof: str = "amortised",
-    compile: bool = False,
-    checkpoint: bool = False,
-    low_memory: bool = False,
+    **settling: Unpack[Settling],
 ) -> EPOptimizer:
     """`smep` with a larger tolerance, fewer sweeps and a smaller learning rate: for first experiments.
 
     Takes the arguments of `smep`. Three defaults differ: `tol` is 0.1 (0.01 in `smep`), `settle_steps` is 10 (100), and
     `lr` is 0.01 (0.02). Beta is chosen as in `smep`. A step is faster only where `smep` needs several sweeps.
     """
-    solver = _solver(energy, settle_steps, settle_lr, adaptive, tol, patience)
-    estimator = EquilibriumPropagation(
-        model,
-        cost,
-        beta,
-        solver,
-        energy,
-        phases,
-        branches,
-        leaves,
-        compile=compile,
-        checkpoint=checkpoint,
-        on_unsettled=on_unsettled,
-        proof=proof,
-    )
+    estimator = EquilibriumPropagation(model, solver=_solver(settling), **_estimator(settling))
     update = Muon(_listed(params, model), lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov)
-    return EPOptimizer(estimator, update, [spectral_bound(gamma, exclude=partial(_embeddings, model))], low_memory)
+    return EPOptimizer(estimator, update, [_bound(gamma, model)], settling["low_memory"])
 
 
-@removed_arguments(strength=_STRENGTH)
+@_settles()
 def sdmep(
     params: ParamsT,
     model: nn.Module,
@@ -217,22 +197,7 @@ def sdmep(
     rank_fraction: float = 0.2,
     dion_threshold: int = 8192,
     gamma: float = 3.0,
-    cost: str | PerExample | type[BatchCost] = "cross_entropy",
-    beta: float | None = None,
-    energy: str = "prediction",
-    phases: str = "one-sided",
-    branches: str = "held",
-    leaves: Leaves = (),
-    settle_steps: int | None = None,
-    settle_lr: float | None = None,
-    adaptive: bool | None = None,
-    tol: float = 1e-2,
-    patience: int = 1,
-    on_unsettled: str = "warn",
-    proof: str = "amortised",
-    compile: bool = False,
-    checkpoint: bool = False,
-    low_memory: bool = False,
+    **settling: Unpack[Settling],
 ) -> EPOptimizer:
     """Spectral Dion-Muon EP: `smep` with Dion's low-rank update for large weights.
 
@@ -250,21 +215,7 @@ def sdmep(
         >>> [tuple(state["right_factor"].shape) for state in opt.state.values() if "right_factor" in state]
         [(100, 10)]
     """
-    solver = _solver(energy, settle_steps, settle_lr, adaptive, tol, patience)
-    estimator = EquilibriumPropagation(
-        model,
-        cost,
-        beta,
-        solver,
-        energy,
-        phases,
-        branches,
-        leaves,
-        compile=compile,
-        checkpoint=checkpoint,
-        on_unsettled=on_unsettled,
-        proof=proof,
-    )
+    estimator = EquilibriumPropagation(model, solver=_solver(settling), **_estimator(settling))
     update = Dion(
         _listed(params, model),
         lr=lr,
@@ -274,9 +225,10 @@ def sdmep(
         nesterov=nesterov,
         weight_decay=weight_decay,
     )
-    return EPOptimizer(estimator, update, [spectral_bound(gamma, exclude=partial(_embeddings, model))], low_memory)
+    return EPOptimizer(estimator, update, [_bound(gamma, model)], settling["low_memory"])
 
 
+@_settles("compile", "checkpoint", settle_steps=30, settle_lr=0.15, adaptive=False)
 def O1MemoryEPv2(
     params: ParamsT,
     model: nn.Module,
@@ -286,20 +238,7 @@ def O1MemoryEPv2(
     weight_decay: float = 0.0,
     nesterov: bool = True,
     gamma: float = 3.0,
-    cost: str | PerExample | type[BatchCost] = "cross_entropy",
-    beta: float | None = None,
-    energy: str = "prediction",
-    phases: str = "one-sided",
-    branches: str = "held",
-    leaves: Leaves = (),
-    settle_steps: int = 30,
-    settle_lr: float = 0.15,
-    adaptive: bool = False,
-    tol: float = 1e-2,
-    patience: int = 1,
-    on_unsettled: str = "warn",
-    proof: str = "amortised",
-    low_memory: bool = False,
+    **settling: Unpack[Settling],
 ) -> EPOptimizer:
     """`smep` whose states settle by gradient descent, in memory that does not grow with `settle_steps`.
 
@@ -319,15 +258,14 @@ def O1MemoryEPv2(
         >>> opt.last.iterations
         15
     """
-    solver = _descent(settle_steps, settle_lr, adaptive, tol, patience)
-    estimator = EquilibriumPropagation(
-        model, cost, beta, solver, energy, phases, branches, leaves, on_unsettled=on_unsettled, proof=proof
-    )
+    if settling["settle_lr"] is None:
+        raise ArgumentError("O1MemoryEPv2(settle_lr=None): must be a positive number, the step of gradient descent.")
+    estimator = EquilibriumPropagation(model, solver=_solver(settling), **_estimator(settling))
     update = Muon(_listed(params, model), lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov)
-    return EPOptimizer(estimator, update, [spectral_bound(gamma, exclude=partial(_embeddings, model))], low_memory)
+    return EPOptimizer(estimator, update, [_bound(gamma, model)], settling["low_memory"])
 
 
-@removed_arguments(strength=_STRENGTH)
+@_settles("energy", "checkpoint", "low_memory")
 def natural_ep(
     params: ParamsT,
     model: nn.Module,
@@ -344,19 +282,7 @@ def natural_ep(
     rank: int | None = 32,
     use_diagonal_fisher: bool = False,
     orthogonalise: bool = False,
-    cost: str | PerExample | type[BatchCost] = "cross_entropy",
-    beta: float | None = None,
-    phases: str = "one-sided",
-    branches: str = "held",
-    leaves: Leaves = (),
-    settle_steps: int | None = None,
-    settle_lr: float | None = None,
-    adaptive: bool | None = None,
-    tol: float = 1e-2,
-    patience: int = 1,
-    on_unsettled: str = "warn",
-    proof: str = "amortised",
-    compile: bool = False,
+    **settling: Unpack[Settling],
 ) -> EPOptimizer:
     """Natural-gradient EP: equilibrium propagation, and natural gradient with the Fisher matrix of the settled states.
 
@@ -396,23 +322,11 @@ def natural_ep(
         use_diagonal_fisher=use_diagonal_fisher,
         orthogonalise=orthogonalise,
     )
-    solver = _solver("prediction", settle_steps, settle_lr, adaptive, tol, patience)
-    estimator = EquilibriumPropagation(
-        model,
-        cost,
-        beta,
-        solver,
-        phases=phases,
-        branches=branches,
-        leaves=leaves,
-        observe=update.observe,
-        compile=compile,
-        on_unsettled=on_unsettled,
-        proof=proof,
-    )
+    estimator = EquilibriumPropagation(model, solver=_solver(settling), observe=update.observe, **_estimator(settling))
     return EPOptimizer(estimator, update)
 
 
+@_settles("energy", "branches", "settle_steps", "settle_lr", "adaptive", "patience", "compile", "checkpoint")
 def local_ep(
     params: ParamsT,
     model: nn.Module,
@@ -421,15 +335,8 @@ def local_ep(
     momentum: float = 0.9,
     weight_decay: float = 0.0,
     nesterov: bool = False,
-    cost: str | PerExample | type[BatchCost] = "cross_entropy",
-    beta: float | None = None,
-    phases: str = "one-sided",
-    leaves: Leaves = (),
-    tol: float = 1e-2,
     schedule: str = "there and back",
-    on_unsettled: str = "warn",
-    proof: str = "amortised",
-    low_memory: bool = False,
+    **settling: Unpack[Settling],
 ) -> EPOptimizer:
     """Local equilibrium propagation: each node settles from the values of its neighbours alone; `torch.optim.SGD`.
 
@@ -454,12 +361,10 @@ def local_ep(
         >>> opt.last.converged
         True
     """
-    solver = Local(tol=tol, schedule=schedule)
-    estimator = EquilibriumPropagation(
-        model, cost, beta, solver, phases=phases, leaves=leaves, on_unsettled=on_unsettled, proof=proof
-    )
+    solver = Local(tol=settling["tol"], schedule=schedule)
+    estimator = EquilibriumPropagation(model, solver=solver, **_estimator(settling))
     update = _sgd("local_ep", _listed(params, model), lr, momentum, weight_decay, nesterov)
-    return EPOptimizer(estimator, update, low_memory=low_memory)
+    return EPOptimizer(estimator, update, low_memory=settling["low_memory"])
 
 
 def muon_backprop(
@@ -485,8 +390,13 @@ def muon_backprop(
     return EPOptimizer(estimator, update)
 
 
+def _bound(gamma: float, model: nn.Module) -> Constraint:
+    """The bound on all weights but embeddings, whose rows are looked up, not multiplied with."""
+    return spectral_bound(gamma, exclude=functools.partial(_embeddings, model))  # a deep copy has the copied model
+
+
 def _embeddings(model: nn.Module) -> list[Any]:
-    """The weights of embedding layers: their rows are looked up, not multiplied with, so that the bound has no use."""
+    """The weights of embedding layers."""
     return [m.weight for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))]
 
 
@@ -512,24 +422,24 @@ def _sgd(
     return torch.optim.SGD(groups, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov)
 
 
-def _solver(
-    energy: str, steps: int | None, settle_lr: float | None, adaptive: bool | None, tol: float, patience: int
-) -> Solver:
-    if settle_lr is not None:
-        return _descent(30 if steps is None else steps, settle_lr, bool(adaptive), tol, patience)
-    if energy != "prediction":
-        raise ArgumentError(f"energy={energy!r} settles by descent: give settle_lr, for instance settle_lr=0.3.")
-    adaptive = adaptive is not False
-    _check_patience(patience, adaptive)
-    steps = (100 if adaptive else 30) if steps is None else steps
-    return Sweep(settle_steps=steps, tol=tol, patience=patience, adaptive=adaptive)
+_OF_SOLVER = ("settle_steps", "settle_lr", "adaptive", "tol", "patience")
 
 
-def _descent(settle_steps: int, settle_lr: float, adaptive: bool, tol: float, patience: int) -> Solver:
-    _check_patience(patience, adaptive)
-    return Descent(settle_steps, tol, patience, adaptive, settle_lr)
+def _estimator(settling: Settling) -> dict[str, Any]:
+    """The keywords of `EquilibriumPropagation` among those of a preset."""
+    return {name: value for name, value in settling.items() if name not in (*_OF_SOLVER, "low_memory")}
 
 
-def _check_patience(patience: int, adaptive: bool) -> None:
+def _solver(settling: Settling) -> Solver:
+    """Descent where a step size is given, else sweeps."""
+    steps, settle_lr, adaptive, tol, patience = (settling[name] for name in _OF_SOLVER)  # type: ignore[literal-required]
+    energy = make_node_energy(settling.get("energy", "prediction"))
+    if settle_lr is None and not energy.has_state:
+        raise ArgumentError(f"energy={energy.name!r} settles by descent: give settle_lr, for instance settle_lr=0.3.")
+    adaptive = bool(adaptive) if settle_lr is not None else adaptive is not False
     if not adaptive and patience != 1:
         raise ArgumentError(f"patience={patience} does something only with adaptive=True.")
+    steps = (100 if adaptive and settle_lr is None else 30) if steps is None else steps
+    if settle_lr is not None:
+        return Descent(steps, tol, patience, adaptive, settle_lr)
+    return Sweep(steps, tol, patience, adaptive)
