@@ -17,7 +17,6 @@ from torch import nn
 from torch.optim.optimizer import ParamsT
 
 from mep.capture import Leaves
-from mep.constraints import spectral_bound
 from mep.cost import BatchCost, PerExample
 from mep.errors import A_FLAG, ArgumentError, ParameterError, removed_arguments, require
 from mep.estimators import Backprop, EquilibriumPropagation
@@ -25,7 +24,7 @@ from mep.estimators.inputs import check_model
 from mep.optimizer import EPOptimizer
 from mep.settle import Solver
 from mep.solvers import Descent, Local, Sweep
-from mep.updates import Dion, Muon, NaturalGradient
+from mep.updates import Dion, Muon, NaturalGradient, spectral_bound
 
 _STRENGTH = "No nudge is weakened any more: beta is used as given. beta=None chooses one for each example."
 

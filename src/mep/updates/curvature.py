@@ -5,7 +5,7 @@ r"""The Fisher matrix of one weight `W [out, in]` in two approximations, average
     diagonal    F ~ diag(E[delta^2 h^2]) [out, in]
 
 with `pi^2 = (tr A / in) / (tr G / out)`, which damps both factors alike in proportion to their size. A wide factor is
-held as its largest `rank` eigenvalues and the mean c of all others, `U diag(s - c) U^T + c I`: that keeps the trace,
+stored as its largest `rank` eigenvalues and the mean c of all others, `U diag(s - c) U^T + c I`: that keeps the trace,
 and its powers cost two thin products instead of a square one.
 
 The diagonal is exact where an example has one row; `diag(G) diag(A)^T` would take errors and inputs for independent.
@@ -30,6 +30,7 @@ Powers = dict[str, Any]
 """Tensors and numbers only, in dictionaries: what `Optimizer.load_state_dict` can carry."""
 
 _FIRST_ITERATIONS = 4
+"""Of subspace iteration, where no earlier basis is known."""
 
 
 class Layer(Protocol):
@@ -52,7 +53,7 @@ class Layer(Protocol):
 
 
 def bordered_rows(layer: Layer, with_bias: bool) -> tuple[Tensor, Tensor]:
-    """The rows of a layer, with a one beside the inputs, of which the bias is the weight."""
+    """Inputs and errors of a layer; with a column of ones beside the inputs, of which the bias is the weight."""
     inputs, errors = (working(rows.to(layer.weight.dtype)) for rows in layer.rows())
     return (torch.cat([inputs, inputs.new_ones(len(inputs), 1)], 1) if with_bias else inputs), errors
 
@@ -117,7 +118,7 @@ DIAGONAL = Fisher(diagonal_moments, diagonal_powers, diagonal_apply)
 
 
 def fisher_of(entries: Mapping[str, Any]) -> Fisher:
-    """The approximation that moments or powers belong to."""
+    """The approximation whose moments or powers these are, by their names."""
     return DIAGONAL if "diagonal" in entries else KRONECKER
 
 
@@ -167,7 +168,7 @@ def largest(factor: Tensor, rank: int, basis: Tensor | None) -> tuple[Tensor, Te
 
 
 def working(tensor: Tensor) -> Tensor:
-    """In a precision that inverses can be computed in."""
+    """In float32 at least, the precision that inverses need."""
     return tensor.float() if torch.finfo(tensor.dtype).bits < 32 else tensor
 
 
