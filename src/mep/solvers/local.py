@@ -38,7 +38,7 @@ from mep.solvers.networks.nonsmooth import worst_residual
 from mep.solvers.sweep import barzilai_borwein, require_prediction
 
 _WATCHED_FROM = 3
-"""The round from which errors are compared with those of this round, to notice divergence; most settle before."""
+"""The round from which errors are compared with those of this round, to detect divergence; most settle before."""
 
 Groups = Sequence[Sequence[Node]]
 SCHEDULES: dict[str, Callable[[Sequence[Node], int], Groups]] = {
@@ -282,22 +282,22 @@ class LocalNetwork:
 
         The length a is Barzilai and Borwein's, from r at the last update and now; the first one is 1.
         """
-        memory = self.output_step
+        last = self.output_step
         if held.error is None:
-            return held.with_error(energy, memory.r)
+            return held.with_error(energy, last.r)
         assert energy.nudge is not None
         error, batch = held.error, energy.batch
-        wanted = energy.nudge.cost.gradient(held.value)
-        residual = output_residual(error, wanted)
+        gradient = energy.nudge.cost.gradient(held.value)
+        residual = output_residual(error, gradient)
         unbalanced = ~(residual <= tol)  # NaN counts as not converged
         if not unbalanced.any():
             return replace(held, residual=residual)
         moves = per_example(unbalanced, error)
-        r = torch.where(moves, wanted - error, memory.r)
-        y = memory.r - r
-        a = barzilai_borwein(memory.length, example_dot(memory.r, y, batch), example_dot(y, y, batch))
-        memory.r, memory.length = r, torch.where(unbalanced, a, memory.length)
-        stepped = torch.where(moves, error + r * spread_length(memory.length, r), error)
+        r = torch.where(moves, gradient - error, last.r)
+        y = last.r - r
+        a = barzilai_borwein(last.length, example_dot(last.r, y, batch), example_dot(y, y, batch))
+        last.r, last.length = r, torch.where(unbalanced, a, last.length)
+        stepped = torch.where(moves, error + r * spread_length(last.length, r), error)
         return replace(held.with_error(energy, stepped), residual=residual)
 
     def largest_error(self, energy: Energy) -> Tensor:

@@ -30,7 +30,7 @@ Powers = dict[str, Any]
 """Tensors and numbers only, in dictionaries: what `Optimizer.load_state_dict` can carry."""
 
 _FIRST_ITERATIONS = 4
-"""Of subspace iteration, where no earlier basis is known."""
+"""Of subspace iteration, where there is no earlier basis."""
 
 
 class Layer(Protocol):
@@ -58,20 +58,20 @@ def bordered_rows(layer: Layer, with_bias: bool) -> tuple[Tensor, Tensor]:
     return (torch.cat([inputs, inputs.new_ones(len(inputs), 1)], 1) if with_bias else inputs), errors
 
 
-def kronecker_moments(inputs: Tensor, errors: Tensor, examples: int, known: Moments, decay: float) -> Moments:
+def kronecker_moments(inputs: Tensor, errors: Tensor, examples: int, previous: Moments, decay: float) -> Moments:
     """A is the mean over all rows, G the sum over the rows of an example and the mean over examples."""
     return {
-        "inputs": _averaged(inputs, inputs, len(inputs), known.get("inputs"), decay),
-        "errors": _averaged(errors, errors, examples, known.get("errors"), decay),
+        "inputs": _averaged(inputs, inputs, len(inputs), previous.get("inputs"), decay),
+        "errors": _averaged(errors, errors, examples, previous.get("errors"), decay),
     }
 
 
-def kronecker_powers(moments: Moments, damping: float, exponent: float, rank: int | None, known: Powers) -> Powers:
-    """The damped powers of both factors. `known`: those of earlier moments, to start from."""
+def kronecker_powers(moments: Moments, damping: float, exponent: float, rank: int | None, previous: Powers) -> Powers:
+    """The damped powers of both factors. `previous`: those of earlier moments, to start from."""
     inputs, errors = split_damping(moments["inputs"], moments["errors"], damping)
     return {
-        "inputs": power_of(moments["inputs"], inputs, exponent, rank, known.get("inputs", {})),
-        "errors": power_of(moments["errors"], errors, exponent, rank, known.get("errors", {})),
+        "inputs": power_of(moments["inputs"], inputs, exponent, rank, previous.get("inputs", {})),
+        "errors": power_of(moments["errors"], errors, exponent, rank, previous.get("errors", {})),
     }
 
 
@@ -90,12 +90,12 @@ def kronecker_apply(powers: Powers, matrix: Tensor) -> Tensor:
     return torch.addmm(matrix, basis, inner, beta=left["rest"])
 
 
-def diagonal_moments(inputs: Tensor, errors: Tensor, examples: int, known: Moments, decay: float) -> Moments:
+def diagonal_moments(inputs: Tensor, errors: Tensor, examples: int, previous: Moments, decay: float) -> Moments:
     """`E[delta^2 h^2]`: one product, as for a gradient."""
-    return {"diagonal": _averaged(errors.square(), inputs.square(), examples, known.get("diagonal"), decay)}
+    return {"diagonal": _averaged(errors.square(), inputs.square(), examples, previous.get("diagonal"), decay)}
 
 
-def diagonal_powers(moments: Moments, damping: float, exponent: float, rank: int | None, known: Powers) -> Powers:
+def diagonal_powers(moments: Moments, damping: float, exponent: float, rank: int | None, previous: Powers) -> Powers:
     """Elementwise; there is nothing to truncate."""
     return {"diagonal": (moments["diagonal"] + damping) ** exponent}
 
@@ -106,7 +106,7 @@ def diagonal_apply(powers: Powers, matrix: Tensor) -> Tensor:
 
 
 class Fisher(NamedTuple):
-    """An approximation: `decay * known + (1 - decay) * moments of a batch`, their powers, and these times a matrix."""
+    """An approximation: moments `decay * previous + (1 - decay) * batch`, their powers, and these times a matrix."""
 
     moments: Callable[[Tensor, Tensor, int, Moments, float], Moments]
     powers: Callable[[Moments, float, float, int | None, Powers], Powers]
@@ -129,7 +129,7 @@ def split_damping(inputs: Tensor, errors: Tensor, damping: float) -> tuple[float
     return pi * math.sqrt(damping), math.sqrt(damping) / pi
 
 
-def power_of(factor: Tensor, damping: float, exponent: float, rank: int | None, known: Mapping[str, Any]) -> Powers:
+def power_of(factor: Tensor, damping: float, exponent: float, rank: int | None, previous: Mapping[str, Any]) -> Powers:
     """`(factor + damping I)^exponent` of a positive semidefinite factor [n, n], truncated if n > 2 rank.
 
     Either `{"matrix"}` or the parts of `basis diag(weights) basis^T + rest I`.
@@ -138,23 +138,23 @@ def power_of(factor: Tensor, damping: float, exponent: float, rank: int | None, 
         values, vectors = torch.linalg.eigh(factor)
         weights = (values.clamp_min(0) + damping) ** exponent
         return {"matrix": (vectors * weights) @ vectors.mT}
-    values, basis = largest(factor, rank, known.get("basis"))
+    values, basis = largest(factor, rank, previous.get("basis"))
     mean = max(float(factor.trace() - values.sum()), 0.0) / (len(factor) - rank)
     rest = (mean + damping) ** exponent
     return {"basis": basis, "weights": (values + damping) ** exponent - rest, "rest": rest}
 
 
-def _averaged(left: Tensor, right: Tensor, count: int, known: Tensor | None, decay: float) -> Tensor:
-    """`decay * known + (1 - decay) * left^T right / count`, from zero if nothing is known."""
-    if known is None:
-        known, decay_of_known = left.new_zeros(()), 0.0
+def _averaged(left: Tensor, right: Tensor, count: int, previous: Tensor | None, decay: float) -> Tensor:
+    """`decay * previous + (1 - decay) * left^T right / count`, from zero if there is no `previous`."""
+    if previous is None:
+        previous, weight = left.new_zeros(()), 0.0
     else:
-        known, decay_of_known = known.to(left.dtype), decay
-    return torch.addmm(known, left.mT, right, beta=decay_of_known, alpha=(1 - decay) / count)
+        previous, weight = previous.to(left.dtype), decay
+    return torch.addmm(previous, left.mT, right, beta=weight, alpha=(1 - decay) / count)
 
 
 def largest(factor: Tensor, rank: int, basis: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The largest eigenvalues and their vectors, by subspace iteration: once from a known `basis`, else a few times."""
+    """The largest eigenvalues and their vectors, by subspace iteration: one from an earlier `basis`, else a few."""
     iterations = 1
     if basis is None or basis.shape != (len(factor), rank):
         noise = torch.Generator().manual_seed(0)  # the same start every time

@@ -223,8 +223,8 @@ def _natural_direction(matrix: Tensor, powers: Powers, exponent: float) -> tuple
 def _averaged(layer: Layer, with_bias: bool, fisher: Fisher, state: dict[str, Any], decay: float) -> dict[str, Any]:
     """The moving average, and its `mass`, the sum of its weights: divided by that, it is not biased toward zero."""
     inputs, errors = bordered_rows(layer, with_bias)
-    known = cast(state.get("moments", {}), inputs.dtype)
-    moments = cast(fisher.moments(inputs, errors, layer.examples, known, decay), layer.weight.dtype)
+    previous = cast(state.get("moments", {}), inputs.dtype)
+    moments = cast(fisher.moments(inputs, errors, layer.examples, previous, decay), layer.weight.dtype)
     if not math.isfinite(sum(float(moment.sum()) for moment in moments.values())):
         raise DivergedError(
             "NaturalGradient.observe: the second moment of a layer is not finite. Nothing was changed. Way out: a "
@@ -238,5 +238,5 @@ def _averaged(layer: Layer, with_bias: bool, fisher: Fisher, state: dict[str, An
 def _inverted(state: dict[str, Any], exponent: float, group: dict[str, Any]) -> Powers:
     """The damped powers of the averaged moments."""
     moments = {name: working(moment) / state["mass"] for name, moment in state["moments"].items()}
-    known = state.get("powers", {})
-    return fisher_of(moments).powers(moments, group["damping"], exponent, group["rank"], known)
+    previous = state.get("powers", {})
+    return fisher_of(moments).powers(moments, group["damping"], exponent, group["rank"], previous)

@@ -159,13 +159,13 @@ class GeneralNetwork(Network):
 
     def _can_select(self) -> bool:
         """Whether examples have the same values alone as among all; tried once for a graph and batch size."""
-        energy, cost, known = self.energy, self.energy.nudge, self.energy.graph.selects
-        assert cost is not None
-        if not cost.cost.narrows or energy.context.noise or energy.batch == 1:
+        energy, nudge, found = self.energy, self.energy.nudge, self.energy.graph.selects
+        assert nudge is not None
+        if not nudge.cost.narrows or energy.context.noise or energy.batch == 1:
             return False
-        if energy.batch not in known:
-            known[energy.batch] = _evaluates_some(energy, self.free)
-        return known[energy.batch]
+        if energy.batch not in found:
+            found[energy.batch] = _evaluates_some(energy, self.free)
+        return found[energy.batch]
 
 
 def _evaluates_some(energy: Energy, free: Point) -> bool:
@@ -179,8 +179,8 @@ def _evaluates_some(energy: Energy, free: Point) -> bool:
         some = energy.select(rows).rest().predictions
     except Exception:  # anything that a model made for one batch size may raise
         return False
-    wanted = {name: select_examples(mu, rows, energy.batch) for name, mu in free.predictions.items()}
+    expected = {name: select_examples(mu, rows, energy.batch) for name, mu in free.predictions.items()}
     return all(
         mu.shape == some[name].shape and bool((some[name] - mu).norm() <= _SAME * mu.norm())
-        for name, mu in wanted.items()
+        for name, mu in expected.items()
     )

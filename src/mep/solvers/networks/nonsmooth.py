@@ -7,8 +7,8 @@ maximum. With everything else fixed, a unit there minimises over its own s
 
 where `f` is the force on s itself and `u` the force on a(s), both scaled by 1/beta. On a piece with slope k the minimum
 is at `s = mu - beta (f + k u)`, if that lies on the piece. A kink is a minimum if the energy rises to both sides of it:
-the unit *rests* there, and its error is what lies between the two, neither f + k_left u nor f + k_right u. Of several
-minima the one is taken to which descent leads from the free equilibrium.
+the unit *rests* there, with an error `(mu - s) / beta` between those of the two pieces, f + k u with k on the left and
+on the right. Of several minima the one is taken to which descent leads from the free equilibrium.
 
 So the error of such a unit is that of its minimum, not a step toward it. That leaves the output error x as the only
 unknown, with the residual `r = dC/ds_out - x`; a sweep computes
@@ -217,10 +217,10 @@ def window_minimum(mu: Tensor, f: Tensor, u: Tensor, beta: Beta, x0: Tensor) -> 
 def nearest_window_force(s: Tensor, delta: Tensor, f: Tensor, u: Tensor, beta: Beta) -> Tensor:
     """`f + w u` with the weights w nearest to `delta`, of the simplex over the winners; one-hot where beta u < 0."""
     winners = s == s.amax(-1, keepdim=True)
-    wanted = torch.where(winners, (delta - f) / torch.where(u == 0, 1.0, u), -math.inf)
-    _, level = _level(wanted, torch.ones_like(u))  # projection on the simplex: max(wanted - level, 0)
-    shared = (wanted - level).clamp_min(0)
-    single = _one_hot(wanted.argmax(-1, keepdim=True), s)
+    w = torch.where(winners, (delta - f) / torch.where(u == 0, 1.0, u), -math.inf)
+    _, level = _level(w, torch.ones_like(u))  # the projection of w on the simplex is max(w - level, 0)
+    shared = (w - level).clamp_min(0)
+    single = _one_hot(w.argmax(-1, keepdim=True), s)
     return f + torch.where(beta * u > 0, shared, single) * u
 
 
@@ -340,7 +340,7 @@ class NonsmoothNetwork(Network):
 
 def worst_residual(energy: Energy, point: Point, errors: State) -> Tensor:
     """The residual of each example's worst node, from its errors as they are: one walk backward, [batch]."""
-    batch, wanted = energy.batch, energy.wanted_error(point)
+    batch, gradient = energy.batch, energy.wanted_error(point)
     found: list[Tensor] = []
     behind_kink: BehindKink = {}
 
@@ -351,7 +351,7 @@ def worst_residual(energy: Energy, point: Point, errors: State) -> Tensor:
             return force
         name, s, delta = node.name, point.values[node.name], errors[node.name]
         if name == energy.graph.output:
-            found.append(output_residual(delta, wanted))
+            found.append(output_residual(delta, gradient))
             return delta
         incoming = torch.zeros_like(s) if force is None else force
         if name in behind_kink:
