@@ -19,7 +19,7 @@ from reference import (
 from torch import nn
 
 import mep
-from mep.solvers.networks.kinks import relax
+from mep.solvers.networks.nonsmooth import unit_minimum
 
 EXACT = mep.Sweep(tol=1e-9, settle_steps=200)
 TIGHT = mep.Sweep(tol=1e-6)
@@ -71,7 +71,7 @@ def test_unit_rests_at_a_minimum_of_its_own_energy(name, beta):
     activation = KINKED[name]()
     torch.manual_seed(0)
     mu, f, u, x0 = torch.randn(4, 2000).double()
-    delta, rest = relax(mu, f, 2 * u, beta, of_module(activation), x0)
+    delta, rest = unit_minimum(mu, f, 2 * u, beta, of_module(activation), x0)
     s = torch.where(rest.isnan(), mu - beta * delta, rest)
     torch.testing.assert_close(s, mu - beta * delta)
 
@@ -89,7 +89,7 @@ def test_unit_rests_where_descent_from_its_free_state_leads(name, beta):
     activation = of_module(KINKED[name]())
     torch.manual_seed(0)
     mu, f, u, x0 = torch.randn(4, 2000).double()
-    delta, _ = relax(mu, f, 2 * u, beta, activation, x0)
+    delta, _ = unit_minimum(mu, f, 2 * u, beta, activation, x0)
     s = x0
     for _ in range(2000):
         s = s - 0.01 * (s - mu + beta * (f + activation.backward(2 * u, s, s)))

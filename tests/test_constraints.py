@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from mep import constraints
-from mep.constraints import (
+from mep.errors import ArgumentError
+from mep.updates import Muon, constraints
+from mep.updates.constraints import (
     EXACT_ROWS,
     TOLERANCE,
     eigenvalues_below,
@@ -17,8 +18,6 @@ from mep.constraints import (
     largest_eigenpair,
     spectral_bound,
 )
-from mep.errors import ArgumentError
-from mep.updates import Muon
 
 LARGE = EXACT_ROWS + 2  # the smallest weights that are not measured exactly
 

@@ -1,4 +1,4 @@
-"""`Local`: nodes that see only their neighbours find the equilibrium that sweeps over the network find."""
+"""`Local`: updates that read neighbours only end at the equilibrium that sweeps over the network find."""
 
 from collections import Counter
 from dataclasses import replace
@@ -35,35 +35,35 @@ def begun(model, x, y, beta, solver, rounds, leaves=()):
     return nudged, iterate
 
 
-# What a node sees.
+# What a node reads.
 
 
 @pytest.mark.parametrize("name", [n for n in SEPARABLE if n not in ("twice", "transposed")])  # those share weights
 @pytest.mark.parametrize("rounds", [1, 3])
 @torch.no_grad()
-def test_a_turn_depends_on_nothing_beyond_the_neighbourhood(name, rounds):
+def test_an_update_depends_on_nothing_beyond_the_neighbourhood(name, rounds):
     """Everything is NaN but the node, its parents' states, and its children's errors and weights."""
     case = MODELS[name]
     model, x, y = case.build()
     solver = mep.Local(tol=1e-12, schedule="together")
     energy, iterate = begun(model, x, y, 0.1, solver, rounds + 2, case.leaves)
     graph, network = energy.graph, iterate.state
-    called = [node for node in graph.nodes if network.calls(energy, node)]
-    assert len(called) > 1 or len(graph.nodes) == 1
+    active = [node for node in graph.nodes if network.is_active(energy, node)]
+    assert len(active) > 1 or len(graph.nodes) == 1
 
     weights = {p: p.clone() for p in model.parameters()}
-    for node in called:
-        expected = network.copy().turn(energy, node, solver.tol)
+    for node in active:
+        expected = network.copy().update(energy, node, solver.tol)
         blind, children = network.copy(), graph.readers[node.name]
         for other in set(graph.nodes) - {node}:
-            blind.cells[other.name] = poisoned(
-                blind.cells[other.name], is_parent=other.name in node.parents, is_child=other in children
+            blind.nodes[other.name] = poisoned(
+                blind.nodes[other.name], is_parent=other.name in node.parents, is_child=other in children
             )
         blind.messages = {child.name: m for child in children if (m := network.messages.get(child.name)) is not None}
         near = {p for n in (node, *children) for p in n.parameters}
         for p in weights.keys() - near:
             p.data.fill_(torch.nan)  # autograd graphs of the nodes stay valid
-        found = blind.turn(energy, node, solver.tol)
+        found = blind.update(energy, node, solver.tol)
         for p, w in weights.items():
             p.data.copy_(w)
         for attribute in ("value", "error", "residual"):
@@ -71,14 +71,14 @@ def test_a_turn_depends_on_nothing_beyond_the_neighbourhood(name, rounds):
             assert (a is None and b is None) or (torch.isfinite(a).all() and torch.equal(a, b))
 
 
-def poisoned(cell, is_parent, is_child):
-    nan = torch.full_like(cell.value, torch.nan)
-    return type(cell)(
-        value=cell.value if is_parent else nan,
+def poisoned(held, is_parent, is_child):
+    nan = torch.full_like(held.value, torch.nan)
+    return type(held)(
+        value=held.value if is_parent else nan,
         prediction=nan,
-        saved=cell.saved if is_child else None,
-        residual=torch.full_like(cell.residual, torch.nan),
-        error=cell.error if is_child else nan,
+        saved=held.saved if is_child else None,
+        residual=torch.full_like(held.residual, torch.nan),
+        error=held.error if is_child else nan,
     )
 
 
@@ -91,12 +91,12 @@ def test_the_poison_would_be_noticed():
     first, middle, last = energy.graph.nodes
     for neighbour, attribute in ((first, "value"), (last, "error")):
         blind = iterate.state.copy()
-        blind.stale.add(middle.name)
-        blind.mail.add(middle.name)
+        blind.needs_prediction.add(middle.name)
+        blind.needs_balance.add(middle.name)
         blind.messages.clear()
-        cell = blind.cells[neighbour.name]
-        blind.cells[neighbour.name] = replace(cell, **{attribute: torch.full_like(cell.value, torch.nan)})
-        assert blind.turn(energy, middle, solver.tol).value.isnan().any()
+        held = blind.nodes[neighbour.name]
+        blind.nodes[neighbour.name] = replace(held, **{attribute: torch.full_like(held.value, torch.nan)})
+        assert blind.update(energy, middle, solver.tol).value.isnan().any()
 
 
 # Where they end.
@@ -133,7 +133,7 @@ def test_gradients_agree_across_schedules(name):
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("name", ["mlp tanh", "mlp relu", *WITH_JUNCTIONS, "batch norm"])
 def test_reported_residual_is_the_true_one(name, schedule):
-    """Cut short after any number of rounds, or once all are quiet, some examples before others."""
+    """Cut short after any number of rounds, or once no node is active; some examples settle before others."""
     case = MODELS[name]
     model, x, y = case.build()
     x = x * torch.logspace(-2, 0.5, len(y)).double().view(-1, *[1] * (x.ndim - 1)) if x.is_floating_point() else x
@@ -188,7 +188,7 @@ def counted(monkeypatch, energy):
 
 
 @torch.no_grad()
-def test_quiet_nodes_are_not_computed(monkeypatch):
+def test_inactive_nodes_are_not_computed(monkeypatch):
     """All at once, a signal moves one node a round, down by messages and up by states; the rest has nothing to do."""
     torch.manual_seed(0)
     model, x = mlp(nn.Tanh, 4, *[6] * 7, 3).double(), torch.randn(5, 4).double()
@@ -199,46 +199,46 @@ def test_quiet_nodes_are_not_computed(monkeypatch):
     for k in range(1, len(names) + 1):
         calls.clear()
         iterate = solver.step(energy, iterate, None)
-        heard = names[len(names) - k :]  # k nodes have heard of the target, and one may act on a state below it
-        assert {name for name, cell in iterate.state.cells.items() if cell.error is not None} == set(heard)
-        assert set(calls) == set(heard[2:])
+        reached = names[len(names) - k :]  # k nodes have an error; those whose parent moved in an earlier round predict
+        assert {name for name, held in iterate.state.nodes.items() if held.error is not None} == set(reached)
+        assert set(calls) == set(reached[2:])
         assert iterate.residual.min() == 1
 
 
 @torch.no_grad()
-def test_once_all_are_quiet_nothing_is_computed(monkeypatch):
+def test_once_no_node_is_active_nothing_is_computed(monkeypatch):
     model, x, y = MODELS["mlp tanh"].build()
     solver = mep.Local(tol=1e-3)
     energy, iterate = begun(model, x, y, 0.1, solver, 10)
     assert iterate.residual.max() <= 1e-3
-    calls, turns = counted(monkeypatch, energy), Counter(iterate.state.turns)
+    calls, counts = counted(monkeypatch, energy), Counter(iterate.state.update_counts)
     again = solver.step(energy, iterate, None)
-    assert not calls and again.state.turns == turns
+    assert not calls and again.state.update_counts == counts
     assert torch.equal(again.residual, iterate.residual)
 
 
 @torch.no_grad()
 def test_a_change_below_the_tolerance_goes_no_further(monkeypatch):
-    """The output moves again, too little for the nodes below to answer."""
+    """The output moves again, too little for the nodes below to become active."""
     model, x, y = MODELS["mlp tanh"].build()
-    turns = {}
+    counts = {}
     for tol in (1e-2, 1e-8):
         energy, iterate = begun(model, x, y, 0.1, mep.Local(tol=tol), 12)
         assert iterate.residual.max() <= tol
-        turns[tol] = iterate.state.turns
-    assert all(turns[1e-2][node.name] < turns[1e-8][node.name] for node in energy.graph.nodes)
+        counts[tol] = iterate.state.update_counts
+    assert all(counts[1e-2][node.name] < counts[1e-8][node.name] for node in energy.graph.nodes)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_nothing_has_converged_before_the_first_layer_heard_of_the_target(schedule):
+def test_nothing_has_converged_before_the_first_layer_has_an_error(schedule):
     torch.manual_seed(0)
     depth = 12
     model, x, y = mlp(nn.Tanh, *[6] * depth, 3).double(), torch.randn(5, 6).double(), torch.randint(3, (5,))
     for rounds in range(1, 3 * depth):
         _, found = settled(model, x, y, "cross_entropy", 0.1, mep.Local(rounds, tol=0.3, schedule=schedule))
-        heard = bool(found.errors["0"].flatten(1).norm(dim=1).gt(0).all())
-        assert heard or found.result is Result.STEP_LIMIT
-    assert heard and found.result is Result.CONVERGED
+        reached = bool(found.errors["0"].flatten(1).norm(dim=1).gt(0).all())
+        assert reached or found.result is Result.STEP_LIMIT
+    assert reached and found.result is Result.CONVERGED
 
 
 @pytest.mark.parametrize("schedule", ["there and back", "together"])
@@ -279,13 +279,13 @@ def test_small_dtypes_settle(dtype):
 
 
 @torch.no_grad()
-def test_every_node_knows_its_own_residual():
-    """That of an example which it left alone, too, when it last acted on others."""
+def test_every_node_holds_its_own_residual():
+    """Also that of an example which its last update left alone."""
     torch.manual_seed(0)
     model, x, y = mlp(nn.ReLU, 6, 4, 4, 3).double(), 3 * torch.randn(256, 6).double(), torch.randint(3, (256,))
     energy, iterate = begun(model, x, y, 2.0, mep.Local(tol=3e-2), 20)
     network = iterate.state
-    assert not network.has_news
+    assert not network.any_active
     for name, true in energy.residuals(network.gathered(energy)[0]).items():
-        torch.testing.assert_close(network.cells[name].residual, true, rtol=1e-6, atol=1e-10)
+        torch.testing.assert_close(network.nodes[name].residual, true, rtol=1e-6, atol=1e-10)
         assert ((true > 1e-6) & (true <= 3e-2)).any()

@@ -85,7 +85,7 @@ def test_a_step_leaves_gradient_and_momentum_as_the_recursion_has_them(dtype, ne
         buffer = buffer * momentum + weight.grad
         state = optimizer.state.get(weight, {})
         known = {"momentum_buffer"} if momentum > 0 else set()
-        assert set(state) == known | ({"spectral_path"} if len(shape) == 2 and dtype != torch.bfloat16 else set())
+        assert set(state) == known | ({"update_norm_sum"} if len(shape) == 2 and dtype != torch.bfloat16 else set())
         assert momentum == 0 or torch.equal(state["momentum_buffer"], buffer)
 
 
@@ -99,7 +99,7 @@ def test_the_path_is_no_shorter_than_the_sum_of_the_moves(method, scale):
         before = weight.detach().double() * (1 - 0.1 * 0.5)
         run(optimizer, 1, step)
         length += torch.linalg.matrix_norm(weight.detach().double() - before, 2).item()
-        assert length <= optimizer.state[weight]["spectral_path"] <= 2 * length
+        assert length <= optimizer.state[weight]["update_norm_sum"] <= 2 * length
 
 
 @pytest.mark.parametrize("method", ["auto", "newton_schulz", "halley"])

@@ -7,9 +7,21 @@ from hypothesis import strategies as st
 
 from mep.errors import ArgumentError
 from mep.updates import orthogonal
-from mep.updates.halley import LOWEST, halley, inverse, squared, weights
-from mep.updates.orthogonal import METHODS, largest_singular_value, orthogonalise, polar_express
-from mep.updates.quintic import NEWTON_SCHULZ, POLAR_EXPRESS, SAFETY, compose
+from mep.updates.orthogonal import (
+    LOWEST,
+    METHODS,
+    NEWTON_SCHULZ,
+    POLAR_EXPRESS,
+    SAFETY,
+    apply_polynomials,
+    gram_matrix,
+    halley,
+    halley_coefficients,
+    largest_singular_value,
+    orthogonalise,
+    polar_express,
+    symmetric_inverse,
+)
 
 ITERATIVE = [name for name, method in METHODS.items() if method.steps is not None]
 EXACT = ["gram", "svd"]
@@ -70,8 +82,8 @@ def test_polar_express_is_as_accurate_as_its_paper_says(steps, error):
 
 
 @pytest.mark.parametrize("lowest", [LOWEST, 1e-3, 0.3])
-def test_the_weights_are_the_best_on_their_interval(lowest):
-    a, b, c = weights(lowest)
+def test_the_coefficients_are_the_best_on_their_interval(lowest):
+    a, b, c = halley_coefficients(lowest)
     x = torch.logspace(math.log10(lowest), 0, 20001, dtype=torch.float64)
     errors = x * (a + b / (x.square() + c)) - 1
     # Best, if and only if the error takes its largest size, by turns, at four points (Achieser 1956, section 33).
@@ -85,7 +97,7 @@ def test_halley_is_its_formula_at_every_singular_value(shape):
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     left, sigma, right = torch.linalg.svd(matrix, full_matrices=False)
     x = sigma / sigma.pow(4).sum(-1, keepdim=True) ** 0.25
-    a, b, c = weights(LOWEST)
+    a, b, c = halley_coefficients(LOWEST)
     expected = left @ ((x * (a + b / (x.square() + c))).unsqueeze(-1) * right)
     torch.testing.assert_close(halley(matrix), expected, rtol=0, atol=1e-11)
 
@@ -94,10 +106,10 @@ def test_halley_is_its_formula_at_every_singular_value(shape):
 def test_halves_make_the_whole(shape):
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     square = matrix @ matrix.mT
-    torch.testing.assert_close(squared(matrix), square)
+    torch.testing.assert_close(gram_matrix(matrix), square)
     square = square + torch.eye(shape[-2], dtype=torch.float64)
     before = square.clone()
-    torch.testing.assert_close(inverse(square), torch.linalg.inv(square), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(symmetric_inverse(square), torch.linalg.inv(square), rtol=1e-9, atol=1e-9)
     assert torch.equal(square, before)
 
 
@@ -121,7 +133,7 @@ def test_steps_that_share_a_product_are_those_of_the_formula(shape, coefficients
     for count, (a, b, c) in enumerate(coefficients, start=1):
         cube = expected @ expected.mT @ expected
         expected = a * expected + b * cube + c * expected @ expected.mT @ cube
-        torch.testing.assert_close(compose(matrix, coefficients[:count]), expected, rtol=0, atol=1e-10)
+        torch.testing.assert_close(apply_polynomials(matrix, coefficients[:count]), expected, rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import mep
 from mep.cost import make_cost
 from mep.energy import nudge
 from mep.settle import Result, settle
-from mep.solvers.stiffness import largest_step, stiffness
+from mep.solvers.descent import largest_step, stiffness
 
 BETA, MOMENTUM = 0.3, 0.5
 

@@ -19,7 +19,7 @@ from mep.cost import make_cost
 from mep.energy import Energy, nudge
 from mep.graph.closed_forms import Largest
 from mep.graph.node import AutogradNode, Chain
-from mep.verification import differences, verdict
+from mep.verification import report as reports
 from mep.verification.equilibrium import _nearest_force, residuals
 from mep.verification.gradients import fitted_order
 
@@ -189,7 +189,7 @@ def test_a_network_that_settles_at_no_beta_is_refused():
 
 def test_what_does_not_settle_at_a_large_beta_is_noted(monkeypatch):
     """In the sweeps given, at the largest beta only; the order is that of the others."""
-    monkeypatch.setattr("mep.verification.verifying._SWEEPS", 6)
+    monkeypatch.setattr("mep.verification._SWEEPS", 6)
     model, x, y = MODELS["mlp tanh"].build()
     report = mep.verify(model, x, y, betas=(2.0, 0.02, 0.01), phases=["one-sided"])
     assert [e.unsettled > 0 for e in report.estimations] == [True, False, False]
@@ -421,7 +421,7 @@ def test_a_solver_with_a_false_residual_is_found(branches, monkeypatch):
 
 
 def test_what_does_not_settle_is_reported(monkeypatch):
-    monkeypatch.setattr("mep.verification.verifying._SWEEPS", 1)
+    monkeypatch.setattr("mep.verification._SWEEPS", 1)
     report = verified("mlp tanh", tol=1e-13)
     found = [text for text in report.failures if "not settled" in text]
     assert len(found) == 2 and all("reached the step limit" in text for text in found), report
@@ -461,13 +461,11 @@ def test_every_bound_is_asserted():
     """A row just inside each bound passes, one just outside does not."""
 
     def judge(branches="held", **changes):
-        match = mep.verification.report.GradientMatch(
-            0.01, *(changes.get(k, v) for k, v in (("c", 1.0), ("r", 1.0), ("e", 0.1)))
-        )
+        match = reports.GradientMatch(0.01, *(changes.get(k, v) for k, v in (("c", 1.0), ("r", 1.0), ("e", 0.1))))
         order = {"centered": changes.get("o", 2.0)}
         far, ep = changes.get("d", 0.0), changes.get("f", 0.0)
-        parameter = mep.verification.report.Parameter("w", (1,), 1.0, 1e-6, {"centered": (match,)}, order, far, ep)
-        estimation = mep.verification.report.Estimation(
+        parameter = reports.Parameter("w", (1,), 1.0, 1e-6, {"centered": (match,)}, order, far, ep)
+        estimation = reports.Estimation(
             phases="centered",
             beta=0.1,
             error=0.1,
@@ -480,7 +478,7 @@ def test_every_bound_is_asserted():
             worst="node",
             left_branch=0.0,
         )
-        return not verdict.failures([parameter], [estimation], 1e-6, branches)
+        return not reports.failures([parameter], [estimation], 1e-6, branches)
 
     assert judge()
     for good, bad in (
@@ -497,7 +495,7 @@ def test_every_bound_is_asserted():
         ({"e": 0.1}, {"c": float("nan")}),
     ):
         assert judge(**good) and not judge(**bad), (good, bad)
-    assert differences.CLOSE == 1e-3
+    assert reports.CLOSE == 1e-3
 
 
 # Manners

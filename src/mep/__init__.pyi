@@ -1,7 +1,6 @@
 """Every public name, once: type checkers read this file, and `import mep` loads each name from it on first use."""
 
 from .capture import trace
-from .constraints import spectral_bound
 from .cost import BatchCost
 from .energy import NodeEnergy
 from .errors import (
@@ -20,7 +19,7 @@ from .optimizer import EPOptimizer
 from .presets import O1MemoryEPv2, eqprop, local_ep, muon_backprop, natural_ep, sdmep, smep, smep_fast
 from .settle import Result, Solver
 from .solvers import Descent, Local, Sweep
-from .updates import Dion, Muon, NaturalGradient, orthogonalise
+from .updates import Dion, Muon, NaturalGradient, orthogonalise, spectral_bound
 from .verification import verify
 
 __version__: str

@@ -24,7 +24,6 @@ from torch import nn
 from torch.optim.optimizer import ParamsT
 
 from mep.capture import Leaves
-from mep.constraints import spectral_bound
 from mep.cost import BatchCost, PerExample
 from mep.energy import NodeEnergy, make_node_energy
 from mep.errors import A_FLAG, ArgumentError, ParameterError, RemovedArgumentError, require
@@ -33,7 +32,7 @@ from mep.estimators.checks import check_model
 from mep.optimizer import Constraint, EPOptimizer
 from mep.settle import Solver
 from mep.solvers import Descent, Local, Sweep
-from mep.updates import Dion, Muon, NaturalGradient
+from mep.updates import Dion, Muon, NaturalGradient, spectral_bound
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

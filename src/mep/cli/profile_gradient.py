@@ -25,7 +25,8 @@ from mep.errors import ArgumentError, NotConvergedError
 from mep.estimators.contrast import contrast, settle_phases
 from mep.estimators.estimate import finished
 from mep.settle import Result, Settled
-from mep.verification.subject import Case, Config
+from mep.verification.case import Case, Config
+from mep.verification.equilibrium import Equilibria
 
 EXACT = mep.Sweep(settle_steps=500, tol=1e-9)  # far below what float32 resolves, far above the rounding of float64
 
@@ -62,8 +63,8 @@ class Reference:
             raise ArgumentError(f"energy={estimator.node_energy.name!r}: only 'prediction' has an exact gradient here.")
         how = Config(estimator.cost, EXACT, estimator.branches, estimator.leaves)
         x, target = self.batches[place]
-        subject = Case(self.model, x, target, how, dtype=None)
-        energy, point = subject.energy()
+        equilibria = Equilibria(Case(self.model, x, target, how, dtype=None))
+        energy, point = equilibria.energy, equilibria.free
         if energy.context.noise:
             raise ArgumentError(
                 f"Node {', '.join(map(repr, energy.context.noise))} draws random numbers in every step, so no two "
@@ -71,7 +72,7 @@ class Reference:
             )
         zeros = betas.new_zeros(energy.batch, dtype=torch.float64)
         free = Settled(point, zeros, 0, Result.CONVERGED, zeros)
-        nudge = subject.nudged(energy, point, 1.0).nudge
+        nudge = equilibria.nudged(1.0).nudge
         assert nudge is not None
         phases = settle_phases(energy, free, nudge.cost, EXACT, estimator.phases, betas.double())
         for _, nudged, settled in phases:
@@ -81,7 +82,7 @@ class Reference:
                     f"examples did not settle to {EXACT.tol:g} in float64, at beta {float(betas.min()):.3g} to "
                     f"{float(betas.max()):.3g}. Way out: a smaller beta, or beta=None."
                 )
-        exact = _flat(subject.model, finished(contrast(phases, energy.batch)))
+        exact = _flat(equilibria.case.model, finished(contrast(phases, energy.batch)))
         if not exact.any():
             raise ArgumentError(
                 "The exact gradient is zero: there is nothing to compare. Way out: other weights or data."

@@ -2,16 +2,24 @@
 
     v <- momentum v + dF/ds,    s <- s - settle_lr v        (then back into the box)
 
-At most one forward and one backward evaluation a step, in closed form: never a graph through the network. Every energy
-settles this way. A signal moves one node per step, so a deep network needs at least as many steps as nodes; where it
-has not arrived yet nothing is computed.
+Every energy settles this way. A step takes at most one forward and one backward evaluation, in closed form: never a
+graph through the network. A signal moves one node per step, so a deep network needs at least as many steps as nodes;
+nodes that it has not reached yet are not computed.
 
-States are kept, not errors: where a nudge is so weak that its response drowns in their rounding, the residual says so.
+States are kept, not errors: where a nudge is so weak that its response drowns in their rounding, the residual shows it.
+
+How large a step may be depends on the **stiffness**, the largest eigenvalue of `d2F/ds2`: the iteration converges while
+
+    settle_lr * stiffness < 2 (1 + momentum)
+
+(heavy ball: Polyak 1964, https://doi.org/10.1016/0041-5553(64)90137-5). It grows with the weights, many times over
+while a network learns.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -23,13 +31,15 @@ from mep.graph import Point
 from mep.graph.node import Node, expand_beta
 from mep.layout import per_example
 from mep.settle import Iterate, Solver, Start
-from mep.solvers.stiffness import largest_step
 
 _RUNAWAY = 1e2
-"""A force so many times the first one is not on its way to zero."""
-
+"""Forces this many times the first ones do not tend to zero any more."""
 _MARGIN = 0.8
-"""A step so near the largest one that converges may be too large: that one is known from above."""
+"""A step above this fraction of the largest one may be too large: power iteration overestimates that by up to 1/4."""
+_POWER_ITERATIONS = 8
+"""They come within a fifth or so of the stiffness, from below."""
+_DISTANCE = 0.1
+"""Over which forces are compared: far above rounding, and short enough for the energy to be smooth."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +49,7 @@ class Descent(Solver):
     Args:
         settle_steps: the largest number of steps, or with `adaptive=False` the exact one.
         settle_lr: step size; the curvature of the prediction energy is about `1 + |J|^2`. None: half of the largest
-            step that converges, measured in every batch for the price of about eight steps (`stiffness.py`).
+            step that converges, measured in every batch at the cost of about eight steps.
         momentum: in [0, 1).
         adaptive: stop when every example's residual was at most `tol` in `patience` consecutive steps.
         tol: residual, in units of the nudge.
@@ -68,27 +78,32 @@ class Descent(Solver):
     def init(self, energy: Energy, point: Point, start: Start) -> Iterate:
         """Without velocity, at the free equilibrium, or off it by the errors of an earlier one."""
         lr = largest_step(energy, point, self.momentum) / 2 if self.settle_lr is None else self.settle_lr
-        there = _forces(energy, point if start.errors is None else energy.at_errors(start.errors))
-        there = replace(there, lr=lr, first=there.size(energy.batch))
-        return self._iterate(energy, there, self.adaptive)
+        current = _forces(energy, point if start.errors is None else energy.at_errors(start.errors))
+        current = replace(current, lr=lr, first_size=current.size(energy.batch))
+        return self._iterate(energy, current, self.adaptive)
 
     def step(self, energy: Energy, iterate: Iterate, active: Tensor | None) -> Iterate:
-        """One step of every state that a force has reached; where none has, a state stays the same object."""
-        there: _Place = iterate.state
-        state, velocity, names = energy.state(there.point), dict(there.forces), list(there.forces)
-        if moving := list(there.velocity):
-            fresh = [there.forces[name] for name in moving]
-            known = list(there.velocity.values())
-            velocity.update(zip(moving, torch._foreach_add(fresh, known, alpha=self.momentum), strict=True))
+        """One step of every state that a force has reached; the others stay the same tensors, so nothing follows."""
+        current: DescentState = iterate.state
+        state, names = energy.state(current.point), list(current.forces)
+
+        # v <- momentum v + dF/ds; where a signal has just arrived, v is the force itself.
+        velocity = dict(current.forces)
+        if moving := list(current.velocity):
+            forces, before = [current.forces[name] for name in moving], list(current.velocity.values())
+            velocity.update(zip(moving, torch._foreach_add(forces, before, alpha=self.momentum), strict=True))
+
+        # s <- s - lr v, into the box, in the examples that have not settled
         before = [state[name] for name in names]
-        moved = torch._foreach_sub(before, [velocity[name] for name in names], alpha=there.lr)
+        moved = torch._foreach_sub(before, [velocity[name] for name in names], alpha=current.lr)
         for name, s, s_before in zip(names, moved, before, strict=True):
             s = energy.in_box(energy.graph.by_name[name], s)
             state[name] = s if active is None else torch.where(per_example(active, s), s, s_before)
+
         place = lambda node, mu: state[node.name]  # noqa: E731
-        there_next = _forces(energy, energy.graph.evaluate(energy.inputs, energy.context, place, there.point))
-        there_next = replace(there_next, velocity=velocity, lr=there.lr, first=there.first)
-        return self._iterate(energy, there_next, self.adaptive)
+        there = _forces(energy, energy.graph.evaluate(energy.inputs, energy.context, place, current.point))
+        there = replace(there, velocity=velocity, lr=current.lr, first_size=current.first_size)
+        return self._iterate(energy, there, self.adaptive)
 
     def finalize(self, energy: Energy, iterate: Iterate) -> Iterate:
         """With its residual, if that was not measured on the way."""
@@ -104,20 +119,28 @@ class Descent(Solver):
             "more the model learns. mep.Descent(settle_lr=None) measures it in every batch; mep.Sweep needs none."
         )
 
-    def _iterate(self, energy: Energy, there: _Place, is_measured: bool) -> Iterate:
-        """A place, and if it is measured its residual, and whether the forces have grown beyond hope."""
+    def _iterate(self, energy: Energy, current: DescentState, is_measured: bool) -> Iterate:
+        """The iterate; if it is measured, with its residual, and with whether its forces grow without bound."""
+        point = current.point
         if not is_measured:
-            return Iterate(torch.ones_like(there.first), there.point, exact=False, state=there)
-        limit = _RUNAWAY * torch.maximum(there.first, there.first.mean())
-        diverging = bool((there.size(energy.batch) > limit).any())
-        return Iterate(_residual(energy, there), there.point, diverging=diverging, state=there)
+            return Iterate(torch.ones_like(current.first_size), point, exact=False, state=current)
+        # An example whose first forces were small is compared with the mean over all examples.
+        limit = _RUNAWAY * torch.maximum(current.first_size, current.first_size.mean())
+        diverging = bool((current.size(energy.batch) > limit).any())
+        return Iterate(_residual(energy, current), point, diverging=diverging, state=current)
 
 
 @dataclass(frozen=True)
-class _Place:
-    """A point, the forces on its states and the children's part in them, where a signal has arrived.
+class DescentState:
+    """A point, and what the next step needs: entries only for states that a signal has reached.
 
-    `velocity` by state, the step size `lr`, and how large the `first` forces were, [batch].
+    Attributes:
+        point: the graph where the states are.
+        forces: dF/ds of the states.
+        incoming_forces: the children's part in them.
+        velocity: v of the states.
+        lr: the step size.
+        first_size: `size` at the start, [batch].
     """
 
     point: Point
@@ -125,23 +148,26 @@ class _Place:
     incoming_forces: State
     velocity: State = field(default_factory=dict)
     lr: float = 0.0
-    first: Tensor = field(default_factory=lambda: torch.zeros(()))
+    first_size: Tensor = field(default_factory=lambda: torch.zeros(()))
 
     def size(self, batch: int) -> Tensor:
-        """The norm of the largest force on an example: [batch]."""
-        return torch.stack([example_norm(force, batch) for force in self.forces.values()]).amax(0)
+        """The norm of the largest force of a node, [batch]."""
+        return _norms(self.forces.values(), batch).amax(0)
 
 
-def _forces(energy: Energy, point: Point) -> _Place:
-    """One backward walk: `de/ds` less the forces of the children, and less `-beta dC/ds` at the output."""
+def _forces(energy: Energy, point: Point) -> DescentState:
+    """`dF/ds_n = de/ds_n - sum_c J_c^T (-de/dmu)_c - leftover_n`, in one walk backward; -beta dC/ds at the output.
+
+    The leftover is the force that the free phase left (`Nudge.free`).
+    """
     incoming_forces, forces = State(), State()
-    noted = energy.nudge.free if energy.nudge else None
+    free = energy.nudge.free if energy.nudge else None
 
     def transmit(node: Node, incoming: Tensor | None) -> Tensor | None:
         if not node.owns_state:
             return incoming
         name, s, mu = node.name, point.values[node.name], point.predictions[node.name]
-        # A state on its prediction, where no signal has arrived: nothing acts there.
+        # A state on its prediction, where no signal has arrived: nothing acts there, and nothing is computed below.
         is_calm = s is mu and energy.node_energy.is_forward
         ds, onward = (None, None) if is_calm else energy.node_energy.forces(s, mu)
         if incoming is not None:
@@ -149,20 +175,47 @@ def _forces(energy: Energy, point: Point) -> _Place:
         if incoming is not None or ds is not None:
             force = ds if incoming is None else incoming.neg() if ds is None else ds - incoming
             assert force is not None
-            forces[name] = force - noted[name].leftover if noted else force
+            forces[name] = force - free[name].leftover if free else force
         return onward
 
     gradient = energy.cost_gradient(point)
     nudge = None if gradient is None else -gradient * expand_beta(energy.beta, gradient)
     energy.graph.vjp(point.saved, nudge, transmit)
-    return _Place(point, forces, incoming_forces)
+    return DescentState(point, forces, incoming_forces)
 
 
-def _residual(energy: Energy, there: _Place) -> Tensor:
+def _residual(energy: Energy, current: DescentState) -> Tensor:
     """Of every example's worst node among those that a signal has reached: [batch]."""
     found = []
-    for name in there.forces:
-        s, mu = there.point.values[name], there.point.predictions[name]
-        incoming = there.incoming_forces.get(name)
+    for name in current.forces:
+        s, mu = current.point.values[name], current.point.predictions[name]
+        incoming = current.incoming_forces.get(name)
         found.append(energy.residual(name, s, mu, torch.zeros_like(mu) if incoming is None else incoming))
     return torch.stack(found).amax(0)
+
+
+def largest_step(energy: Energy, point: Point, momentum: float) -> float:
+    """The step size at which descent ceases to converge near this point, for the stiffest example."""
+    return 2 * (1 + momentum) / float(stiffness(energy, point).max())
+
+
+def stiffness(energy: Energy, point: Point) -> Tensor:
+    """The largest eigenvalue of every example's Hessian `H = d2F/ds2`, by power iteration: [batch].
+
+    `H d ~ dF/ds(s + d) - dF/ds(s)`. The start is random, from generators of its own: the global ones do not move.
+    """
+    state, rest = energy.state(point), energy.forces(point)
+    source = {device: torch.Generator(device).manual_seed(0) for device in {s.device for s in state.values()}}
+    product = {name: torch.empty_like(s).normal_(generator=source[s.device]) for name, s in state.items()}
+    norm = _norms(product.values(), energy.batch).norm(dim=0)
+    for _ in range(_POWER_ITERATIONS):
+        scale = _DISTANCE / norm.clamp(min=torch.finfo(norm.dtype).tiny)  # d = product * scale has length _DISTANCE
+        there = energy.at({name: s + product[name] * per_example(scale, s) for name, s in state.items()})
+        product = {name: force - rest[name] for name, force in energy.forces(there).items()}
+        norm = _norms(product.values(), energy.batch).norm(dim=0)
+    return norm / _DISTANCE
+
+
+def _norms(tensors: Iterable[Tensor], batch: int) -> Tensor:
+    """The norm of each tensor's part of every example, [tensors, batch]."""
+    return torch.stack([example_norm(t, batch) for t in tensors])

@@ -1,4 +1,8 @@
-"""What the updates share: momentum buffers, checked groups, and a step that refuses all or moves all."""
+"""What the updates share: momentum buffers, checked groups, and a step that moves all parameters or refuses before any.
+
+B <- momentum B + g                              momentum buffer
+D  = g + momentum B   if nesterov   else B       direction, which `Update._step_group_` turns into a step
+"""
 
 from __future__ import annotations
 
@@ -22,7 +26,7 @@ def scale_(tensors: list[Tensor], factor: float) -> None:
 
 
 def accumulate_(buffers: list[Tensor], grads: list[Tensor], momentum: float, nesterov: bool) -> list[Tensor]:
-    """Let the momentum `buffers` decay and add `grads`; return the directions, which may be the buffers themselves."""
+    """Update the momentum `buffers`, and return the directions: the buffers themselves, or new tensors."""
     if any(g.dtype is torch.float16 for g in grads):
         return _accumulate_in_half_(buffers, grads, momentum, nesterov)
     scale_(buffers, momentum)
@@ -31,7 +35,7 @@ def accumulate_(buffers: list[Tensor], grads: list[Tensor], momentum: float, nes
 
 
 def _accumulate_in_half_(buffers: list[Tensor], grads: list[Tensor], momentum: float, nesterov: bool) -> list[Tensor]:
-    """The same where sums may exceed the largest number: in float32, and no further than that number."""
+    """The same in float32, clamped to the largest number of float16, which sums may exceed."""
     directions = []
     for buffer, g in zip(buffers, grads, strict=True):
         largest = torch.finfo(buffer.dtype).max
@@ -107,12 +111,12 @@ class Update(torch.optim.Optimizer, ABC):
             state["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.preserve_format)
         return state["momentum_buffer"]
 
-    def _lengthen_path(self, matrices: list[Tensor], lengths: list[float]) -> None:
-        """Add to `spectral_path`, the length of the way that a weight has come in spectral norm, decay apart."""
-        for p, length in zip(matrices, lengths, strict=True):
+    def _add_update_norm(self, matrices: list[Tensor], norms: list[float]) -> None:
+        """Add the spectral `norms` of the last moves, decay apart, to `update_norm_sum`; see `spectral_bound`."""
+        for p, norm in zip(matrices, norms, strict=True):
             if torch.finfo(p.dtype).bits >= 32:  # in half precision rounding may move a weight further
                 state = self.state[p]
-                state["spectral_path"] = state.get("spectral_path", 0.0) + length
+                state["update_norm_sum"] = state.get("update_norm_sum", 0.0) + norm
 
 
 def _check_grads(params: list[Tensor], call: str) -> None:

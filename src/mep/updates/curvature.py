@@ -5,7 +5,7 @@ r"""The Fisher matrix of one weight `W [out, in]` in two approximations, average
     diagonal    F ~ diag(E[delta^2 h^2]) [out, in]
 
 with `pi^2 = (tr A / in) / (tr G / out)`, which damps both factors alike in proportion to their size. A wide factor is
-held as its largest `rank` eigenvalues and the mean c of all others, `U diag(s - c) U^T + c I`: that keeps the trace,
+stored as its largest `rank` eigenvalues and the mean c of all others, `U diag(s - c) U^T + c I`: that keeps the trace,
 and its powers cost two thin products instead of a square one.
 
 The diagonal is exact where an example has one row; `diag(G) diag(A)^T` would take errors and inputs for independent.
@@ -30,6 +30,7 @@ Powers = dict[str, Any]
 """Tensors and numbers only, in dictionaries: what `Optimizer.load_state_dict` can carry."""
 
 _FIRST_ITERATIONS = 4
+"""Of subspace iteration, where there is no earlier basis."""
 
 
 class Layer(Protocol):
@@ -52,25 +53,25 @@ class Layer(Protocol):
 
 
 def bordered_rows(layer: Layer, with_bias: bool) -> tuple[Tensor, Tensor]:
-    """The rows of a layer, with a one beside the inputs, of which the bias is the weight."""
+    """Inputs and errors of a layer; with a column of ones beside the inputs, of which the bias is the weight."""
     inputs, errors = (working(rows.to(layer.weight.dtype)) for rows in layer.rows())
     return (torch.cat([inputs, inputs.new_ones(len(inputs), 1)], 1) if with_bias else inputs), errors
 
 
-def kronecker_moments(inputs: Tensor, errors: Tensor, examples: int, known: Moments, decay: float) -> Moments:
+def kronecker_moments(inputs: Tensor, errors: Tensor, examples: int, previous: Moments, decay: float) -> Moments:
     """A is the mean over all rows, G the sum over the rows of an example and the mean over examples."""
     return {
-        "inputs": _averaged(inputs, inputs, len(inputs), known.get("inputs"), decay),
-        "errors": _averaged(errors, errors, examples, known.get("errors"), decay),
+        "inputs": _averaged(inputs, inputs, len(inputs), previous.get("inputs"), decay),
+        "errors": _averaged(errors, errors, examples, previous.get("errors"), decay),
     }
 
 
-def kronecker_powers(moments: Moments, damping: float, exponent: float, rank: int | None, known: Powers) -> Powers:
-    """The damped powers of both factors. `known`: those of earlier moments, to start from."""
+def kronecker_powers(moments: Moments, damping: float, exponent: float, rank: int | None, previous: Powers) -> Powers:
+    """The damped powers of both factors. `previous`: those of earlier moments, to start from."""
     inputs, errors = split_damping(moments["inputs"], moments["errors"], damping)
     return {
-        "inputs": power_of(moments["inputs"], inputs, exponent, rank, known.get("inputs", {})),
-        "errors": power_of(moments["errors"], errors, exponent, rank, known.get("errors", {})),
+        "inputs": power_of(moments["inputs"], inputs, exponent, rank, previous.get("inputs", {})),
+        "errors": power_of(moments["errors"], errors, exponent, rank, previous.get("errors", {})),
     }
 
 
@@ -89,12 +90,12 @@ def kronecker_apply(powers: Powers, matrix: Tensor) -> Tensor:
     return torch.addmm(matrix, basis, inner, beta=left["rest"])
 
 
-def diagonal_moments(inputs: Tensor, errors: Tensor, examples: int, known: Moments, decay: float) -> Moments:
+def diagonal_moments(inputs: Tensor, errors: Tensor, examples: int, previous: Moments, decay: float) -> Moments:
     """`E[delta^2 h^2]`: one product, as for a gradient."""
-    return {"diagonal": _averaged(errors.square(), inputs.square(), examples, known.get("diagonal"), decay)}
+    return {"diagonal": _averaged(errors.square(), inputs.square(), examples, previous.get("diagonal"), decay)}
 
 
-def diagonal_powers(moments: Moments, damping: float, exponent: float, rank: int | None, known: Powers) -> Powers:
+def diagonal_powers(moments: Moments, damping: float, exponent: float, rank: int | None, previous: Powers) -> Powers:
     """Elementwise; there is nothing to truncate."""
     return {"diagonal": (moments["diagonal"] + damping) ** exponent}
 
@@ -105,7 +106,7 @@ def diagonal_apply(powers: Powers, matrix: Tensor) -> Tensor:
 
 
 class Fisher(NamedTuple):
-    """An approximation: `decay * known + (1 - decay) * moments of a batch`, their powers, and these times a matrix."""
+    """An approximation: moments `decay * previous + (1 - decay) * batch`, their powers, and these times a matrix."""
 
     moments: Callable[[Tensor, Tensor, int, Moments, float], Moments]
     powers: Callable[[Moments, float, float, int | None, Powers], Powers]
@@ -117,7 +118,7 @@ DIAGONAL = Fisher(diagonal_moments, diagonal_powers, diagonal_apply)
 
 
 def fisher_of(entries: Mapping[str, Any]) -> Fisher:
-    """The approximation that moments or powers belong to."""
+    """The approximation whose moments or powers these are, by their names."""
     return DIAGONAL if "diagonal" in entries else KRONECKER
 
 
@@ -128,7 +129,7 @@ def split_damping(inputs: Tensor, errors: Tensor, damping: float) -> tuple[float
     return pi * math.sqrt(damping), math.sqrt(damping) / pi
 
 
-def power_of(factor: Tensor, damping: float, exponent: float, rank: int | None, known: Mapping[str, Any]) -> Powers:
+def power_of(factor: Tensor, damping: float, exponent: float, rank: int | None, previous: Mapping[str, Any]) -> Powers:
     """`(factor + damping I)^exponent` of a positive semidefinite factor [n, n], truncated if n > 2 rank.
 
     Either `{"matrix"}` or the parts of `basis diag(weights) basis^T + rest I`.
@@ -137,23 +138,23 @@ def power_of(factor: Tensor, damping: float, exponent: float, rank: int | None, 
         values, vectors = torch.linalg.eigh(factor)
         weights = (values.clamp_min(0) + damping) ** exponent
         return {"matrix": (vectors * weights) @ vectors.mT}
-    values, basis = largest(factor, rank, known.get("basis"))
+    values, basis = largest(factor, rank, previous.get("basis"))
     mean = max(float(factor.trace() - values.sum()), 0.0) / (len(factor) - rank)
     rest = (mean + damping) ** exponent
     return {"basis": basis, "weights": (values + damping) ** exponent - rest, "rest": rest}
 
 
-def _averaged(left: Tensor, right: Tensor, count: int, known: Tensor | None, decay: float) -> Tensor:
-    """`decay * known + (1 - decay) * left^T right / count`, from zero if nothing is known."""
-    if known is None:
-        known, decay_of_known = left.new_zeros(()), 0.0
+def _averaged(left: Tensor, right: Tensor, count: int, previous: Tensor | None, decay: float) -> Tensor:
+    """`decay * previous + (1 - decay) * left^T right / count`, from zero if there is no `previous`."""
+    if previous is None:
+        previous, weight = left.new_zeros(()), 0.0
     else:
-        known, decay_of_known = known.to(left.dtype), decay
-    return torch.addmm(known, left.mT, right, beta=decay_of_known, alpha=(1 - decay) / count)
+        previous, weight = previous.to(left.dtype), decay
+    return torch.addmm(previous, left.mT, right, beta=weight, alpha=(1 - decay) / count)
 
 
 def largest(factor: Tensor, rank: int, basis: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The largest eigenvalues and their vectors, by subspace iteration: once from a known `basis`, else a few times."""
+    """The largest eigenvalues and their vectors, by subspace iteration: one from an earlier `basis`, else a few."""
     iterations = 1
     if basis is None or basis.shape != (len(factor), rank):
         noise = torch.Generator().manual_seed(0)  # the same start every time
@@ -167,7 +168,7 @@ def largest(factor: Tensor, rank: int, basis: Tensor | None) -> tuple[Tensor, Te
 
 
 def working(tensor: Tensor) -> Tensor:
-    """In a precision that inverses can be computed in."""
+    """In float32 at least, the precision that inverses need."""
     return tensor.float() if torch.finfo(tensor.dtype).bits < 32 else tensor
 
 

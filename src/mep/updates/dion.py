@@ -2,20 +2,20 @@
 
 For a matrix with its momentum M `[rows, columns]`, rows >= columns, and a factor Q `[columns, rank]` that is kept:
 
-    M <- M + g                                       momentum, what no update has carried out yet included
+    M <- M + g                                       momentum, with what no update has applied yet
     P  = orthonormal basis of M Q     R = M^T P      one power iteration: P R^T approximates M at this rank
     M <- M - (1 - momentum) P R^T                    error feedback: what is not applied stays in M
     Q <- R with columns of length one
     W <- (1 - lr weight_decay) W - lr scale(W) P Q^T
 
 A wide matrix takes the same step on its transpose, so that Q has the shorter side. Weights of convolutions count as
-matrices `[out, rest]`. With as many columns as M has, and M slower than the iteration, P Q^T becomes the polar factor
-of M: Muon's direction. Small matrices, biases and gains take Muon's own step.
+matrices `[out, rest]`. With rank = columns, and M changing slowly, P Q^T tends to the polar factor of M, Muon's
+direction. Small matrices, biases and gains take Muon's own step.
 
-Reference: Ahn et al. 2025, "Dion: Distributed Orthonormalized Updates", https://arxiv.org/abs/2504.05295. It is not
-distributed. Where M vanishes up to rounding, the published rule would blow R up to length one; here such a direction
-stays zero in the update and keeps its column of Q. The authors scale by `(rows / columns) ** 0.5`; here the scale is
-one of Muon's, so that one `lr` suits both kinds of matrix.
+Reference: Ahn et al. 2025, "Dion: Distributed Orthonormalized Updates", https://arxiv.org/abs/2504.05295. Three things
+differ. It is not distributed. Where M vanishes up to rounding, the published rule scales R up to length one; here such
+a direction is zero in the update and keeps its column of Q. The authors scale by `(rows / columns) ** 0.5`; here the
+scale is one of Muon's, so that one `lr` suits both kinds of matrix.
 """
 
 from __future__ import annotations
@@ -83,8 +83,8 @@ def dion_(weight: Tensor, buffer: Tensor, factor: Tensor, size: float, momentum:
 class Dion(Update):
     """Low-rank orthonormal updates from power iteration on the momentum, with error feedback.
 
-    The state is `momentum_buffer`, `right_factor` for those parameters that take Dion's step, and `spectral_path` for
-    matrices that take Muon's. Every keyword may differ between parameter groups.
+    The state is `momentum_buffer`, `right_factor` for those parameters that take Dion's step, and `update_norm_sum`
+    for matrices that take Muon's. Every keyword may differ between parameter groups.
 
     Args:
         params: parameters or parameter groups. Those with `ndim >= 2` are matrices `[out, rest]`.
@@ -155,7 +155,7 @@ class Dion(Update):
         if large:
             self._dion_step_(group, large)
         if small:
-            self._lengthen_path(small, muon_step_(small, self._directions(group, small), group))
+            self._add_update_norm(small, muon_step_(small, self._directions(group, small), group))
         if vectors:
             vector_step_(vectors, self._directions(group, vectors), group)
 

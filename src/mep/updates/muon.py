@@ -44,38 +44,38 @@ def orthogonal_directions(matrices: Sequence[Tensor], method: str = "auto", step
     for (shape, _, _), indices in alike.items():
         flat = [matrices[index].flatten(1) for index in indices]
         if len(flat) == 1:
-            turned = [orthogonalise(flat[0], method, steps)]
+            polar_factors = [orthogonalise(flat[0], method, steps)]
         else:
-            turned = list(orthogonalise(torch.stack(flat), method, steps).unbind())
-        for index, one in zip(indices, turned, strict=True):
+            polar_factors = list(orthogonalise(torch.stack(flat), method, steps).unbind())
+        for index, one in zip(indices, polar_factors, strict=True):
             result[index] = one.reshape(shape)
     return result
 
 
 def muon_step_(matrices: list[Tensor], directions: list[Tensor], group: dict[str, Any]) -> list[float]:
-    """Let the `matrices` decay and move them along the orthogonalised `directions`, as the keywords in `group` say.
+    """Decay the `matrices` and move them along the orthogonalised `directions`, with the keywords of `group`.
 
     Returns:
-        What the spectral norm of each move, the decay apart, does not exceed.
+        An upper bound on the spectral norm of each move, the decay apart.
     """
     lr = float(group["lr"])
-    turned = orthogonal_directions(directions, group["method"], group["steps"])
+    polar_factors = orthogonal_directions(directions, group["method"], group["steps"])
     scale_(matrices, 1 - lr * group["weight_decay"])
     sizes = [lr * SCALES[group["scale"]](p.shape[0], p.numel() // p.shape[0]) for p in matrices]
-    for p, direction, size in zip(matrices, turned, sizes, strict=True):
+    for p, direction, size in zip(matrices, polar_factors, sizes, strict=True):
         p.add_(direction, alpha=-size)
     return [size * largest_singular_value(group["steps"]) for size in sizes]
 
 
 def vector_step_(vectors: list[Tensor], directions: list[Tensor], group: dict[str, Any]) -> None:
-    """Let the `vectors` decay and move them along the `directions`, as the keywords in `group` say."""
+    """Decay the `vectors` and move them along the `directions`, with the keywords of `group`."""
     lr = float(group["lr"]) * group["vector_scale"]
     scale_(vectors, 1 - lr * group["weight_decay"])
     torch._foreach_add_(vectors, directions, alpha=-lr)
 
 
 def check_muon_step(group: dict[str, Any], call: str) -> None:
-    """Raise an ArgumentError that names `call` unless `muon_step_` knows the scale and the method of `group`."""
+    """Raise an ArgumentError that names `call` unless `muon_step_` accepts the scale and the method of `group`."""
     require(call, "scale", group["scale"], *one_of(SCALES))
     check_method(group["method"], group["steps"], call)
 
@@ -83,7 +83,7 @@ def check_muon_step(group: dict[str, Any], call: str) -> None:
 class Muon(Update):
     """Momentum with the nearest orthogonal matrix as the step; plain SGD with momentum for biases and gains.
 
-    The state is `momentum_buffer`, and for a matrix `spectral_path`, see `spectral_bound`. Every keyword may differ
+    The state is `momentum_buffer`, and for a matrix `update_norm_sum`, see `spectral_bound`. Every keyword may differ
     between parameter groups.
 
     Args:
@@ -141,6 +141,6 @@ class Muon(Update):
         matrices = [p for p in params if p.ndim >= 2]
         vectors = [p for p in params if p.ndim < 2]
         if matrices:
-            self._lengthen_path(matrices, muon_step_(matrices, self._directions(group, matrices), group))
+            self._add_update_norm(matrices, muon_step_(matrices, self._directions(group, matrices), group))
         if vectors:
             vector_step_(vectors, self._directions(group, vectors), group)

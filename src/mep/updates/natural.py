@@ -1,15 +1,15 @@
 r"""Natural gradient: steepest descent where length is the change of the model's predictions, as K-FAC estimates it.
 
     B <- momentum B + g,   D = g + momentum B  if nesterov  else B
-    d  = (F + damping)^-1 D                          F ~ A (x) G, a moving average over batches
+    d  = (F + damping)^-1 D                          F ~ A (x) G, a moving average over batches (`curvature.py`)
     nu = min(1, sqrt(kl_clip / (lr^2 <D, d>)))       <D, d> = <d, (F + damping) d>: twice the predicted KL divergence
     W <- (1 - lr weight_decay) W - lr nu d
 
-`<D, d>` is summed over the layers of a parameter group. `orthogonalise=True` goes by the spectral norm of the whitened
+`<D, d>` is summed over the layers of a parameter group. `orthogonalise=True` bounds the spectral norm of the whitened
 update instead: `d = F^-1/2 O` with O the polar factor of `F^-1/2 D`, and `<d, F d> = |O|^2`.
 
-Whoever computes gradients hands `observe` what the factors are made of, see `curvature.Layer`. Equilibrium propagation
-knows every layer's input and error: no further backward pass. With its errors F is the *empirical* Fisher matrix:
+The factors are computed from each layer's inputs and errors, which `observe` receives (`curvature.Layer`). After a step
+of equilibrium propagation these are at hand, without a further backward pass. F is then the *empirical* Fisher matrix:
 targets are the data's, not samples from the model.
 
 References: Martens and Grosse 2015, https://arxiv.org/abs/1503.05671; `kl_clip`: Ba, Grosse and Martens 2017,
@@ -48,8 +48,9 @@ class NaturalGradient(Update):
 
     A weight and the bias in the same parameter group are one matrix, the bias its last column. A parameter for which
     no layer was ever observed (gains, embeddings, grouped convolutions, ...) takes the SGD step with the same momentum.
-    State: `momentum_buffer`, and for a weight its `moments`, their `powers`, and how often it was observed. Every
-    keyword may differ between parameter groups; `kl_clip` bounds the step of each group by itself.
+    State: `momentum_buffer`, and for a weight `moments` (averaged, with their `mass`), their `powers` with the
+    `exponent`, the place of its `bias` in the group, and how often it was `observed`. Every keyword may differ between
+    parameter groups; `kl_clip` bounds the step of each group by itself.
 
     Args:
         params: parameters or parameter groups.
@@ -133,7 +134,7 @@ class NaturalGradient(Update):
 
     @torch.no_grad()
     def observe(self, layers: Iterable[Layer]) -> None:
-        """Take a batch into the factors, all of it or nothing; call it before every `step`.
+        """Add a batch to the factors, all of it or nothing; call it before every `step`.
 
         Args:
             layers: the weights of the batch; those that this optimizer does not train are passed over.
@@ -149,12 +150,12 @@ class NaturalGradient(Update):
             self.state[weight].update(change)
 
     def _observed(self, layer: Layer, group: dict[str, Any], bias: int | None) -> dict[str, Any]:
-        """What changes in the state of a weight; `bias` is the place of its bias in the group."""
+        """The new entries in the state of a weight; `bias` is the place of its bias in the group."""
         fisher = DIAGONAL if group["use_diagonal_fisher"] else KRONECKER
         exponent = -0.5 if group["orthogonalise"] else -1.0
         state = self.state.get(layer.weight, {})
         if state.get("bias") != bias or fisher_of(state.get("moments", {})) is not fisher:
-            state = {}
+            state = {}  # other keywords than before: start anew
         count = state.get("observed", 0)
         change: dict[str, Any] = {"observed": count + 1, "bias": bias}
         if count % group["factors_every"] == 0:
@@ -175,7 +176,7 @@ class NaturalGradient(Update):
         others = [p for p in params if p not in natural]
         if others:
             vector_step_(others, [directions[p] for p in others], group)
-        lr = size = float(group["lr"])
+        lr = size = float(group["lr"])  # size = lr nu
         if group["kl_clip"] is not None and lr**2 * squared > group["kl_clip"]:
             size = math.sqrt(group["kl_clip"] / squared)
         scale_(list(natural), 1 - lr * group["weight_decay"])
@@ -208,22 +209,22 @@ class NaturalGradient(Update):
 
 
 def _natural_direction(matrix: Tensor, powers: Powers, exponent: float) -> tuple[Tensor, Tensor]:
-    """The direction d and `<d, F d>`; with roots of the factors, `exponent` -1/2, of the orthogonalised update."""
+    """The direction d and `<d, F d>`; of the orthogonalised update with `exponent` -1/2, roots of the factors."""
     fisher = fisher_of(powers)
-    found = fisher.apply(powers, matrix)
+    d = fisher.apply(powers, matrix)
     if exponent == -1:
-        return found, torch.dot(matrix.flatten(), found.flatten())
-    turned = polar_factor(found)
-    return fisher.apply(powers, turned), turned.square().sum()
+        return d, torch.dot(matrix.flatten(), d.flatten())
+    polar = polar_factor(d)
+    return fisher.apply(powers, polar), polar.square().sum()
 
 
 @torch.autocast("cpu", enabled=False)
 @torch.autocast("cuda", enabled=False)
 def _averaged(layer: Layer, with_bias: bool, fisher: Fisher, state: dict[str, Any], decay: float) -> dict[str, Any]:
-    """The moving average, and the mass of what has entered it: divided by that, it is not biased toward its start."""
+    """The moving average, and its `mass`, the sum of its weights: divided by that, it is not biased toward zero."""
     inputs, errors = bordered_rows(layer, with_bias)
-    known = cast(state.get("moments", {}), inputs.dtype)
-    moments = cast(fisher.moments(inputs, errors, layer.examples, known, decay), layer.weight.dtype)
+    previous = cast(state.get("moments", {}), inputs.dtype)
+    moments = cast(fisher.moments(inputs, errors, layer.examples, previous, decay), layer.weight.dtype)
     if not math.isfinite(sum(float(moment.sum()) for moment in moments.values())):
         raise DivergedError(
             "NaturalGradient.observe: the second moment of a layer is not finite. Nothing was changed. Way out: a "
@@ -237,5 +238,5 @@ def _averaged(layer: Layer, with_bias: bool, fisher: Fisher, state: dict[str, An
 def _inverted(state: dict[str, Any], exponent: float, group: dict[str, Any]) -> Powers:
     """The damped powers of the averaged moments."""
     moments = {name: working(moment) / state["mass"] for name, moment in state["moments"].items()}
-    known = state.get("powers", {})
-    return fisher_of(moments).powers(moments, group["damping"], exponent, group["rank"], known)
+    previous = state.get("powers", {})
+    return fisher_of(moments).powers(moments, group["damping"], exponent, group["rank"], previous)

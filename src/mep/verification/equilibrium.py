@@ -1,4 +1,14 @@
-"""The equilibria themselves: their residual from the states alone, where settling stalls, how large beta may be."""
+"""The equilibria themselves: their residual from the states alone, where settling stalls, how large beta may be.
+
+The residual of a node of the nudged prediction energy is, with `e_n = s_n - mu_n` and `p_out = -beta dC/ds_out`,
+
+    |e_n - p_n| / max(|e_n|, |p_n|)
+
+The error of a state balances what arrives from its children: by their errors as they are, `p_n = sum_c J_c^T e_c`, when
+e_n - p_n is the force dF/ds_n; or as a sweep carries it backward, `p_n = sum_c J_c^T p_c`. Both vanish at equilibrium,
+and a solver stops by one of the two. All sides are of the size of the nudge. Nothing that a solver reports is used
+here, and none of the residuals of `Energy`.
+"""
 
 from __future__ import annotations
 
@@ -10,20 +20,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mep.energy import Energy, State
+from mep.cost import make_cost
+from mep.energy import Energy, State, make_node_energy, nudge
 from mep.estimators.contrast import CONTRASTS
-from mep.graph import Point
 from mep.graph.closed_forms import Activation, Kink, Largest
 from mep.graph.node import Node
-from mep.settle import Result, Settled, settle
-from mep.solvers import Sweep
+from mep.graph.step_context import StepContext
+from mep.settle import Result, Settled, Solver, settle
+from mep.verification.case import Case
 from mep.verification.report import ResidualTrace
-from mep.verification.subject import Case
 
 _SWEEPS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 25, 30)
-_DOUBLINGS = 7
-_HALVINGS = 10
-
+_DOUBLINGS, _HALVINGS = 7, 10
 
 Residuals = dict[str, tuple[Tensor, Tensor]]
 """Node -> its residual, and what rounding of the state may contribute, `eps |s|` over the larger side: [batch] each."""
@@ -43,32 +51,51 @@ class Residual(NamedTuple):
 
 
 class Equilibria:
-    """The nudged equilibria of one batch, settled here and judged by their states."""
+    """The free equilibrium of a case, `free` of `energy`, and its nudged ones.
 
-    def __init__(self, subject: Case):
-        self.subject = subject
-        self.energy, self.free = subject.energy()
-        self.is_stochastic = bool(self.energy.context.noise)
+    Args:
+        case: the model and the batch.
+        freeze_branches: whether branches are held; None: as the case says.
+    """
 
-    def settle(self, beta: float, solver: Sweep) -> tuple[Energy, Settled]:
+    @torch.no_grad()
+    def __init__(self, case: Case, freeze_branches: bool | None = None):
+        self.case = case
+        graph = case.graphs.of(case.x, case.target)
+        case.restore()
+        hold = case.config.branches == "held" if freeze_branches is None else freeze_branches
+        context = StepContext(freeze_branches=hold)
+        self.energy = Energy(graph, make_node_energy("prediction"), graph.bind(case.x), context, case.batch)
+        self.free = self.energy.free_point()
+        context.recording = False
+
+    def nudged(self, beta: float) -> Energy:
+        """The energy nudged by beta toward the target."""
+        make, energy = make_cost(self.case.config.cost), self.energy
+        output = energy.output(self.free)
+        return nudge(
+            energy, self.case.graphs.cost_of(energy.graph, make, energy.inputs, output, self.case.target), beta
+        )
+
+    def settle(self, beta: float, solver: Solver) -> tuple[Energy, Settled]:
         """The energy nudged by beta, and where it settles."""
-        nudged = self.subject.nudged(self.energy, self.free, beta)
+        nudged = self.nudged(beta)
         return nudged, settle(nudged, self.free, solver)
 
     @torch.no_grad()
     def residual(self, phases: str, beta: float) -> Residual:
         """Of all phases of a contrast, the residual of the worst node."""
-        phase = [self.settle(sign * beta, self.subject.how.solver) for sign in _signs([phases])]
-        found = [_worst(nearer_residuals(energy, energy.state(settled.point))) for energy, settled in phase]
+        settled = [self.settle(sign * beta, self.case.config.solver) for sign in _signs([phases])]
+        found = [_worst(nearer_residuals(energy, energy.state(s.point))) for energy, s in settled]
         return max(found, key=lambda residual: residual.excess)
 
     @torch.no_grad()
-    def stall(self, beta: float) -> ResidualTrace:
+    def trace(self, beta: float) -> ResidualTrace:
         """Settle anew for every number of sweeps, until all examples have settled."""
         curves: dict[str, list[float]] = {node.name: [] for node in self.energy.graph.states}
         made = []
         for sweeps in _SWEEPS:
-            energy, settled = self.settle(beta, replace(self.subject.how.solver, adaptive=False, settle_steps=sweeps))
+            energy, settled = self.settle(beta, replace(self.case.config.solver, adaptive=False, settle_steps=sweeps))
             if settled.result is Result.DIVERGED:
                 break
             made.append(sweeps)
@@ -79,15 +106,15 @@ class Equilibria:
         return ResidualTrace(beta, tuple(made), {name: tuple(curve) for name, curve in curves.items()})
 
     @torch.no_grad()
-    def reach(self, phases: Sequence[str], beta: float) -> tuple[float | None, float | None]:
+    def largest_beta(self, phases: Sequence[str], beta: float, solver: Solver) -> tuple[float | None, float | None]:
         """The largest beta found at which every example settles in every phase, and the smallest found where not.
 
-        They are a factor 2 apart. The solver is the default one.
+        They are a factor 2 apart; None where doubling or halving `beta` a few times found none.
         """
         signs = _signs(phases)
 
         def settles(beta: float) -> bool:
-            return all(self.settle(sign * beta, Sweep())[1].result is Result.CONVERGED for sign in signs)
+            return all(self.settle(sign * beta, solver)[1].result is Result.CONVERGED for sign in signs)
 
         if settles(beta):
             for _ in range(_DOUBLINGS):
@@ -103,37 +130,19 @@ class Equilibria:
 
 
 def nearer_residuals(energy: Energy, state: State) -> Residuals:
-    """The residuals of all nodes, of one kind or the other: of that whose worst node is nearer to equilibrium.
-
-    Solvers stop by one of the two. At equilibrium both vanish.
-    """
+    """The residuals of all nodes, of the kind by which the worst node is nearer to equilibrium."""
     return min((residuals(energy, state, swept) for swept in (True, False)), key=lambda found: _worst(found).excess)
 
 
 def residuals(energy: Energy, state: State, swept: bool) -> Residuals:
-    """The residual of every node of the nudged prediction energy, from the states alone; see `Residuals`.
-
-        |e_n - p_n| / max(|e_n|, |p_n|)      e_n = s_n - mu_n      p_out = -beta dC/ds_out
-
-    The error of a state balances what arrives from its children: by their errors as they are, `p_n = sum_c J_c^T e_c`,
-    when e_n - p_n is the force on the state, dF/ds_n; or as a sweep carries it down, `p_n = sum_c J_c^T p_c`. All sides
-    are of the size of the nudge. Nothing that a solver reports is used, and no residual of `Energy`.
-    """
-    point = energy.at(state)
-    incoming_forces = _incoming_forces(energy, point, swept)
-    found = {}
-    for name, s in state.items():
-        e, p = s - point.predictions[name], incoming_forces[name]
-        larger = torch.maximum(_norm(e, energy), _norm(p, energy)).clamp_min(torch.finfo(torch.float64).tiny)
-        found[name] = _norm(e - p, energy) / larger, torch.finfo(s.dtype).eps * _norm(s, energy) / larger
-    return found
-
-
-def _incoming_forces(energy: Energy, point: Point, swept: bool) -> State:
-    """What arrives at each state from its children, in one walk backward."""
+    """The residual of every node from the states alone, as at the head of this file; `swept`: as a sweep carries it."""
     assert energy.nudge is not None
-    incoming_forces: State = {}
+    point = energy.at(state)
+    found: Residuals = {}
     behind: dict[str, tuple[Tensor, Kink]] = {}
+
+    def norm(t: Tensor) -> Tensor:
+        return t.reshape(energy.batch, -1).double().norm(dim=1)  # rows of one example are neighbours
 
     def transmit(node: Node, force: Tensor | None) -> Tensor | None:
         kink = energy.kinks.get(node.name)
@@ -142,17 +151,17 @@ def _incoming_forces(energy: Energy, point: Point, swept: bool) -> State:
             return None
         if not node.owns_state:
             return force
-        s = point.values[node.name]
-        error = s - point.predictions[node.name]
-        incoming = torch.zeros_like(s) if force is None else force
-        if node.name in behind:
-            incoming = _nearest_force(s, error, incoming, *behind[node.name])
-        incoming_forces[node.name] = incoming
-        return incoming if swept else error
+        name, s = node.name, state[node.name]
+        e = s - point.predictions[name]
+        p = torch.zeros_like(s) if force is None else force
+        if name in behind:
+            p = _nearest_force(s, e, p, *behind[name])
+        larger = torch.maximum(norm(e), norm(p)).clamp_min(torch.finfo(torch.float64).tiny)
+        found[name] = norm(e - p) / larger, torch.finfo(s.dtype).eps * norm(s) / larger
+        return p if swept else e
 
-    output_pull = -energy.nudge.beta * energy.nudge.cost.gradient(energy.output(point))
-    energy.graph.vjp(point.saved, output_pull, transmit)
-    return incoming_forces
+    energy.graph.vjp(point.saved, -energy.nudge.beta * energy.nudge.cost.gradient(energy.output(point)), transmit)
+    return {name: found[name] for name in state}
 
 
 def _worst(found: Residuals) -> Residual:
@@ -165,9 +174,9 @@ def _worst(found: Residuals) -> Residual:
 
 
 def _nearest_force(s: Tensor, error: Tensor, direct: Tensor, u: Tensor, kink: Kink) -> Tensor:
-    """Of all pulls on a state before a kink that its subdifferential allows, the one nearest to the error.
+    """Of all forces on a state before a kink that its subdifferential allows, the one nearest to the error.
 
-    `direct` pulls on s itself, `u` on the value behind the kink.
+    `direct` acts on s itself, `u` on the value behind the kink.
     """
     if isinstance(kink, Largest):
         # On the winners of a tie: direct + w u. Pulled down, w may be any of the simplex; pushed up, one wins.
@@ -176,7 +185,7 @@ def _nearest_force(s: Tensor, error: Tensor, direct: Tensor, u: Tensor, kink: Ki
         one = torch.zeros_like(s).scatter(-1, wanted.argmax(-1, keepdim=True), 1)
         return direct + torch.where(u < 0, _onto_simplex(wanted), one) * u
     left, right = (direct + _slope(s, u, kink, side) for side in (-math.inf, math.inf))
-    # A minimum has its walls on both sides: there left >= right. Elsewhere nothing rests, and one side must balance.
+    # At a minimum the energy rises to both sides: there left >= right. Elsewhere nothing rests: one side must balance.
     return torch.where(left > right, error.clamp(right, left), left)
 
 
@@ -198,11 +207,6 @@ def _onto_simplex(v: Tensor) -> Tensor:
     sums = v.sort(-1, descending=True).values.cumsum(-1)
     count = torch.arange(1, v.shape[-1] + 1, dtype=v.dtype, device=v.device)
     return (v - ((sums - 1) / count).amax(-1, keepdim=True)).clamp_min(0)
-
-
-def _norm(t: Tensor, energy: Energy) -> Tensor:
-    """Of every example, [batch]; the rows of one are neighbours."""
-    return t.reshape(energy.batch, -1).double().norm(dim=1)
 
 
 def _signs(phases: Sequence[str]) -> list[float]:

@@ -1,4 +1,10 @@
-"""The EP gradient beside backprop's: direction, size, and the order in beta at which the error vanishes."""
+"""Three gradients of one case: by equilibrium propagation, by backprop, and by finite differences of the mean cost.
+
+    EP against backprop     cosine, norm ratio, and the order in beta at which the error vanishes
+    finite differences      dC/dtheta_i ~ (C(theta + h e_i) - C(theta - h e_i)) / 2h,   h = eps^(1/3) (1 + |theta_i|)
+
+The differences are taken on sampled coordinates. They use neither autograd nor an equilibrium, so they check both.
+"""
 
 from __future__ import annotations
 
@@ -10,15 +16,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mep.estimators import Estimate
-from mep.estimators.estimate import Gradients
-from mep.verification.report import GradientMatch
-from mep.verification.subject import Case
+from mep.capture.proof import loss_of
+from mep.errors import ArgumentError
+from mep.estimators import Backprop, EquilibriumPropagation, Estimate
+from mep.verification.case import Case
+from mep.verification.report import CLOSE, GradientMatch
 
-ORDERS = {"one-sided": 1, "centered": 2}
-"""Of accuracy in beta; see `mep.estimators.contrast`."""
 FITTED = 3
-"""The smallest betas, to which the order is fitted: it is a limit."""
+"""The order is fitted to this many of the smallest betas: it is a limit."""
+_STEPS = (1.0, 1 / 16, 1 / 256)
+"""Times h: finer steps where the usual one disagrees. The fewer kinks lie within a step, the less they change."""
+
+Gradients = dict[nn.Parameter, Tensor]
 
 
 class Run(NamedTuple):
@@ -28,44 +37,97 @@ class Run(NamedTuple):
     estimate: Estimate
 
 
+class Difference(NamedTuple):
+    """Relative distance of both gradients from finite differences; None where these are too coarse to judge."""
+
+    backprop: float | None = None
+    ep: float | None = None
+
+
+def run_ep(case: Case, phases: str, beta: float) -> Run:
+    """The EP gradient, as a training step would have it."""
+    config = case.config
+    ep = EquilibriumPropagation(
+        case.model,
+        config.cost,
+        beta,
+        config.solver,
+        phases=phases,
+        branches=config.branches,
+        leaves=config.leaves,
+        diagnostics=True,
+        on_unsettled="ignore",
+    )
+    ep.share_graphs(case.graphs)
+    case.restore()
+    return Run(*ep.gradients(case.x, case.target))
+
+
+def run_backprop(case: Case) -> Gradients:
+    """The gradient by autograd through the model itself."""
+    case.restore()
+    return Backprop(case.model, case.config.cost).gradients(case.fresh_input(), case.target)[0]
+
+
+@torch.no_grad()
+def mean_cost(case: Case) -> float:
+    """The mean cost of the batch at the parameters as they are now."""
+    case.restore()
+    return float(loss_of(case.model, case.config.cost, case.fresh_input(), case.target))
+
+
+def try_out(case: Case) -> None:
+    """Run the model once, and raise an ArgumentError where it fails in this precision."""
+    try:
+        mean_cost(case)
+    except RuntimeError as error:
+        if case.dtype is None:
+            raise
+        raise ArgumentError(
+            f"verify(dtype={case.dtype}): the model or its cost fails on this batch: {error}. If the precision is "
+            "why, dtype=None checks them as they are, as far as their rounding allows."
+        ) from error
+
+
 @dataclass(frozen=True)
 class Reference:
-    """Backprop's gradients, and for each the error below which another cannot be told from it."""
+    """Backprop's gradients, and for each the size of errors that cannot be told from rounding."""
 
     gradients: Gradients
     rounding: dict[nn.Parameter, float]
 
     @classmethod
-    def of(cls, subject: Case) -> Reference:
-        """By backprop. A gradient that vanishes, as that of a bias before BatchNorm, is known by its neighbours' size.
+    def of(cls, case: Case) -> Reference:
+        """By backprop, with `rounding = 100 tol |module's largest gradient| + 1000 eps |whole gradient|`.
 
-        Settling leaves a relative error of some `tol` in the signal of a module, autograd one of some eps of the whole.
+        Settling leaves a relative error of about `tol` in the signal of a module, autograd about eps of the whole. So a
+        gradient that vanishes, as that of a bias before BatchNorm, is judged by the size of its neighbours.
         """
-        found = subject.backprop()
+        found = run_backprop(case)
         norms = {p: float(g.norm()) for p, g in found.items()}
         whole = math.hypot(*norms.values())
+        homes = {p: case.names[p].rpartition(".")[0] for p in found}
         modules: dict[str, float] = {}
         for p, norm in norms.items():
-            home = subject.names[p].rpartition(".")[0]
-            modules[home] = max(norm, modules.get(home, 0.0))
+            modules[homes[p]] = max(norm, modules.get(homes[p], 0.0))
         rounding = {}
         for p, g in found.items():
-            settling = 100 * subject.how.solver.tol * modules[subject.names[p].rpartition(".")[0]]
-            rounding[p] = settling + 1000 * torch.finfo(g.dtype).eps * whole + torch.finfo(g.dtype).tiny
+            info = torch.finfo(g.dtype)
+            rounding[p] = 100 * case.config.solver.tol * modules[homes[p]] + 1000 * info.eps * whole + info.tiny
         return cls(found, rounding)
 
     def match(self, p: nn.Parameter, run: Run) -> GradientMatch:
-        """One parameter's gradient beside this one."""
+        """One parameter's EP gradient beside backprop's."""
         b = self.gradients[p]
         g = run.gradients.get(p, torch.zeros_like(b))
-        norm, floor = float(b.norm()), self.rounding[p]
-        error = float((g - b).norm()) / max(norm, floor)
-        if norm <= floor:
+        norm, rounding = float(b.norm()), self.rounding[p]
+        error = float((g - b).norm()) / max(norm, rounding)
+        if norm <= rounding:
             return GradientMatch(run.estimate.beta, None, None, error)
         return GradientMatch(run.estimate.beta, cosine(g, b), float(g.norm()) / norm, error)
 
     def floor(self, p: nn.Parameter) -> float:
-        """The rounding in the units of `Match.error`."""
+        """The rounding in the units of `GradientMatch.error`."""
         return self.rounding[p] / max(float(self.gradients[p].norm()), self.rounding[p])
 
     def error(self, run: Run) -> float:
@@ -97,3 +159,52 @@ def fitted_order(betas: Sequence[float], errors: Sequence[float], floor: float) 
         return None
     x_mean, y_mean = (sum(values) / len(pairs) for values in zip(*pairs, strict=True))
     return sum((x - x_mean) * (y - y_mean) for x, y in pairs) / sum((x - x_mean) ** 2 for x, _ in pairs)
+
+
+def differences(case: Case, backprop: Gradients, ep: Gradients, samples: int) -> dict[nn.Parameter, Difference]:
+    """For every parameter, on the coordinate with the largest gradient and on random ones, `samples` in all."""
+    generator = torch.Generator().manual_seed(0)
+    found = {}
+    for p, b in backprop.items():
+        drawn = torch.randperm(p.numel(), generator=generator)[: samples - 1].tolist()
+        chosen = list(dict.fromkeys([int(b.abs().argmax()), *drawn]))
+        g = ep.get(p, torch.zeros_like(b))
+        found[p] = _difference(case, p, chosen, *(t.detach().flatten()[chosen].double().cpu() for t in (b, g)))
+    return found
+
+
+def _difference(case: Case, p: nn.Parameter, chosen: list[int], b: Tensor, g: Tensor) -> Difference:
+    """With the step at which the differences are nearest to backprop, of those that rounding allows."""
+    tried: list[Difference] = []
+    distances: list[float] = []
+    for step in _STEPS:
+        slopes, noise = _slopes(case, p, chosen, step)
+        size = max(float(b.norm()), float(slopes.norm()))
+        if size * CLOSE <= noise:
+            break
+        distances.append(float((slopes - b).norm()) / size)
+        tried.append(Difference(distances[-1], float((slopes - g).norm()) / size))
+        if distances[-1] <= CLOSE / 10:
+            break
+    return tried[distances.index(min(distances))] if tried else Difference()
+
+
+@torch.no_grad()
+def _slopes(case: Case, p: nn.Parameter, chosen: list[int], step: float) -> tuple[Tensor, float]:
+    """Central differences at the chosen coordinates, and what rounding may contribute to their norm."""
+    eps, largest, noise = torch.finfo(p.dtype).eps, 1.0, 0.0
+    slopes = []
+    for place in chosen:
+        index = tuple(int(i) for i in torch.unravel_index(torch.tensor(place), p.shape))
+        value = float(p[index])
+        h = step * eps ** (1 / 3) * (1 + abs(value))
+        costs, places = [], []
+        for shifted in (value + h, value - h):
+            p[index] = shifted
+            places.append(float(p[index]))  # as rounded
+            costs.append(mean_cost(case))
+        p[index] = value
+        largest = max(largest, *map(abs, costs))
+        slopes.append((costs[0] - costs[1]) / (places[0] - places[1]))
+        noise = max(noise, 10 * eps * largest / h)
+    return torch.tensor(slopes, dtype=torch.float64), noise * math.sqrt(len(chosen))

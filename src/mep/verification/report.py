@@ -1,4 +1,18 @@
-"""What `verify` found: numbers, and what they amount to."""
+"""What `verify` found: the numbers, what is asserted of them, and their tables.
+
+| asserted | bound | why |
+|---|---|---|
+| cosine with backprop | > 0.99 | below it some part of the signal is missing, or has the wrong sign |
+| norm ratio | within 0.1 of 1 | a lost factor leaves the direction as it is |
+| order in beta | > theory - 0.2 | the theorem; an error that does not vanish with beta is not caused by beta |
+| backprop against finite differences | < 1e-3 | backprop is the yardstick only if it is right itself |
+| EP against finite differences | < 0.2 | what the cosine leaves (0.14), and the differences' own error |
+| residual | <= tol | the states are an equilibrium, whatever the solver reported |
+
+The first three hold at the smallest beta, or the error is at rounding; there every example has settled, too. At a
+larger beta it need not: a nudge away from the target may have no equilibrium. Of `branches="exact"` the order is only
+asserted to be 1: near a kink the equilibrium is no smooth function of beta.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +20,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from mep.settle import Result
+
+COSINE, RATIO, SLACK, EP_CLOSE = 0.99, 0.1, 0.2, 0.2
+CLOSE = 1e-3
+"""Relative distance at which differences and backprop agree: far above what the step h costs on smooth functions."""
+ORDERS = {"one-sided": 1, "centered": 2}
+"""Contrast -> its order in beta; see `mep.estimators.contrast`."""
 NONE = "—"
+_WHOLE = "keep the module around it whole with leaves=(ThatModule,), and please report the model"
+
+
+# The numbers.
 
 
 @dataclass(frozen=True)
@@ -129,18 +154,87 @@ class Report:
         return {"ok": self.ok, **asdict(self)}
 
     def __str__(self) -> str:
-        """Verdict, failures, notes and a table of the parameters."""
+        """Verdict, failures, notes and a table of the parameters in aligned columns."""
         found = self.as_dict()
         titles, rows = parameter_table(found)
-        return "\n".join([*sentences(found), "", _columns([titles, *rows])])
+        rows = [titles, *rows]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows]
+        return "\n".join([*sentences(found), "", *lines])
 
+
+# What is asserted.
+
+
+def failure_reason(parameter: Parameter, phases: str, branches: str) -> str | None:
+    """What is wrong with one parameter's gradient of one contrast; None if nothing is."""
+    last = parameter.matches[phases][-1]
+    if last.error <= parameter.rounding:
+        return None
+    if last.cosine is not None and not last.cosine > COSINE:
+        return f"the cosine of the EP gradient with backprop's is {last.cosine:.3f} at beta {last.beta:.2g}"
+    if last.ratio is not None and not abs(last.ratio - 1) < RATIO:
+        return f"the EP gradient has {last.ratio:.3g} times the size of backprop's at beta {last.beta:.2g}"
+    order, expected = parameter.order[phases], 1 if branches == "exact" else ORDERS[phases]
+    if order is None or not order > expected - SLACK:
+        slope = "cannot be fitted" if order is None else f"is {order:.2f}"
+        size = f"at beta {last.beta:.2g} it is {last.error:.1e}"
+        return f"the order in beta of its error {slope}, it should be {expected}; {size}"
+    return None
+
+
+def failures(
+    parameters: Sequence[Parameter], estimations: Sequence[Estimation], tol: float, branches: str
+) -> tuple[str, ...]:
+    """A sentence for each contrast, kind of check and equilibrium that fails.
+
+    Of several parameters the last is named: signals come from the output, so the error nearest to it causes the others.
+    """
+    smallest = {e.phases: e for e in estimations}  # the smallest beta comes last
+    found = []
+    for phases in smallest:
+        wrong = [(p.name, text) for p in parameters if (text := failure_reason(p, phases, branches))]
+        if wrong:
+            before = f" {len(wrong) - 1} before it: wrong too." if len(wrong) > 1 else ""
+            found.append(f"`{wrong[-1][0]}` ({phases}): {wrong[-1][1]}.{before} Way out: {_WHOLE}.")
+    far = [p for p in parameters if p.backprop_difference is not None and not p.backprop_difference < CLOSE]
+    if far:
+        found.append(
+            f"`{far[-1].name}`: backprop is {far[-1].backprop_difference:.1e} from finite differences of the cost. The "
+            "model has a backward of its own that is no derivative (a straight-through estimator?), a jump, or noise "
+            "from outside torch. Way out: mend it, or if it is meant so, samples=0."
+        )
+    far = [p for p in parameters if p.ep_difference is not None and not p.ep_difference < EP_CLOSE]
+    if far and not found:
+        found.append(
+            f"`{far[-1].name}`: the EP gradient is {far[-1].ep_difference:.1e} from finite differences of the cost. "
+            f"Way out: {_WHOLE}."
+        )
+    converged = str(Result.CONVERGED)
+    found += [
+        f"Node `{e.worst}`: not settled at beta {e.beta:.2g} ({e.phases}), residual {e.residual:.1e} after {e.sweeps} "
+        f"sweeps, tol {tol:.1e}: {e.result}. Way out: smaller betas, branches='held', smooth activations, or "
+        "normalisation."
+        for e in smallest.values()
+        if e.result != converged
+    ]
+    found += [
+        f"Node `{e.worst}`: the residual of its state at beta {e.beta:.2g} ({e.phases}) is {e.recomputed:.1e}, and the "
+        f"solver reported {e.residual:.1e}. Way out: {_WHOLE}."
+        for e in estimations
+        if e.result == converged and e.recomputed > tol + e.rounding
+    ]
+    return tuple(found)
+
+
+# The tables; they read `Report.as_dict()`, so that a record can be shown again.
 
 Table = tuple[list[str], list[list[str]]]
 """Titles and rows."""
 
 
 def sentences(report: Mapping[str, Any]) -> list[str]:
-    """The verdict, and what there is to say beside."""
+    """The verdict, the failures and the notes."""
     estimations = report["estimations"]
     residual, sweeps = (max(e[key] for e in estimations) for key in ("recomputed", "sweeps"))
     tried = "" if report["beyond"] is None else f", {report['beyond']:.3g} does not"
@@ -172,30 +266,13 @@ def parameter_table(report: Mapping[str, Any]) -> Table:
 
 def estimation_table(report: Mapping[str, Any]) -> Table:
     """A row a contrast and beta: error, sweeps, residuals, kinks."""
-    titles = ["Contrast", "beta", "error", "sweeps", "unsettled", "residual", "recomputed", "off branch"]
-    rows = [
-        [
-            e["phases"],
-            f"{e['beta']:.3g}",
-            f"{e['error']:.1e}",
-            str(e["sweeps"]),
-            str(e["unsettled"]),
-            f"{e['residual']:.0e}",
-            f"{e['recomputed']:.0e}",
-            f"{e['left_branch']:.1%}",
-        ]
-        for e in report["estimations"]
-    ]
-    return titles, rows
+    forms = {
+        "phases": "", "beta": ".3g", "error": ".1e", "sweeps": "", "unsettled": "", "residual": ".0e",
+        "recomputed": ".0e", "left_branch": ".1%",
+    }  # fmt: skip
+    titles = ["Contrast", *list(forms)[1:-1], "off branch"]
+    return titles, [[format(e[key], form) for key, form in forms.items()] for e in report["estimations"]]
 
 
 def _cell(value: float | None, form: str) -> str:
     return NONE if value is None else format(value, form)
-
-
-def _columns(rows: Sequence[Sequence[str]]) -> str:
-    """Aligned columns, the first to the left."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows
-    )

@@ -1,16 +1,16 @@
-"""Affine graphs in little memory: what a sweep needs is computed again, part by part.
+"""Affine graphs in little memory: only the output error x is kept, everything else is recomputed part by part.
 
-The equations are those of `affine.py`. Only the output error x is kept; everything else follows from it and the input,
-a part of the nodes (in topological order) at a time:
+The equations are those of `affine.py`: errors walk backward from x, `delta_n = sum_c J_c^T delta_c`, and tangents t
+forward, `t_n = delta_n + sum_p J_p t_p`. A *part* is a run of nodes in topological order. With k parts,
 
-    forward over the parts, noting the values where each begins
-    backward over the parts, noting the forces where each ends, while the values that are done with are dropped
-    forward over the parts: with the values where it begins and the forces where it ends, each has its states and errors
+    1. forward over the parts, keeping the values where each begins
+    2. backward over the parts, keeping the forces where each ends, and dropping the values that are done with
+    3. forward over the parts: with the values where it begins and the forces where it ends, each part is walked in the
+       same way, down to k nodes or fewer, of which states, errors and tangents are held at once
 
-and what is a part in this is walked in the same way, down to a few nodes. With k parts of k parts of k of N nodes,
-`k = N^(1/3)`, at most `2 k` values and forces are noted, and the inputs and errors of k nodes held: O(N^(1/3)). A sweep
-takes up to six products with each weight forward, three backward and one to push; the contrast is one sweep more.
-On such recursions: Griewank and Walther 2000, doi:10.1145/347837.347846.
+With k parts of k parts of k of N nodes, `k = N^(1/3)`, at most `2 k` values and forces are kept, and the inputs and
+errors of k nodes: O(N^(1/3)). A sweep takes up to six products with each weight forward, three backward and one for the
+tangents; the contrast is one sweep more. On such recursions: Griewank and Walther 2000, doi:10.1145/347837.347846.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from mep.solvers.networks.affine import AffineNetwork, LazyMapping
 
 Forces = dict[str, Tensor | None]
 Visit = tuple[Node, Any, Tensor | None]
-"""A node, what its `param_vjp` needs at the nudged equilibrium, and its error."""
+"""A node, what its `param_vjp` needs at the nudged equilibrium, and its error (None in a junction)."""
 
 
 class CheckpointedPoint(Point):
@@ -51,12 +51,12 @@ class CheckpointedPoint(Point):
 
 
 class CheckpointedNetwork(AffineNetwork):
-    """The output errors of all examples; the states and the other errors are computed again when they are read."""
+    """Keeps the output errors of all examples only; states and other errors are recomputed when they are read."""
 
     _recomputed: Recomputed
 
     def note(self, residual: Tensor) -> None:
-        """Every move ends here, with new output errors."""
+        """Every move ends here, with a new x."""
         super().note(residual)
         assert self.x is not None
         x = self.x if self.rows is None else self._recomputed.x.index_copy(0, self.rows, self.x)
@@ -83,12 +83,16 @@ class CheckpointedNetwork(AffineNetwork):
         ).shift()
 
     def _can_select(self) -> bool:
-        """With more inputs than one it is not known which of them have the examples as rows."""
+        """Not with several inputs: it is unknown which of them have the examples as rows."""
         return self.cost.narrows and len([v for v in self.energy.inputs.values() if isinstance(v, Tensor)]) == 1
 
 
 class Recomputed:
-    """All that follows an output error x, computed again on each access."""
+    """All that follows from an output error x, recomputed on each access.
+
+    `shift` and `at` are the interface. In the private methods `values` and `forces` hold what crosses the border of a
+    part (name -> value, name -> force, None for none) and are changed in place as the walk moves on.
+    """
 
     def __init__(self, energy: Energy, x: Tensor):
         self.energy, self.x = energy, x
@@ -98,59 +102,58 @@ class Recomputed:
         self._latest: Visit | None = None
 
     def shift(self) -> Tensor:
-        """The response of the output, `M x`."""
+        """The response of the output, `M x`: its tangent."""
         tangents: State = {}
-        for _ in self.walk(tangents):
+        for _ in self._from_start(tangents):
             pass
         return tangents[self.energy.graph.output]
 
     def at(self, name: str) -> Visit:
-        """The visit of one node; to go back a new walk is begun."""
+        """The visit of one node. In topological order that is one walk; to go back, a new one is begun."""
         if self._latest is None or self._place[name] < self._place[self._latest[0].name]:
-            self._visits = self.walk({})
+            self._visits = self._from_start({})
             self._latest = next(self._visits)
         while self._latest[0].name != name:
-            self._latest = None  # before the next is made
+            self._latest = None  # freed before the next is computed
             self._latest = next(self._visits)
         return self._latest
 
-    def walk(self, tangents: State) -> Iterator[Visit]:
-        """Visit the nodes in their order; `tangents` is filled with those that no later node reads."""
-        values, forces = dict(self.energy.inputs), Forces()
-        return self._walk(self.energy.graph.nodes, values, forces, tangents)
+    def _from_start(self, tangents: State) -> Iterator[Visit]:
+        """Visit all nodes in their order; at the end `tangents` has those that no later node reads."""
+        return self._walk(self.energy.graph.nodes, dict(self.energy.inputs), Forces(), tangents)
 
     def _walk(self, nodes: Sequence[Node], values: dict[str, Any], forces: Forces, tangents: State) -> Iterator[Visit]:
-        """From the values where these nodes begin, which become those where they end, and the forces there."""
+        """Visit these nodes, from the values where they begin and the forces where they end."""
         if len(nodes) <= self.parts:
             yield from self._visit(nodes, values, forces, tangents)
             return
         parts = self._split(nodes)
-        starts, ends = self._starts(parts, values), []
-        for part in reversed(parts[1:]):
+        starts, ends = self._starts(parts, values), []  # step 1
+        for part in reversed(parts[1:]):  # step 2
             ends.append(dict(forces))
-            self._pull(part, starts.pop(), forces)
+            self._pull_back(part, starts.pop(), forces)
         ends.append(forces)
-        for part in parts:
+        for part in parts:  # step 3
             yield from self._walk(part, values, ends.pop(), tangents)
 
-    def _pull(self, nodes: Sequence[Node], values: dict[str, Any], forces: Forces) -> None:
-        """Turn the forces where these nodes end into those where they begin."""
+    def _pull_back(self, nodes: Sequence[Node], values: dict[str, Any], forces: Forces) -> None:
+        """Turn the forces where these nodes end into those where they begin; `values` are used up."""
         if len(nodes) <= self.parts:
             saved = _forward(self.energy, nodes, values)
-            self.energy.graph.vjp_through(nodes, saved, forces, self._transmit)
+            self.energy.graph.vjp_through(nodes, saved, forces, self._error_of)
             return
         parts = self._split(nodes)
         starts = [dict(values), *self._starts(parts, values)]
         values.clear()
         for part in reversed(parts):
-            self._pull(part, starts.pop(), forces)
+            self._pull_back(part, starts.pop(), forces)
 
     def _visit(self, nodes: Sequence[Node], values: dict[str, Any], forces: Forces, tangents: State) -> Iterator[Visit]:
-        """A few nodes, of which all is held at once."""
+        """A few nodes: states forward, errors backward, tangents forward."""
         saved, errors, graph = _forward(self.energy, nodes, values), State(), self.energy.graph
 
         def transmit(node: Node, force: Tensor | None) -> Tensor | None:
-            force = self._transmit(node, force)
+            force = self._error_of(node, force)
             if node.owns_state:
                 errors[node.name] = values[node.name].new_zeros(values[node.name].shape) if force is None else force
             return force
@@ -162,7 +165,8 @@ class Recomputed:
             own = own if h is None else node.moved(own, h, self.energy.beta)
             yield node, own, errors.pop(node.name, None)
 
-    def _transmit(self, node: Node, force: Tensor | None) -> Tensor | None:
+    def _error_of(self, node: Node, force: Tensor | None) -> Tensor | None:
+        """The error of a node: the force that arrives there, and x at the output."""
         return self.x if node.name == self.energy.graph.output else force
 
     def _split(self, nodes: Sequence[Node]) -> list[Sequence[Node]]:
@@ -179,16 +183,17 @@ class Recomputed:
 
 
 def _forward(energy: Energy, nodes: Sequence[Node], values: dict[str, Any]) -> dict[str, Any]:
-    """What `vjp` and `jvp` need of these nodes; `values` become those where they end."""
+    """What `vjp` and `jvp` need of these nodes; `values` become those where the nodes end."""
     saved: dict[str, Any] = {}
     for node in nodes:
         values[node.name], saved[node.name] = energy.graph.predict(node, values, energy.context)
-        energy.context.branches.clear()  # they are those of the free equilibrium, each time they are asked for
+        energy.context.branches.clear()  # every evaluation is at the free equilibrium, and finds the same ones
         for name in energy.graph.last_read[node.name]:
             del values[name]
     return saved
 
 
 def _skip(energy: Energy, nodes: Sequence[Node], values: dict[str, Any]) -> None:
+    """Move the values to where these nodes end, holding what one node needs at a time."""
     for node in nodes:
         _forward(energy, [node], values)

@@ -1,18 +1,19 @@
-"""Constraints: what stays true of the weights after an update. They are step post-hooks and know no energy.
+"""A bound on the largest singular value of every weight, kept after each step by a step post-hook.
 
     spectral_bound(gamma):   W <- W min(1, gamma (1 - slack) / sigma_max(W))     where sigma_max(W) may exceed gamma
 
-keeps the largest singular value of every weight at or below gamma, so that no layer stretches any input by more than
-gamma. It scales the whole matrix: it is neither the projection, which would clip each singular value, nor
-`torch.nn.utils.parametrizations.spectral_norm`, which changes what the model computes.
+so that no layer stretches any input by more than gamma. It scales the whole matrix: it is neither the projection, which
+would clip each singular value, nor `torch.nn.utils.parametrizations.spectral_norm`, which changes what the model
+computes. It reads parameters and the state of the optimizer only.
 
-An estimate of sigma_max by iteration comes from below: a direction that the iteration has not met yet may be longer. So
-it needs a proof, and a Cholesky factorisation is one: `t^2 I - W W^T` has a factor if and only if `sigma_max(W) < t`.
+Measuring sigma_max takes two parts. An iterative estimate comes from below: there may be a longer direction that it has
+not found. So it needs a proof, and a Cholesky factorisation is one: `t^2 I - W W^T` has a factor if and only if
+`sigma_max(W) < t`.
 
-Both cost as much as a step of a small network, so that they must not be due at every step. A weight R that was measured
-need not be measured again while `sigma_max(R) + |W - R|` is below gamma. The slack is the room that this leaves; the
-Frobenius norm of `W - R`, which is quick to compute, uses it up in a step or two. Muon's steps have a known spectral
-norm, ten times smaller: with it a measurement serves ten steps.
+Both cost as much as a step of a small network, so they are not done at every step. A weight R that was measured need
+not be measured again while `sigma_max(R) + |W - R|_2 <= gamma`; the slack makes room for that. The Frobenius norm of
+`W - R`, which is quick to compute, uses the room up in a step or two. Muon's steps have a known spectral norm, ten
+times smaller: with it one measurement serves ten steps.
 
 References: Lanczos process and Cholesky factorisation as in Golub and Van Loan 2013, "Matrix Computations", sections
 10.1 and 4.2. The bound as a regulariser: Yoshida and Miyato 2017, https://arxiv.org/abs/1705.10941.
@@ -31,11 +32,11 @@ from torch import Tensor
 from mep.errors import ArgumentError, require, warn
 
 TOLERANCE = 1e-3
-# Up to this many rows all eigenvalues cost no more than an estimate and its proof.
+"""Relative, of a measured singular value."""
 EXACT_ROWS = 128
-# Beyond this many steps all eigenvalues are cheaper.
+"""Up to this many rows all eigenvalues cost no more than an estimate and its proof."""
 MOST_STEPS = 32
-
+"""Of the Lanczos process; beyond these all eigenvalues are cheaper."""
 
 Weights = Sequence[torch.nn.Parameter] | Callable[[], Sequence[torch.nn.Parameter]]
 
@@ -48,20 +49,21 @@ def spectral_bound(gamma: float, slack: float = 0.1, exclude: Weights = ()) -> C
     others stay exactly as they are, and so do weights that hold a NaN or an infinity.
 
     On the CPU a weight is measured only when it could have reached the bound: at first, and once it has moved by the
-    distance that was left. If it then exceeds `gamma (1 - slack)`, it is scaled to that. What it was and its norm are
-    kept in `optimizer.state[p]["spectral_reference"]` and `["spectral_norm"]`; with more than 128 rows and columns,
-    one vector in `["spectral_vector"]`, where the next estimate starts. The distance is the Frobenius norm, or the
-    growth of `["spectral_path"]` where the optimizer adds up the spectral norms of its steps there, as `Muon` does;
-    then nobody else may change the weight by less than such steps could.
+    distance that was left. If it then exceeds `gamma (1 - slack)`, it is scaled to that. The distance is the Frobenius
+    norm, or the growth of `optimizer.state[p]["update_norm_sum"]`, where `Muon` and `Dion` add up the spectral norms of
+    their steps; then other code must not move the weight by less than such steps could. On other devices every weight
+    is measured at every step, without waiting for the host, and `slack` is not used.
+
+    State: the measured weight and its norm, `["spectral_reference"]` and `["spectral_norm"]`; with more than 128 rows
+    and columns, `["spectral_vector"]`, where the next estimate starts.
 
     The first weight that is changed by more than a hundredth is named in a warning, once.
 
-    Other devices measure at every step, without waiting for the host: they need no slack.
-
     Args:
         gamma: the bound, in units of singular values.
+        slack: a weight that reached the bound is scaled to this fraction below it, in [0, 1). The more, the fewer
+            measurements.
         exclude: weights to leave as they are, such as tables of embeddings; or a function that lists them.
-        slack: how far below the bound a weight is put that reached it, in [0, 1). The more, the fewer measurements.
 
     Returns:
         A function for `optimizer.register_step_post_hook`. After a step, calling it with the optimizer does the same.
@@ -82,16 +84,16 @@ def spectral_bound(gamma: float, slack: float = 0.1, exclude: Weights = ()) -> C
     require("spectral_bound", "gamma", gamma, lambda g: 0 < g < math.inf, "positive and finite")
     require("spectral_bound", "slack", slack, lambda s: 0 <= s < 1, "at least 0 and below 1")
     return functools.partial(
-        _bound_all_, gamma=gamma, slack=slack, exclude=exclude if callable(exclude) else tuple(exclude), said=[]
+        _bound_all_, gamma=gamma, slack=slack, exclude=exclude if callable(exclude) else tuple(exclude), warned=[]
     )
 
 
 def largest_eigenpair(square: Tensor, start: Tensor) -> tuple[float, Tensor]:
-    """The largest eigenvalue of a symmetric matrix A and its vector, as far as the Lanczos process from `start` sees.
+    """The largest eigenvalue of a symmetric matrix A and its vector, by the Lanczos process from `start`.
 
     It is the largest eigenvalue theta of `Q A Q^T`, where the orthonormal rows of Q span `{q, A q, A^2 q, ...}`. Power
-    iteration uses only the last of these, and needs the square of the number of steps. It stops where theta is within
-    the tolerance of an eigenvalue of A, which need not be the largest, or after `MOST_STEPS`.
+    iteration uses only the last of these, and needs the square of the number of steps. The process stops where theta is
+    within the tolerance of an eigenvalue of A, which need not be the largest, or after `MOST_STEPS`.
     """
     most = min(MOST_STEPS, len(start))
     basis = square.new_empty(most, len(start))
@@ -105,10 +107,10 @@ def largest_eigenpair(square: Tensor, start: Tensor) -> tuple[float, Tensor]:
         overlaps = known @ product
         projected[count - 1, :count] = overlaps
         product = torch.addmv(product, known.mT, overlaps, alpha=-1)
-        # Once more: where eigenvalues crowd, little is left of the product, and rounding weighs heavily in it.
+        # Orthogonalise twice: where eigenvalues are close, the remainder is small and would be mostly rounding.
         product = torch.addmv(product, known.mT, known @ product, alpha=-1)
         rest = torch.linalg.vector_norm(product).item()
-        # What is left of the product is the next direction; if nothing is left, it would be rounding noise.
+        # The remainder is the next direction, unless it is no more than rounding.
         theta = max(theta, overlaps[-1].item())
         enough = TOLERANCE / 2 * theta
         if count % 2 == 0 or count == most or rest <= enough:
@@ -152,7 +154,7 @@ def _bound_all_(
     gamma: float,
     slack: float,
     exclude: Weights = (),
-    said: list[bool],
+    warned: list[bool],
 ) -> None:
     excluded = set(exclude() if callable(exclude) else exclude)
     for group in optimizer.param_groups:
@@ -162,12 +164,12 @@ def _bound_all_(
             if p.ndim >= 2 and p.requires_grad and p.grad is not None and p.numel() > 0 and p not in excluded:
                 with torch.autocast(p.device.type, enabled=False):
                     sigma = _bound_(p, optimizer.state[p], gamma, slack)
-                if sigma > 1.01 * gamma * (1 - slack) and not said:
-                    said.append(True)
-                    _say(optimizer, p, sigma, gamma, slack)
+                if sigma > 1.01 * gamma * (1 - slack) and not warned:
+                    warned.append(True)
+                    _warn(optimizer, p, sigma, gamma, slack)
 
 
-def _say(optimizer: torch.optim.Optimizer, p: Tensor, sigma: float, gamma: float, slack: float) -> None:
+def _warn(optimizer: torch.optim.Optimizer, p: Tensor, sigma: float, gamma: float, slack: float) -> None:
     model = getattr(optimizer, "model", None)
     names = [name for name, own in model.named_parameters() if own is p] if model is not None else []
     warn(
@@ -190,40 +192,42 @@ def _bound_(weight: Tensor, state: dict[str, Any], gamma: float, slack: float) -
         wide = wide.mT
     if torch.finfo(wide.dtype).bits < 32:
         wide = wide.float()
-    if weight.device.type == "cpu":
-        if _stayed_below(weight, state, gamma):
-            return 0.0
-        measured = norm = _norm_on_cpu(wide, weight.dtype, state, gamma)
-        most = gamma * (1 - slack)
-        if norm > most:
-            weight.mul_(most / norm)
-            norm = most
-        if 0 < norm < gamma:
-            state["spectral_norm"] = norm
-            state["spectral_reference"] = weight.detach().clone()
-            state["spectral_start"] = state.get("spectral_path", 0.0)
-        return measured
-    weight.mul_(_factor_without_waiting(wide, gamma))
-    return 0.0
+    if weight.device.type != "cpu":
+        weight.mul_(_factor_without_waiting(wide, gamma))
+        return 0.0
+    if _stayed_below(weight, state, gamma):
+        return 0.0
+    measured = norm = _norm_on_cpu(wide, weight.dtype, state, gamma)
+    target = gamma * (1 - slack)
+    if norm > target:
+        weight.mul_(target / norm)
+        norm = target
+    if 0 < norm < gamma:  # a reference for the next steps
+        state["spectral_norm"] = norm
+        state["spectral_reference"] = weight.detach().clone()
+        state["spectral_start"] = state.get("update_norm_sum", 0.0)
+    return measured
 
 
 def _stayed_below(weight: Tensor, state: dict[str, Any], gamma: float) -> bool:
     """Whether the weight has not moved far enough since it was measured to exceed `gamma`.
 
-    `sigma_max(W) <= sigma_max(R) + |W - R|_2`, and that norm exceeds neither the Frobenius norm nor the path between.
+    `sigma_max(W) <= sigma_max(R) + |W - R|_2`, and that norm exceeds neither the Frobenius norm nor the sum of the
+    spectral norms of the steps between.
     """
     reference = state.get("spectral_reference")
     if reference is None or reference.shape != weight.shape:
         return False
     moved = float(torch.linalg.vector_norm(weight - reference, dtype=torch.promote_types(weight.dtype, torch.float32)))
-    path = state.get("spectral_path", 0.0) - state.get("spectral_start", math.inf)
+    steps = state.get("update_norm_sum", 0.0) - state.get("spectral_start", math.inf)
     rank = min(len(weight), weight.numel() // len(weight))
-    if moved <= math.sqrt(rank) * path:  # else it was not these steps that moved it
-        moved = min(moved, path)
+    if moved <= math.sqrt(rank) * steps:  # else other code has moved it as well
+        moved = min(moved, steps)
     return state["spectral_norm"] + moved <= gamma
 
 
 def _factor_without_waiting(wide: Tensor, gamma: float) -> Tensor:
+    """`min(1, gamma / sigma_max)` as a 0-dim tensor, by products alone; 1 where that is not finite."""
     largest = wide.abs().amax()
     wide = wide / largest  # so that the squares neither overflow nor vanish
     norm = largest * largest_by_squaring(wide @ wide.mT).sqrt()
@@ -231,6 +235,7 @@ def _factor_without_waiting(wide: Tensor, gamma: float) -> Tensor:
 
 
 def _norm_on_cpu(wide: Tensor, dtype: torch.dtype, state: dict[str, Any], gamma: float) -> float:
+    """`sigma_max`, with a proof; 0 where the Frobenius norm shows that it is below gamma, or is not finite."""
     frobenius = torch.linalg.vector_norm(wide).item()
     if frobenius == math.inf:  # perhaps only the squares overflow
         wide = wide.double()
@@ -242,7 +247,8 @@ def _norm_on_cpu(wide: Tensor, dtype: torch.dtype, state: dict[str, Any], gamma:
         noise = _pseudo_random(len(square)).to(wide.dtype)
         theta, vector = largest_eigenpair(square, state.get("spectral_vector", noise).to(wide.dtype))
         proven = eigenvalues_below(square, max(theta, gamma**2) * (1 + TOLERANCE))
-        # Without a proof the vector lacks a direction. In the dtype of the weight `load_state_dict` leaves it as it is.
+        # Without a proof the vector lacks a direction, so noise is added. It is kept in the dtype of the weight, which
+        # `load_state_dict` would convert it to.
         state["spectral_vector"] = (vector if proven else vector + noise).to(dtype)
         if proven:
             return math.sqrt(theta)
@@ -250,7 +256,9 @@ def _norm_on_cpu(wide: Tensor, dtype: torch.dtype, state: dict[str, Any], gamma:
 
 
 def _pseudo_random(size: int) -> Tensor:
-    # From a generator of its own, since the global one is the user's. A vector with structure, all ones for one, would
-    # be orthogonal to weights with structure.
+    """A random unit vector, the same every time, from a generator of its own: the global one is the user's.
+
+    A vector with structure, all ones for one, would be orthogonal to weights with structure.
+    """
     noise = torch.randn(size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     return noise / noise.norm()
