@@ -39,6 +39,7 @@ from mep.estimators.layer_factors import LayerStatistics, layer_statistics
 from mep.estimators.phases import estimate_of, settle_phases
 from mep.estimators.program import CompileOptions
 from mep.estimators.programs import CompiledSteps
+from mep.estimators.regions import region
 from mep.estimators.settings import check_settings, check_solver
 from mep.estimators.warm_start import EquilibriumCache, check_indices
 from mep.graph import Graph
@@ -241,7 +242,8 @@ class EquilibriumPropagation:
             in_parts = self.checkpoint or contract is _checked_gradients
             graph = graph or self._graphs.of(x, target, saves_memory=in_parts)
             self._check_graph(graph)
-            energy, free = self._free(graph, x, batch, indices)
+            with region("free phase"):
+                energy, free = self._free(graph, x, batch, indices)
             output = energy.output(free.point)
             if len(output) != batch:
                 raise InputError(f"The output has {len(output)} rows for {batch} examples; dimension 0 is the batch.")
@@ -252,12 +254,13 @@ class EquilibriumPropagation:
                     f"The loss is {float(loss)} before settling: the target or the weights are not finite, or the "
                     "output overflows. Nothing was changed."
                 )
-            phases = settle_phases(
-                energy, free, cost, self.solver, self.phases, self.beta, self._cached_errors(energy, free, indices)
-            )
+            with region("settling"):
+                errors = self._cached_errors(energy, free, indices)
+                phases = settle_phases(energy, free, cost, self.solver, self.phases, self.beta, errors)
             estimate = estimate_of(loss, free, phases, self.solver.tol, self.diagnostics, graph.share_kept)
             self._report(estimate, phases[-1][1], free)
-            found = contract(phases, batch)
+            with region("contrast"):
+                found = contract(phases, batch)
             with uninterrupted():  # the estimate is there: all that it moves is moved
                 if self.observe is not None:
                     self.observe(layer_statistics((e, settled) for _, e, settled in phases if e.nudge is not None))
