@@ -19,7 +19,6 @@ ARROWS = {
     "hooks": "",
     "interrupts": "",
     "cost": "errors",
-    "data": "errors",
     "constraints": "errors",
     "updates": "errors",
     "graph": "errors hooks layout noise",
@@ -34,7 +33,9 @@ ARROWS = {
     "presets": "capture constraints cost errors estimators optimizer settle solvers updates",
     "optimizers": "presets",
     "__init__": "capture constraints errors estimators optimizer presets settle solvers updates verification",
-    "cli": "__init__ data errors estimators presets settle verification",
+    "runs": "__init__ errors",
+    "lab": "__init__ errors estimators runs settle verification",
+    "cli": "__init__ errors lab runs verification",
     "__main__": "cli",
 }
 # Packages that only these units may import. Everyone may import the standard library and torch, and nothing else.
@@ -43,12 +44,12 @@ RESERVED = {
     "torch.fx": ("compiled", "capture"),
     "torch.export": ("capture",),
     "torch.distributed": (),
-    "numpy": ("cli", "data"),
-    "sklearn": ("data",),
-    "mlxtend": ("data",),
-    "typer": ("cli",),
-    "rich": ("cli",),
-    "matplotlib": ("cli",),
+    "numpy": ("lab",),
+    "sklearn": ("runs",),
+    "mlxtend": ("runs",),
+    "typer": ("lab", "cli"),
+    "rich": ("runs", "lab", "cli"),
+    "matplotlib": ("runs", "cli"),
     "shared": (),
 }
 EVERYWHERE = {"torch", *sys.stdlib_module_names}
