@@ -646,7 +646,7 @@ def test_bench_and_plot_refuse(benched, tmp_path):
     assert "`eqprop` has no --speed" in mep(
         "bench", "--add", "eqprop speed=1", "--data", "digits", "--out", tmp_path, code=2
     )
-    assert "nobody to compare" in mep("bench", "--only", "sgd", "--without", "sgd", "--out", tmp_path, code=2)
+    assert "nothing to compare" in mep("bench", "--only", "sgd", "--without", "sgd", "--out", tmp_path, code=2)
     foreign = Path(tmp_path / "foreign.json")
     foreign.write_text('{"kind": "recipe"}')
     assert "recipe" in mep("plot", foreign, code=2)

@@ -2,6 +2,7 @@
 
 import ast
 import sys
+from graphlib import TopologicalSorter
 from itertools import chain
 from pathlib import Path
 
@@ -106,6 +107,31 @@ def test_unit_imports_no_package_that_is_not_its_own(name):
         reserved = [package for package in RESERVED if f"{dotted}.".startswith(f"{package}.")]
         assert all(name in RESERVED[package] for package in reserved), dotted
         assert reserved or dotted.partition(".")[0] in EVERYWHERE | {"mep"}, dotted
+
+
+def module_name(file):
+    parts = file.relative_to(SOURCE).with_suffix("").parts
+    return ".".join(["mep", *(parts[:-1] if parts[-1] == "__init__" else parts)])
+
+
+MODULES = {module_name(file): file for file in FILES if file.suffix == ".py"}
+
+
+def imported_modules(file):
+    """The modules of ours that a file imports, in functions, too."""
+    for name in modules(file):
+        while name and name not in MODULES:
+            name = name.rpartition(".")[0]
+        if name and MODULES[name] != file:
+            yield name
+
+
+@pytest.mark.parametrize("name", ["runs", "lab", "cli"])
+def test_no_file_of_a_unit_imports_in_a_circle_or_more_than_eight(name):
+    imports = {m: set(imported_modules(file)) for m, file in MODULES.items() if unit(file) == name}
+    assert all(len(found) <= 8 for found in imports.values())
+    graph = {m: found & imports.keys() for m, found in imports.items()}
+    assert len(list(TopologicalSorter(graph).static_order())) == len(graph)  # a CycleError names the circle
 
 
 def test_no_file_depends_on_the_workshop():

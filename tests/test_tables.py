@@ -186,4 +186,4 @@ def test_the_bench_shows_the_runs_that_go_on(is_terminal, monkeypatch):
     if is_terminal:
         assert "…" not in text and "SMEP" in text and "95.40%" in text and "seed 1 of 3, 3.0 of 15 s" in text
     else:
-        assert text == "seed 1 of 3, 3.0 s: SGD 95.4%, SMEP 95.4%\n"
+        assert text == "seed 1 of 3, 3.0 of 15 s: SGD 95.4%, SMEP 95.4%\n"

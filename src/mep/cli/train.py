@@ -30,7 +30,7 @@ KIND = "mep train"
 
 @dataclass(frozen=True)
 class Settings:
-    """What `mep train` was asked for."""
+    """What is trained, and how."""
 
     data: str = "mnist5k"  # real digits that come with a package: nothing to download
     folder: str | None = None  # only the sets that a user brings live in one
@@ -48,7 +48,6 @@ class Settings:
 EPOCHS = 10  # a good model of mnist5k within seconds
 GOAL = ("epochs", "seconds")
 CHANGEABLE = {*GOAL, "folder", "device", "threads"}  # on resuming; the others decide what is computed
-
 
 _D = Settings()
 _RUN, _FILES = "What to train", "Files"
@@ -180,9 +179,7 @@ def train_and_save(
             training.save_checkpoint(save_to, settings=asdict(settings), data=mark, run=run.state_dict())
 
     with StopRequest() as stop, TrainingProgress(settings.epochs, settings.seconds) as progress:
-        while not stop.signal:
-            if run.seconds >= settings.seconds if settings.seconds else run.batches.epoch >= (settings.epochs or 0):
-                break
+        while not (stop.signal or _reached(run, settings)):
             run.step()
             progress.update(run)
             if run.batches.position == 0:
@@ -210,6 +207,12 @@ def _save_to(checkpoint: Path | None, every: int | None, resume: Path | None) ->
     if every is not None and (every < 1 or not path):
         raise ArgumentError("--checkpoint-every needs a number of steps above 0, and --checkpoint to say where.")
     return path
+
+
+def _reached(run: Any, settings: Settings) -> bool:
+    if settings.seconds is not None:
+        return bool(run.seconds >= settings.seconds)
+    return bool(run.batches.epoch >= (settings.epochs or 0))
 
 
 class StopRequest:

@@ -85,7 +85,7 @@ def bench(
     records.make_parent(path)
     recipes = choose(BENCH, only or (), without or (), add or ())
     if not recipes:
-        raise ArgumentError("--only and --without leave nobody to compare. Name a recipe in --only alone.")
+        raise ArgumentError("--only and --without leave nothing to compare. Name a recipe in --only alone.")
 
     import torch
 
@@ -156,11 +156,12 @@ class Progress:
                 if (seed, run.label) not in self._finished and (run.error or run.seconds >= self.settings.seconds):
                     self._finished.add((seed, run.label))
                     self._print(f"{title}, {run.label}: {_in_words(run.result())}")
-            if since > self.REPEAT:
-                on_the_way = [run for run in runs if (seed, run.label) not in self._finished]
-                found = ", ".join(f"{run.label} {run.curve['accuracy'][-1]:.1f}%" for run in on_the_way)
-                if found:
-                    self._print(f"{title}, {min(run.seconds for run in on_the_way):.1f} s: {found}")
+            going_on = [run for run in runs if (seed, run.label) not in self._finished]
+            if since > self.REPEAT and going_on:
+                found = ", ".join(f"{run.label} {run.curve['accuracy'][-1]:.1f}%" for run in going_on)
+                self._print(
+                    f"{title}, {min(run.seconds for run in going_on):.1f} of {self.settings.seconds:g} s: {found}"
+                )
         elif since > self.REFRESH:
             partial = [{**row, "seeds": [*row["seeds"], run.result()]} for row, run in zip(rows, runs, strict=True)]
             summarise(partial, self.settings.target)

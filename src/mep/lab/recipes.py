@@ -41,12 +41,7 @@ class Recipe(NamedTuple):
 
     def as_row(self) -> dict[str, Any]:
         """The start of its row in a record."""
-        return {
-            "label": self.label,
-            "preset": self.preset,
-            "options": self.options,
-            "ladder": self.settle_series,
-        }
+        return {"label": self.label, "preset": self.preset, "options": self.options, "ladder": self.settle_series}
 
 
 SETTLE_LR = 0.15  # the usual step size of descent, the same for all numbers of steps

@@ -96,7 +96,7 @@ def _mnist5k() -> tuple[Tensor, Tensor]:
 _PACKAGED: dict[str, Callable[[], tuple[Tensor, Tensor]]] = {"digits": _digits, "mnist5k": _mnist5k}
 _TORCHVISION_FOLDER = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST"}
 NAMES = (*_PACKAGED, *_TORCHVISION_FOLDER)
-"""Every name that `load` knows."""
+"""Every name that `load` accepts."""
 
 _IDX_FILES = (
     "train-images-idx3-ubyte",

@@ -44,7 +44,7 @@ def versions() -> dict[str, str]:
 
 
 def machine(device: Any) -> Record:
-    """The hardware that decides the times, as far as the machine tells."""
+    """The hardware that decides the times, as far as it can be found out."""
     import torch
 
     gpu = torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else None

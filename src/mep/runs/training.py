@@ -209,7 +209,7 @@ class Run:
 
 
 def fingerprint(data: DataSet) -> str:
-    """A line that tells a data set from another of the same name, by its shapes and labels."""
+    """A line that is different for another data set of the same name, unless shapes and labels are the same."""
     labels = zlib.crc32(data.train_y.numpy().tobytes())
     shape = "x".join(str(n) for n in data.train_x.shape)
     return f"{data.name}, {shape} train, {len(data.test_x)} test, labels {labels:08x}"
