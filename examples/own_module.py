@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import mep
-from mep.data import load
+from mep.runs.data import load
 
 
 class Net(nn.Module):

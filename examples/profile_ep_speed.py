@@ -1,4 +1,4 @@
-"""Where the time of a step goes, and by how much more iterations reduce the gradient's error, for your own model.
+"""Where the time of a step goes, and by how much settling steps reduce the gradient's error, for your own model.
 
 `mep profile` does the same for the data sets by name, and writes a record and a picture.
 """
@@ -7,14 +7,14 @@ import torch
 from torch import nn
 
 import mep
-from mep.cli.layout import output
-from mep.cli.profile_table import show_rows
-from mep.cli.profiling import profile
-from mep.data import load
+from mep.lab.profile import show_rows
+from mep.lab.profile_measure import profile
+from mep.runs.data import load
+from mep.runs.report import output
 
 
 class Net(nn.Module):
-    """Replace it by yours: any module that `mep.trace` can read."""
+    """Yours: any module that mep.trace can read."""
 
     def __init__(self):
         super().__init__()

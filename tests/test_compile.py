@@ -9,7 +9,7 @@ from cases import convolutional
 from torch import nn
 
 import mep
-from mep.estimators import programs
+from mep.estimators import compiled_step as programs
 from mep.estimators.compiled_step import CompiledSteps
 
 STEPS = 10

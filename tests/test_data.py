@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mep.data import NAMES, MissingDataError, load
 from mep.errors import ArgumentError, DataError, MepError
+from mep.runs.data import NAMES, MissingDataError, load
 
 TRAIN, TEST = 6, 4
 TRAIN_X, TRAIN_Y = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"

@@ -12,7 +12,7 @@ from test_bad_input import PRESETS, assert_same, copied, snapshot
 from torch import nn
 
 import mep
-from mep.cli import checkpoints
+from mep.runs import training
 
 HOME = str(Path(mep.__file__).parent)
 
@@ -232,15 +232,15 @@ def test_two_runs_with_one_seed_agree_bit_for_bit_with_noise_and_statistics(pres
 def checkpoint(tmp_path_factory):
     path = tmp_path_factory.mktemp("checkpoint") / "whole.pt"
     run = {"weights": torch.arange(300.0), "steps": 7}
-    checkpoints.save(path, {"preset": "eqprop"}, "digits", run)
+    training.save_checkpoint(path, {"preset": "eqprop"}, "digits", run)
     return path
 
 
 def is_refused_or_whole(path, content):
     path.write_bytes(content)
     try:
-        found = checkpoints.load(path)
-    except checkpoints.CheckpointError as refusal:
+        found = training.load_checkpoint(path)
+    except training.CheckpointError as refusal:
         return str(path) in str(refusal)
     return is_same(found["run"], {"weights": torch.arange(300.0), "steps": 7}) and found["settings"] == {
         "preset": "eqprop"
@@ -259,8 +259,8 @@ def test_no_truncated_checkpoint_is_read(checkpoint, tmp_path):
     path = tmp_path / "truncated.pt"
     for length in (*range(0, len(content) - 1, max(1, len(content) // 100)), len(content) - 1):
         path.write_bytes(content[:length])
-        with pytest.raises(checkpoints.CheckpointError, match="not a whole checkpoint"):
-            checkpoints.load(path)
+        with pytest.raises(training.CheckpointError, match="not a whole checkpoint"):
+            training.load_checkpoint(path)
 
 
 class Payload:
@@ -277,8 +277,8 @@ def test_a_checkpoint_is_never_executed(checkpoint, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "hostile.pt"
     torch.save({**torch.load(checkpoint, weights_only=True), "run": Payload()}, path)
-    with pytest.raises(checkpoints.CheckpointError):
-        checkpoints.load(path)
+    with pytest.raises(training.CheckpointError):
+        training.load_checkpoint(path)
     assert not Path(MARK).exists()
     torch.load(path, weights_only=False)
     assert Path(MARK).exists()

@@ -2,6 +2,7 @@
 
 import ast
 import sys
+from graphlib import TopologicalSorter
 from itertools import chain
 from pathlib import Path
 
@@ -15,39 +16,37 @@ SOURCE = Path(mep.__file__).parent
 ARROWS = {
     "errors": "",
     "layout": "",
-    "noise": "",
-    "hooks": "",
-    "interrupts": "",
+    "guards": "",
     "cost": "errors",
-    "data": "errors",
     "updates": "errors",
-    "graph": "errors hooks layout noise",
+    "graph": "errors guards layout",
     "energy": "cost errors graph layout",
-    "capture": "cost energy errors graph hooks noise",
+    "capture": "cost energy errors graph guards",
     "settle": "energy errors graph",
     "solvers": "cost energy errors graph layout settle",
-    "compiled": "",
-    "estimators": "capture compiled cost energy errors graph hooks interrupts layout noise settle solvers",
-    "verification": "capture cost energy errors estimators graph noise settle solvers",
-    "optimizer": "capture errors estimators interrupts",
-    "presets": "capture cost errors estimators optimizer settle solvers updates",
+    "estimators": "capture cost energy errors graph guards layout settle solvers",
+    "verification": "capture cost energy errors estimators graph guards settle solvers",
+    "optimizer": "capture errors estimators guards",
+    "presets": "capture cost energy errors estimators optimizer settle solvers updates",
     "optimizers": "presets",
-    "__init__": "capture errors estimators optimizer presets settle solvers updates verification",
-    "cli": "__init__ data errors estimators presets settle verification",
+    "__init__": "capture cost energy errors estimators optimizer presets settle solvers updates verification",
+    "runs": "__init__ errors",
+    "lab": "__init__ errors estimators runs settle verification",
+    "cli": "__init__ errors lab runs verification",
     "__main__": "cli",
 }
 # Packages that only these units may import. Everyone may import the standard library and torch, and nothing else.
 RESERVED = {
     "lazy_loader": ("__init__",),
-    "torch.fx": ("compiled", "capture"),
+    "torch.fx": ("capture", "estimators"),
     "torch.export": ("capture",),
     "torch.distributed": (),
-    "numpy": ("cli", "data"),
-    "sklearn": ("data",),
-    "mlxtend": ("data",),
-    "typer": ("cli",),
-    "rich": ("cli",),
-    "matplotlib": ("cli",),
+    "numpy": ("lab",),
+    "sklearn": ("runs",),
+    "mlxtend": ("runs",),
+    "typer": ("lab", "cli"),
+    "rich": ("runs", "lab", "cli"),
+    "matplotlib": ("runs", "cli", "estimators"),
     "shared": (),
 }
 EVERYWHERE = {"torch", *sys.stdlib_module_names}
@@ -104,6 +103,31 @@ def test_unit_imports_no_package_that_is_not_its_own(name):
         reserved = [package for package in RESERVED if f"{dotted}.".startswith(f"{package}.")]
         assert all(name in RESERVED[package] for package in reserved), dotted
         assert reserved or dotted.partition(".")[0] in EVERYWHERE | {"mep"}, dotted
+
+
+def module_name(file):
+    parts = file.relative_to(SOURCE).with_suffix("").parts
+    return ".".join(["mep", *(parts[:-1] if parts[-1] == "__init__" else parts)])
+
+
+MODULES = {module_name(file): file for file in FILES if file.suffix == ".py"}
+
+
+def imported_modules(file):
+    """The modules of ours that a file imports, in functions, too."""
+    for name in modules(file):
+        while name and name not in MODULES:
+            name = name.rpartition(".")[0]
+        if name and MODULES[name] != file:
+            yield name
+
+
+@pytest.mark.parametrize("name", ["runs", "lab", "cli"])
+def test_no_file_of_a_unit_imports_in_a_circle_or_more_than_eight(name):
+    imports = {m: set(imported_modules(file)) for m, file in MODULES.items() if unit(file) == name}
+    assert all(len(found) <= 8 for found in imports.values())
+    graph = {m: found & imports.keys() for m, found in imports.items()}
+    assert len(list(TopologicalSorter(graph).static_order())) == len(graph)  # a CycleError names the circle
 
 
 def test_no_file_depends_on_the_workshop():

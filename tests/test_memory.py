@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint_sequential
 
 import mep
-from mep.cli.meters import PeakMemory
+from mep.lab.timing import PeakMemory
 
 WIDTH, BATCH = 64, 64
 UNIT = WIDTH * BATCH * 4

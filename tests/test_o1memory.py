@@ -7,7 +7,7 @@ from cases import settled
 from torch import nn
 
 import mep
-from mep.cli.meters import PeakMemory
+from mep.lab.timing import PeakMemory
 from mep.optimizers import O1MemoryEPv2
 
 STEPS, SETTLE_LR, MOMENTUM, BETA, BATCH = 15, 0.15, 0.5, 0.1, 12

@@ -15,13 +15,22 @@ from typer.testing import CliRunner
 
 import mep
 from mep.cli import app
-from mep.cli.profile_figure import draw
-from mep.cli.profile_gradient import FIELDS, Reference, compare, first_weight, judge
-from mep.cli.profile_rows import RECIPES, YARDSTICK, Recipe
-from mep.cli.profile_table import show, show_rows
-from mep.cli.profile_time import PHASES, PhasedStepper, Stepper, time_steps
-from mep.cli.profiling import climb, profile
 from mep.errors import NotConvergedError
+from mep.lab.profile import draw, show, show_rows
+from mep.lab.profile_measure import (
+    FIELDS,
+    PHASES,
+    Reference,
+    compare,
+    first_weight,
+    gain_per_step,
+    gradient_errors,
+    phase_times,
+    profile,
+    time_steps,
+)
+from mep.lab.recipes import BASELINE, Recipe, recipes_of
+from mep.lab.timing import TimedRecipe
 
 TIGHT = Recipe("tight", "eqprop", {"tol": 1e-6})
 PAUSE = 0.02  # seconds, much longer than a step of these networks
@@ -65,9 +74,9 @@ def empty_columns(markdown):
     return empty
 
 
-def judged(recipe, model, data=None, cost="cross_entropy"):
+def errors_of(recipe, model, data=None, cost="cross_entropy"):
     data = data or batches()
-    return judge(recipe, model, data, Reference.of(model, data, cost), cost)
+    return gradient_errors(recipe, model, data, Reference.of(model, data, cost), cost)
 
 
 # What settling buys
@@ -93,7 +102,7 @@ def test_compare_by_hand():
 def test_the_exact_gradient_is_the_one_that_descent_comes_to(phases):
     """Two solvers that share no line of code agree on the reference, at the contrast and beta of the recipe."""
     options = {"phases": phases, "beta": 0.3, "settle_lr": 0.3, "adaptive": True, "tol": 1e-7, "settle_steps": 2000}
-    found = judged(Recipe("patient", "eqprop", options), network(5, 7, 6, 3))
+    found = errors_of(Recipe("patient", "eqprop", options), network(5, 7, 6, 3))
     assert found["residual_max"] <= 1e-7 and found["beta"] == 0.3
     assert found["gap"] < 1e-6
     assert found["cosine"] == pytest.approx(1) and found["first_size"] == pytest.approx(1)
@@ -103,7 +112,7 @@ def test_bias_is_of_the_order_that_the_contrast_promises():
     model = network(5, 7, 6, 3)
     for phases, factor in (("one-sided", 2), ("centered", 4)):
         one, half = (
-            judged(Recipe("", "eqprop", {"phases": phases, "beta": beta, "tol": 1e-9}), model)["bias"]
+            errors_of(Recipe("", "eqprop", {"phases": phases, "beta": beta, "tol": 1e-9}), model)["bias"]
             for beta in (0.02, 0.01)
         )
         assert one / half == pytest.approx(factor, rel=0.05)
@@ -114,7 +123,7 @@ def test_a_tight_sweep_leaves_no_gap(cost):
     data = batches()
     if cost == "mse":
         data = [(x, nn.functional.one_hot(y, 3).double()) for x, y in data]
-    found = judged(TIGHT, network(5, 7, 6, 3), data, cost)
+    found = errors_of(TIGHT, network(5, 7, 6, 3), data, cost)
     assert found.keys() == set(FIELDS)
     assert found["gap"] < 1e-5 and found["cosine"] == pytest.approx(1) and found["first_cosine"] == pytest.approx(1)
 
@@ -123,7 +132,7 @@ def test_a_signal_moves_one_node_a_step():
     """The first layer of six gets nothing in five steps of descent, and a little in the sixth."""
     model = network(5, 6, 6, 6, 6, 6, 3)
     sizes = [
-        judged(Recipe("", "eqprop", {"settle_steps": steps, "settle_lr": 0.15}), model)["first_size"]
+        errors_of(Recipe("", "eqprop", {"settle_steps": steps, "settle_lr": 0.15}), model)["first_size"]
         for steps in (1, 5, 6, 30)
     ]
     assert sizes[:2] == [0, 0]
@@ -154,7 +163,7 @@ def test_a_gap_is_within_the_tolerance_and_falls_with_it(beta):
     for model in (strong(network(5, 7, 6, 3)), coupled):
         gaps = []
         for tol in (1e-1, 1e-3, 1e-5):
-            found = judged(Recipe("", "eqprop", {"tol": tol, "beta": beta}), model)
+            found = errors_of(Recipe("", "eqprop", {"tol": tol, "beta": beta}), model)
             gaps.append(found["gap"])
             assert found["gap"] < 5 * tol and found["settled"] == 1
         falls = operator.gt if beta else operator.ge  # a chosen beta is so small that one sweep is enough for several
@@ -163,10 +172,10 @@ def test_a_gap_is_within_the_tolerance_and_falls_with_it(beta):
 
 def test_a_reference_that_does_not_settle_is_an_error_of_that_row(monkeypatch):
     """Each sweep shrinks the residual in proportion to beta: two are enough at 1e-6, and too few at 10."""
-    monkeypatch.setattr("mep.cli.profile_gradient.EXACT", mep.Sweep(settle_steps=2, tol=1e-9))
+    monkeypatch.setattr("mep.lab.profile_measure.EXACT", mep.Sweep(settle_steps=2, tol=1e-9))
     model, wild, weak = network(5, 7, 6, 3), *(Recipe("", "eqprop", {"beta": beta}) for beta in (10.0, 1e-6))
     with pytest.raises(NotConvergedError, match=r"exact gradient is not known.*did not settle to 1e-09"):
-        judged(wild, model, batches(1))
+        errors_of(wild, model, batches(1))
     rows = profile(model, batches(1), rounds=2, recipes=[wild, weak])
     assert "exact gradient is not known" in rows[1]["error"]
     assert all(rows[2][field] is not None for field in FIELDS)
@@ -175,21 +184,21 @@ def test_a_reference_that_does_not_settle_is_an_error_of_that_row(monkeypatch):
 def test_what_has_no_exact_gradient_is_refused():
     noisy = nn.Sequential(nn.Linear(5, 7), nn.Dropout(0.5), nn.Tanh(), nn.Linear(7, 3)).double()
     with pytest.raises(mep.ArgumentError, match="random numbers"):
-        judged(Recipe("", "eqprop", {}), noisy)
-    judged(Recipe("", "eqprop", {}), noisy.eval())
+        errors_of(Recipe("", "eqprop", {}), noisy)
+    errors_of(Recipe("", "eqprop", {}), noisy.eval())
     bounded = nn.Sequential(nn.Linear(5, 7), nn.Hardtanh(0, 1), nn.Linear(7, 3)).double()
     with pytest.raises(mep.ArgumentError, match="only 'prediction'"):
-        judged(Recipe("", "eqprop", {"energy": "hopfield", "settle_lr": 0.3}), bounded)
+        errors_of(Recipe("", "eqprop", {"energy": "hopfield", "settle_lr": 0.3}), bounded)
 
 
 @pytest.mark.parametrize("preset", ["sgd", "muon_backprop"])
 def test_backprop_settles_nothing(preset):
-    assert judged(Recipe("", preset, {}), network(5, 3)) == dict.fromkeys(FIELDS) | {"backprop_cosine": 1.0}
+    assert errors_of(Recipe("", preset, {}), network(5, 3)) == dict.fromkeys(FIELDS) | {"backprop_cosine": 1.0}
 
 
 def test_fields_are_means_over_the_batches_and_the_worst_residual():
     recipe, model, data = Recipe("", "eqprop", {"settle_steps": 5, "settle_lr": 0.2}), network(5, 7, 3), batches(3)
-    single, together = [judged(recipe, model, [batch]) for batch in data], judged(recipe, model, data)
+    single, together = [errors_of(recipe, model, [batch]) for batch in data], errors_of(recipe, model, data)
     for field in FIELDS:
         values = [found[field] for found in single]
         expected = max(values) if field == "residual_max" else sum(values) / 3
@@ -203,10 +212,10 @@ def test_the_first_layer_is_the_first_weight():
     assert first_weight(nn.LayerNorm(5)) == slice(None)
 
 
-def test_climbing_a_ladder():
+def test_gains_of_a_settle_series():
     gaps = [("a", 0.8), ("a", 0.4), ("a", 0.1), ("a", 0.5), ("a", 0.1), ("b", 0.01), (None, 0.1), (None, 0.1)]
     rows = [{"ladder": ladder, "gap": gap, "bias": 0.2} for ladder, gap in gaps]
-    climb(rows)
+    gain_per_step(rows)
     assert [row["bought"] for row in rows] == [None, 2, 4, 0.2, 5, *[None] * 3]
     assert [row["idle"] for row in rows] == [None, False, False, True, True, *[None] * 3]
 
@@ -216,7 +225,7 @@ def test_climbing_a_ladder():
 
 def test_every_step_starts_from_the_same_point():
     model, (batch, _) = network(5, 7, 3), batches()
-    stepper = Stepper(Recipe("", "sgd", {"lr": 0.5}), model, "cross_entropy")
+    stepper = TimedRecipe(Recipe("", "sgd", {"lr": 0.5}), model, "cross_entropy")
     before = copy.deepcopy(model.state_dict())
     losses = set()
     for _ in range(3):
@@ -227,7 +236,7 @@ def test_every_step_starts_from_the_same_point():
         assert all(torch.equal(value, before[name]) for name, value in found.items())
 
 
-@pytest.mark.parametrize("phase", [*PHASES, "update", "rest"])
+@pytest.mark.parametrize("phase", [*PHASES.values(), "update", "rest"])
 def test_time_is_counted_for_the_phase_that_takes_it(phase, monkeypatch):
     def slow(method):
         def run(*args, **kwargs):
@@ -243,22 +252,21 @@ def test_time_is_counted_for_the_phase_that_takes_it(phase, monkeypatch):
         "update": (sys.modules["torch.optim.sgd"], "sgd"),
         "rest": (mep.EPOptimizer, "_parameters"),
     }[phase]
-    stepper = PhasedStepper(TIGHT, network(5, 7, 3), "cross_entropy")
-    seconds = stepper.phases(*batches()[0])
-    assert seconds.keys() == {*PHASES, "update", "rest"}
+    run = TimedRecipe(TIGHT, network(5, 7, 3), "cross_entropy")
+    seconds = phase_times(run, *batches()[0])
+    assert seconds.keys() == {*PHASES.values(), "update", "rest"}
     assert all(value > 0 for value in seconds.values())
     monkeypatch.setattr(owner, name, slow(getattr(owner, name)))
-    stepper = PhasedStepper(TIGHT, network(5, 7, 3), "cross_entropy")
-    steps = [stepper.phases(*batches()[0]) for _ in range(3)]
+    steps = [phase_times(run, *batches()[0]) for _ in range(3)]
     slowed = {name: min(step[name] for step in steps) for name in seconds}  # another program may delay one of them
     assert slowed[phase] > PAUSE
     assert max(slowed, key=slowed.get) == phase
 
 
 def test_constraints_belong_to_the_update():
-    stepper = PhasedStepper(TIGHT, network(5, 7, 3), "cross_entropy")
-    stepper.optimizer.constraints = (lambda optimizer: time.sleep(PAUSE),)
-    assert stepper.phases(*batches()[0])["update"] > PAUSE
+    run = TimedRecipe(TIGHT, network(5, 7, 3), "cross_entropy")
+    run.optimizer.constraints = (lambda optimizer: time.sleep(PAUSE),)
+    assert phase_times(run, *batches()[0])["update"] > PAUSE
 
 
 def slow_down(monkeypatch):
@@ -274,7 +282,7 @@ def slow_down(monkeypatch):
 
 def test_times_are_relative_to_the_first_recipe(monkeypatch):
     slow_down(monkeypatch)
-    first, second = time_steps([YARDSTICK, TIGHT], network(5, 7, 3), batches(), "cross_entropy", range(2))
+    first, second = time_steps([BASELINE, TIGHT], network(5, 7, 3), batches(), "cross_entropy", range(2))
     assert first["ratio"] == {"median": 1, "low": 1, "high": 1}
     assert second["seconds"]["low"] > PAUSE and second["ratio"]["low"] > 2
     assert second["running"] < 0.9 and second["running"] < first["running"] <= 1  # a pause is no work
@@ -332,7 +340,7 @@ def test_the_record_is_whole(profiled):
     record = json.loads((profiled[0] / "small.json").read_text())
     assert record["kind"] == "mep profile" and record["settings"]["batch_size"] == 32
     assert {"created", "command", "commit", "versions", "machine"} < record.keys()
-    assert [row["label"] for row in record["rows"]] == [recipe.label for recipe in (YARDSTICK, *RECIPES)]
+    assert [row["label"] for row in record["rows"]] == [recipe.label for recipe in recipes_of("profile")]
     own = {"label", "preset", "options", "ladder", "error", "seconds", "ratio", "shares", "running", "bought", "idle"}
     for row in record["rows"]:
         assert row.keys() == own | set(FIELDS) and row["error"] is None
@@ -357,6 +365,6 @@ def test_tables_and_pictures_come_from_the_record_alone(profiled, tmp_path):
     folder, output = profiled
     again = command("plot", folder / "small.json", "--out", tmp_path / "again.png")
     report = command("report", folder / "small.json")
-    for recipe in RECIPES:
+    for recipe in recipes_of("profile"):
         assert all(text.count(f"| {recipe.label} ") == 3 for text in (output, again, report))
     assert (folder / "small.png").read_bytes() == (tmp_path / "again.png").read_bytes()

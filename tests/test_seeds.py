@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import mep
-from mep.data import load
+from mep.runs.data import load
 
 DEFAULT_AND_OPTIMIZED = """
 # Default (13x slower)

@@ -14,19 +14,24 @@ from torch.nn import functional as F
 from typer.testing import CliRunner
 
 import mep
-from mep.cli import app, models, speeding
-from mep.cli.backprop import sgd
-from mep.cli.bench_speed import MODELS
-from mep.cli.meters import PeakMemory, Work
-from mep.cli.profile_rows import Recipe
-from mep.cli.speed_display import Display
-from mep.cli.speed_figure import draw
-from mep.cli.speed_resources import attainable, resources
-from mep.cli.speed_rows import MUON, RECIPES, SGD, ChannelsLast, choose, suited
-from mep.cli.speed_table import show
-from mep.cli.speed_time import SETTLED, UNTIL_COMPILED, Contender
-from mep.cli.speeding import compare, within
-from mep.cli.turns import batches_of, in_turns, relative
+from mep.cli import app
+from mep.lab import speed_measure
+from mep.lab.recipes import BASELINE, MUON, Recipe, recipes_of
+from mep.lab.speed import MODELS, draw, recipes_to_time, show
+from mep.lab.speed_measure import (
+    SETTLED,
+    UNTIL_COMPILED,
+    Progress,
+    SpeedRun,
+    applicable,
+    compare,
+    machine_peak,
+    resources,
+    within,
+)
+from mep.lab.timing import PeakMemory, Work, batches_of, build, in_turns, relative
+from mep.runs import models, training
+from mep.runs.optimizers import sgd
 
 WIDTHS, BATCH = (6, 7, 5, 3), 4
 TIGHT = Recipe("tight", "eqprop", {"tol": 1e-6})
@@ -54,10 +59,10 @@ def taken(recipe, model=None, data=None):
     return resources(recipe, model or network(*WIDTHS), data or batches(), "cross_entropy")
 
 
-def contending(recipe, model=None):
-    contender = Contender(recipe, model or network(*WIDTHS), batches(), "cross_entropy")
-    contender.warm()
-    return contender
+def timed_run(recipe, model=None):
+    run = SpeedRun(recipe, model or network(*WIDTHS), batches(), "cross_entropy")
+    run.warm_up()
+    return run
 
 
 def picture_network():
@@ -77,7 +82,7 @@ def test_work_of_backprop_is_that_of_its_matrix_products():
     """Each layer multiplies [batch, a] by [a, b] forward, once more for its weight, and for its input but the first."""
     products = [a * b for a, b in pairwise(WIDTHS)]
     expected = 2 * BATCH * (3 * sum(products) - products[0])
-    assert taken(SGD)["flops"] == expected
+    assert taken(BASELINE)["flops"] == expected
 
 
 @pytest.mark.parametrize("change", ["addmm", "addmm_", "out", "baddbmm_"])
@@ -129,7 +134,7 @@ def test_memory_is_what_lives_beyond_parameters_and_state():
     model = network(100, 100, 100, bias=False)
     data = [(torch.randn(1, 100).double(), torch.zeros(1, dtype=torch.long))]
     gradients = 8 * sum(p.numel() for p in model.parameters())
-    found = taken(SGD, model, data)["memory"]
+    found = taken(BASELINE, model, data)["memory"]
     assert gradients <= found <= gradients + 8 * 100 * 10
     more = Recipe("", "sgd", {"momentum": 0.0})  # without a state there is as much beside it
     assert taken(more, model, data)["memory"] == pytest.approx(found, rel=0.01)
@@ -160,7 +165,7 @@ def test_what_the_first_step_alone_takes_does_not_count(monkeypatch):
 
 
 def test_a_compiled_recipe_has_the_work_of_the_same_recipe():
-    plain, compiled = (taken(recipe) for recipe in (SGD, Recipe("", "sgd", {"compile": True})))
+    plain, compiled = (taken(recipe) for recipe in (BASELINE, Recipe("", "sgd", {"compile": True})))
     assert compiled == {"flops": plain["flops"], "memory": None, "bytes": None}
 
 
@@ -171,7 +176,7 @@ def test_meters_can_stand_within_each_other():
 
 
 def test_a_machine_does_something():
-    assert all(value > 1e8 for value in attainable(torch.device("cpu")).values())
+    assert all(value > 1e8 for value in machine_peak(torch.device("cpu")).values())
 
 
 # What is timed
@@ -211,91 +216,91 @@ def test_ratios_are_those_of_neighbours():
 
 
 def test_settling_is_that_of_the_steps_that_are_timed():
-    contender = contending(Recipe("", "eqprop", {"tol": 1e-3, "beta": 0.05}))
-    assert contender.settled()["sweeps"] is None  # the steps before the first turn do not count
-    contender.turn(0)
-    found, estimate = contender.settled(), contender.optimizer.last
+    run = timed_run(Recipe("", "eqprop", {"tol": 1e-3, "beta": 0.05}))
+    assert run.settled()["sweeps"] is None  # the steps before the first turn do not count
+    run.turn(0)
+    found, estimate = run.settled(), run.optimizer.last
     assert found.keys() == set(SETTLED)
     assert 0 < found["residual"] <= found["residual_max"] <= 1e-3
     assert found["settled"] == 1 and found["beta"] == estimate.beta == 0.05 and 1 <= found["sweeps"] <= 5
-    assert contender.unsettled is None
-    backprop = contending(SGD)
+    assert run.unsettled is None
+    backprop = timed_run(BASELINE)
     backprop.turn(0)
     assert backprop.settled() == dict.fromkeys(SETTLED) and backprop.unsettled is None
 
 
 def test_where_beta_is_chosen_it_is_the_median_over_the_examples():
-    contender = contending(Recipe("", "eqprop", {}), strong(network(*WIDTHS)))
-    contender.batches = contender.batches[:1]
-    contender.turn(0)
-    estimate = contender.optimizer.last
+    run = timed_run(Recipe("", "eqprop", {}), strong(network(*WIDTHS)))
+    run.batches = run.batches[:1]
+    run.turn(0)
+    estimate = run.optimizer.last
     assert estimate.betas.min() < estimate.betas.max()
-    assert contender.settled()["beta"] == float(estimate.betas.median())
+    assert run.settled()["beta"] == float(estimate.betas.median())
 
 
 @pytest.mark.filterwarnings("error::mep.errors.NotConvergedWarning")
 def test_steps_that_do_not_settle_are_counted_and_not_warned_of():
     options = {"tol": 1e-9, "settle_steps": 2, "settle_lr": 0.1, "adaptive": True}
-    limited = contending(Recipe("", "eqprop", options))
+    limited = timed_run(Recipe("", "eqprop", options))
     limited.turn(0)
     assert (limited.settled()["settled"], limited.unsettled) == (0, "step limit")
 
 
 def test_steps_before_the_first_turn_do_not_make_the_machine_look_busy(monkeypatch):
     """Compiling waits for another program, while this one is not running."""
-    contender = contending(SGD)
-    contender.took, contender.ran = 100.0, 0.0
-    contender.warm()
-    contender.turn(0)
-    assert contender.took < 100
+    run = timed_run(BASELINE)
+    run.seconds, run.running = 100.0, 0.0
+    run.warm_up()
+    run.turn(0)
+    assert run.seconds < 100
 
 
 def test_a_turn_in_which_something_is_compiled_is_taken_again(uncompiled):
-    contender = contending(Recipe("", "eqprop", {"compile": True}))
-    programs = contender.optimizer.estimator.compiled_steps
-    step, seen = contender.step, []
+    run = timed_run(Recipe("", "eqprop", {"compile": True}))
+    programs = run.optimizer.estimator.compiled_steps
+    step, seen = run.step, []
 
     def compile_once(x, target):
         if not seen:
             programs._programs["one more"] = None
-            contender.took += 100
+            run.seconds += 100
         seen.append(x)
         return step(x, target)
 
-    contender.step = compile_once
-    uncounted, counted = contender.pace
-    assert len(contender.turn(0)) == counted
+    run.step = compile_once
+    uncounted, counted = run.steps_per_turn
+    assert len(run.turn(0)) == counted
     assert len(seen) == 2 * (uncounted + counted)
-    assert contender.took < 100
+    assert run.seconds < 100
 
 
 def test_a_compiled_recipe_that_is_never_compiled_says_so(uncompiled, monkeypatch):
     monkeypatch.setattr("mep.estimators.compiled_step.MOST_SWEEPS", 0)
-    rows = compare(network(*WIDTHS), batches(), [SGD, Recipe("EP", "eqprop", {"compile": True})], rounds=2)
+    rows = compare(network(*WIDTHS), batches(), [BASELINE, Recipe("EP", "eqprop", {"compile": True})], rounds=2)
     assert f"no program in {UNTIL_COMPILED} steps" in rows[1]["error"]
 
 
 def test_a_recipe_that_compiles_too_long_says_so(uncompiled):
-    recipes = [SGD, Recipe("EP", "eqprop", {"compile": True}), TIGHT]
-    rows = compare(network(*WIDTHS), batches(), recipes, rounds=2, patience=0.0)
+    recipes = [BASELINE, Recipe("EP", "eqprop", {"compile": True}), TIGHT]
+    rows = compare(network(*WIDTHS), batches(), recipes, rounds=2, compile_seconds=0.0)
     assert [row["error"] is None for row in rows] == [True, False, True]
     assert "first 1 steps, which compile, took 0 s" in rows[1]["error"]
 
 
 def test_all_is_prepared_once_for_all_numbers_of_threads(uncompiled, monkeypatch):
     made, dynamic = [], []
-    init = Contender.__init__
+    init = SpeedRun.__init__
 
     def note(self, recipe, *args):
         made.append(recipe.label)
         dynamic.append(torch._inductor.config.cpp.dynamic_threads)
         init(self, recipe, *args)
 
-    monkeypatch.setattr(Contender, "__init__", note)
+    monkeypatch.setattr(SpeedRun, "__init__", note)
     compiled = Recipe("compiled", "sgd", {"compile": True})
     for threads in ((1, 2), (1,)):
         before = torch.get_num_threads()
-        rows = compare(network(*WIDTHS), batches(), [SGD, compiled], rounds=2, threads=threads)
+        rows = compare(network(*WIDTHS), batches(), [BASELINE, compiled], rounds=2, threads=threads)
         assert [time["threads"] for time in rows[1]["times"]] == list(threads)
         assert torch.get_num_threads() == before
     assert made == 2 * ["Backprop + SGD", "compiled"]
@@ -305,23 +310,23 @@ def test_all_is_prepared_once_for_all_numbers_of_threads(uncompiled, monkeypatch
 
 def test_channels_last_is_the_same_step_with_another_layout():
     layouts, found = [], []
-    for kind in (Recipe, ChannelsLast):
+    for channels_last in (False, True):
         model, ((x, target),) = picture_network(), pictures()
-        optimizer = kind("", "sgd", {}).build(model, "cross_entropy")
+        optimizer = build(Recipe("", "sgd", {}, channels_last=channels_last), model, "cross_entropy")
         model[0].register_forward_pre_hook(lambda _, inputs: layouts.append(inputs[0].stride(1)))
         optimizer.step(x=x, target=target)
         found.append(torch.cat([p.detach().reshape(-1) for p in model.parameters()]))
-        assert model[0].weight.stride(1) == (1 if kind is ChannelsLast else 9)
+        assert model[0].weight.stride(1) == (1 if channels_last else 9)
     assert layouts == [36, 1]
     assert torch.allclose(*found, atol=1e-12)
 
 
 def test_channels_last_is_compared_where_there_are_convolutions():
     label = "Backprop + SGD, channels_last"
-    both = [SGD, next(recipe for recipe in RECIPES if recipe.label == label)]
-    assert suited(both, network(*WIDTHS)) == [SGD]
+    both = [BASELINE, next(recipe for recipe in recipes_of("speed") if recipe.label == label)]
+    assert applicable(both, network(*WIDTHS)) == [BASELINE]
     rows = compare(picture_network(), pictures(), both, rounds=2)
-    assert [(row["label"], row["error"]) for row in rows] == [(SGD.label, None), (label, None)]
+    assert [(row["label"], row["error"]) for row in rows] == [(BASELINE.label, None), (label, None)]
 
 
 def test_times_are_relative_to_backprop_and_to_muon(monkeypatch):
@@ -332,8 +337,8 @@ def test_times_are_relative_to_backprop_and_to_muon(monkeypatch):
         kinds = [type(update).__name__ for update in getattr(self.optimizer, "updates", [])]
         return 3 * [(told[kinds[0]] if kinds else 2.0) * (number + 1)]
 
-    monkeypatch.setattr(Contender, "turn", turn)
-    rows = compare(network(*WIDTHS), batches(), [SGD, MUON, TIGHT], rounds=3, threads=(1, 2))
+    monkeypatch.setattr(SpeedRun, "turn", turn)
+    rows = compare(network(*WIDTHS), batches(), [BASELINE, MUON, TIGHT], rounds=3, threads=(1, 2))
     for place, number in enumerate((1, 2)):
         times = [row["times"][place] for row in rows]
         assert [time["threads"] for time in times] == 3 * [number]
@@ -346,16 +351,16 @@ def test_the_time_is_that_of_the_step_and_the_model_stays(monkeypatch):
     slow_down(monkeypatch)
     model = network(*WIDTHS)
     before = copy.deepcopy(model.state_dict())
-    times = compare(model, batches(), [SGD, TIGHT], rounds=2)[1]["times"]
+    times = compare(model, batches(), [BASELINE, TIGHT], rounds=2)[1]["times"]
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert times[0]["seconds"]["low"] > PAUSE
 
 
 def test_recipes_are_chosen_by_preset_or_label():
     def labels(**choice):
-        return [recipe.label for recipe in choose(**choice)]
+        return [recipe.label for recipe in recipes_to_time(**choice)]
 
-    every = [recipe.label for recipe in RECIPES]
+    every = [recipe.label for recipe in recipes_of("speed")]
     assert labels() == every
     smep = ["SMEP", "SMEP, compiled"]
     assert labels(only=["smep"]) == ["Backprop + SGD", *smep]
@@ -364,47 +369,47 @@ def test_recipes_are_chosen_by_preset_or_label():
     assert labels(only=["sgd"], compile=False) == ["Backprop + SGD", "Backprop + SGD, channels_last"]
     for choice in ({"only": ["smap"]}, {"without": ["smap"]}):
         with pytest.raises(mep.ArgumentError, match=r"smap: there is no such recipe.*local_ep.*Descent 10"):
-            choose(**choice)
+            recipes_to_time(**choice)
     with pytest.raises(mep.ArgumentError, match="Leave it in"):
-        choose(without=["Backprop + SGD"])
+        recipes_to_time(without=["Backprop + SGD"])
     assert labels(only=["sgd"], without=["sgd"]) == ["Backprop + SGD"]
 
 
 def test_a_recipe_that_fails_says_so_and_the_others_go_on(monkeypatch):
     wild = Recipe("Wild", "eqprop", {"settle_steps": 100, "settle_lr": 100.0})
     unknown = Recipe("Unknown", "eqprop", {"no_such_option": 1})
-    rows = compare(network(*WIDTHS), batches(), [SGD, wild, unknown, TIGHT], rounds=2)
+    rows = compare(network(*WIDTHS), batches(), [BASELINE, wild, unknown, TIGHT], rounds=2)
     assert [row["error"] is None for row in rows] == [True, False, False, True]
     assert "Descent(" in rows[1]["error"] and "no_such_option" in rows[2]["error"].replace("-", "_")
     assert rows[3]["times"][0]["to_muon"] is None  # there is no Muon to compare with
 
 
 def test_a_recipe_that_fails_on_the_way_does_not_take_the_others_with_it(monkeypatch):
-    turn = Contender.turn
+    turn = SpeedRun.turn
 
     def fail_late(self, number):
         if number == 1 and isinstance(self.optimizer, mep.EPOptimizer):
             raise mep.DivergedError("too far.\nAnd more.")
         return turn(self, number)
 
-    monkeypatch.setattr(Contender, "turn", fail_late)
-    rows = compare(network(*WIDTHS), batches(), [SGD, TIGHT, MUON], rounds=3)
+    monkeypatch.setattr(SpeedRun, "turn", fail_late)
+    rows = compare(network(*WIDTHS), batches(), [BASELINE, TIGHT, MUON], rounds=3)
     assert [row["error"] for row in rows] == [None, "too far.", None]
     assert len(rows[2]["times"]) == 1
 
 
 def test_slow_models_get_fewer_rounds():
     assert list(within(range(7), 0)) == [0, 1, 2, 3, 4] and list(within(range(7), 60)) == list(range(7))
-    rows = compare(network(*WIDTHS), batches(), [SGD], rounds=9, seconds=0)
+    rows = compare(network(*WIDTHS), batches(), [BASELINE], rounds=9, seconds=0)
     assert rows[0]["times"][0]["rounds"] == 5
 
 
 def test_compare_refuses():
     for bad in ({"rounds": 1}, {"batches": []}, {"recipes": []}, {"threads": ()}):
         with pytest.raises(mep.ArgumentError, match="2 rounds, 1 batch, 1 recipe and 1 number of threads"):
-            compare(network(*WIDTHS), **{"batches": batches(), "recipes": [SGD], "rounds": 2, **bad})
-    with pytest.raises(mep.ArgumentError, match="yardstick"):
-        compare(network(*WIDTHS), batches(), [Recipe("Wild", "eqprop", {"settle_lr": 1e9}), SGD], rounds=2)
+            compare(network(*WIDTHS), **{"batches": batches(), "recipes": [BASELINE], "rounds": 2, **bad})
+    with pytest.raises(mep.ArgumentError, match="baseline"):
+        compare(network(*WIDTHS), batches(), [Recipe("Wild", "eqprop", {"settle_lr": 1e9}), BASELINE], rounds=2)
 
 
 # Models
@@ -515,7 +520,7 @@ def test_what_did_not_settle_or_suit_is_marked(timed):
 
 
 def test_ctrl_c_keeps_the_models_that_are_done(tmp_path, monkeypatch):
-    compare_, begun = speeding.compare, []
+    compare_, begun = speed_measure.compare, []
 
     def interrupted(*args, title, **kwargs):
         begun.append(title)
@@ -523,7 +528,7 @@ def test_ctrl_c_keeps_the_models_that_are_done(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return compare_(*args, title=title, **kwargs)
 
-    monkeypatch.setattr(speeding, "compare", interrupted)
+    monkeypatch.setattr(speed_measure, "compare", interrupted)
     small = ("--data", "digits", "--rounds", 2, "--train-steps", 1, "--batches", 1, "--threads", 1, "--only", "sgd")
     three = ("--model", "mlp", "--model", "mlp256", "--model", "cnn", "--no-compile", "--out", tmp_path)
     stop = "mlp256"
@@ -538,12 +543,12 @@ def test_ctrl_c_keeps_the_models_that_are_done(tmp_path, monkeypatch):
 
 def test_progress_names_what_is_done():
     console = Console(force_terminal=True, width=150, record=True)
-    with Display(console, models=2) as display:
-        display.begin("cnn", stages=2)
-        display.stage("EqProp, compiled, compiling")
-        console.print(display._bar)
-        assert list(display.rounds(range(3), "timing")) == [0, 1, 2]
-        display.end("5 rounds")
+    with Progress(console, models=2) as progress:
+        progress.begin("cnn", stages=2)
+        progress.stage("EqProp, compiled, compiling")
+        console.print(progress._bar)
+        assert list(progress.rounds(range(3), "timing")) == [0, 1, 2]
+        progress.end("5 rounds")
     text = console.export_text()
     assert "cnn (1 of 2): EqProp, compiled, compiling" in text and "cnn (1 of 2): 5 rounds, 0 s" in text
 
@@ -566,7 +571,7 @@ def shown(record):
 
 
 def test_speed_refuses_and_mep_bench_keeps_its_options(tmp_path, monkeypatch):
-    monkeypatch.setattr(speeding, "briefly_trained", None)  # all is refused before the first model is trained
+    monkeypatch.setattr(training, "briefly_trained", None)  # all is refused before the first model is trained
     small = ("--data", "digits", "--rounds", 2, "--out", tmp_path)
     assert "Named models: mlp," in command("bench", "speed", *small, "--model", "mlp", "--model", "mpl", code=2)
     assert "no such recipe" in command("bench", "speed", "--without", "smap", code=2)

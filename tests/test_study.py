@@ -11,9 +11,8 @@ from torch import nn
 from typer.testing import CliRunner
 
 from mep.cli import app
-from mep.cli.study import Settings
-from mep.cli.study_table import family, show
-from mep.cli.studying import FAMILIES, MEASURED, look, nearest, network
+from mep.lab.study import family, nearest, show
+from mep.lab.study_measure import FAMILIES, MEASURED, measure, network
 
 SMALL = ["--depth", "2", "--depth", "4", "--beta", "0.01", "--beta", "0.1", "--width", "8", "--train-steps", "3"]
 
@@ -102,7 +101,7 @@ def test_a_network_that_is_out_of_the_finite_numbers_is_said_to_be():
     model = network(("plain", "relu", "torch"), 2, 8, 64, 10)
     with torch.no_grad():
         model[-1].weight.fill_(torch.inf)
-    row = look(model, torch.ones(4, 1, 8, 8), torch.tensor([0, 1, 2, 3]), 0.1, Settings())
+    row = measure(model, torch.ones(4, 1, 8, 8), torch.tensor([0, 1, 2, 3]), 0.1, 1e-2)
     assert row["error"] is None and row["settled"] is None and row["why"] == "DivergedError"
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import sys
 import warnings
-from types import ModuleType
 from typing import Annotated, Any
 
 try:
@@ -23,7 +22,7 @@ except ImportError as error:
     raise ImportError('The command `mep` needs: pip install "mep-torch[cli]"') from error
 
 import mep
-from mep.cli import bench, bench_speed, plot, profile, report, study, train, verify
+from mep.cli import lab, train
 from mep.errors import MepError, NotConvergedWarning
 
 
@@ -63,27 +62,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-COMMANDS = (
-    (train, train.train),
-    (profile, profile.profile),
-    (verify, verify.verify),
-    (study, study.study),
-    (plot, plot.plot),
-    (report, report.report),
-)
-
-
-def _help(module: ModuleType) -> str:
-    """The head of the file; a backspace keeps the lines of the paragraph that follows it."""
-    return str(module.__doc__).replace("\n\n    mep", "\n\n\b\n    mep")
-
-
-for module, command in COMMANDS:
-    app.command(help=_help(module))(command)
-benches = typer.Typer(rich_markup_mode="rich")
-benches.callback(invoke_without_command=True, help=_help(bench))(bench.bench)
-benches.command("speed", help=_help(bench_speed))(bench_speed.speed)
-app.add_typer(benches, name="bench")
+app.command(help=lab.help_of(train))(train.train)
+lab.register(app)
 
 
 def _show_version(asked: bool) -> None:

@@ -22,6 +22,7 @@ from mep.estimators.compiled_step import CompiledSteps, CompileOptions
 from mep.estimators.contrast import SettledPhase, Watch, betas_of, contrast, iter_gradients, settle_phases
 from mep.estimators.estimate import Estimate, Gradients, accumulate, finished
 from mep.estimators.layer_factors import LayerStatistics, layer_statistics
+from mep.estimators.regions import region
 from mep.estimators.view import Equilibrium, Recorder, view
 from mep.estimators.warm_start import EquilibriumCache, check_indices
 from mep.graph import Graph
@@ -153,7 +154,8 @@ class EquilibriumPropagation:
         noise = generators()
         try:
             step = self._settled(x, target, batch, indices, graph)
-            gradients = finished(contrast(step.phases, batch))
+            with region("contrast"):
+                gradients = finished(contrast(step.phases, batch))
             self._finish(step, x, target, indices)
         except BaseException:
             set_generators(noise)
@@ -279,7 +281,8 @@ class EquilibriumPropagation:
         indices = None if indices is None else self._checked_indices(indices, batch)
         graph = graph or self._graphs.of(x, target, saves_memory=saves_memory or self.checkpoint)
         self._check_graph(graph)
-        energy, free = self._free(graph, x, batch, indices)
+        with region("free phase"):
+            energy, free = self._free(graph, x, batch, indices)
         output = energy.output(free.point)
         if len(output) != batch:
             raise InputError(f"The output has {len(output)} rows for {batch} examples; dimension 0 is the batch.")
@@ -293,7 +296,8 @@ class EquilibriumPropagation:
         errors = None  # those of the same examples at their last equilibrium
         if indices is not None and self.node_energy.is_forward:
             errors = self._cache.of(indices, energy.state(free.point))[0]
-        phases = settle_phases(energy, free, cost, self.solver, self.phases, self.beta, errors, watch)
+        with region("settling"):
+            phases = settle_phases(energy, free, cost, self.solver, self.phases, self.beta, errors, watch)
         estimate = self._estimate(loss, free, phases, graph)
         if estimate.result is not Result.CONVERGED and self.on_unsettled != "ignore":
             self._report(estimate, phases[-1][1], free)
