@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +17,6 @@ from mep.estimators.contrast import CONTRASTS
 from mep.graph.inputs import flattened
 from mep.guards import generators, set_generators
 from mep.settle import Solver
-
-if TYPE_CHECKING:
-    from mep.estimators.equilibrium import EquilibriumPropagation
 
 _CALL = "EquilibriumPropagation"
 _NO_TARGET = object()
@@ -89,8 +86,8 @@ def check_solver(solver: Any) -> None:
         raise ArgumentError(f"{_CALL}(solver={solver!r}): must be a mep.Sweep, mep.Descent, ...")
 
 
-def check_settings(ep: EquilibriumPropagation) -> None:
-    """Raise an ArgumentError that says what to write instead."""
+def check_settings(ep: Any) -> None:
+    """Raise an ArgumentError, with what to write instead, where the settings of an estimator do not fit."""
     _check_values(ep)
     if ep.compile:
         _check_compile(ep)
@@ -98,7 +95,7 @@ def check_settings(ep: EquilibriumPropagation) -> None:
         _check_checkpoint(ep)
 
 
-def _check_values(ep: EquilibriumPropagation) -> None:
+def _check_values(ep: Any) -> None:
     if ep.beta is not None:
         require(_CALL, "beta", ep.beta, lambda beta: 0 < beta < math.inf, "a positive number, or None to choose it")
     require(_CALL, "phases", ep.phases, *one_of(sorted(CONTRASTS)))
@@ -114,7 +111,7 @@ def _check_values(ep: EquilibriumPropagation) -> None:
     ep.solver.check(ep.node_energy)
 
 
-def _check_compile(ep: EquilibriumPropagation) -> None:
+def _check_compile(ep: Any) -> None:
     call = f"{_CALL}(compile=True"
     if not ep.solver.compiles:
         raise ArgumentError(f"{call}, solver={ep.solver}): only solvers with `unrolled` are compiled: mep.Sweep.")
@@ -132,7 +129,7 @@ def _check_compile(ep: EquilibriumPropagation) -> None:
         raise ArgumentError(f"{call}, cost={ep.cost!r}): only 'cross_entropy' and 'mse' are compiled.")
 
 
-def _check_checkpoint(ep: EquilibriumPropagation) -> None:
+def _check_checkpoint(ep: Any) -> None:
     for name, asked in (
         (f"solver={ep.solver}", not ep.solver.checkpoints),
         ("branches='exact'", ep.branches == "exact"),
