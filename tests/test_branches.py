@@ -92,7 +92,7 @@ def test_unit_rests_where_descent_from_its_free_state_leads(name, beta):
     delta, _ = unit_minimum(mu, f, 2 * u, beta, activation, x0)
     s = x0
     for _ in range(2000):
-        s = s - 0.01 * (s - mu + beta * (f + activation.backward(2 * u, s, s)))
+        s = s - 0.01 * (s - mu + beta * (f + activation.backward(2 * u, s)))
     assert (mu - beta * delta - s).abs().max() < 0.05
 
 

@@ -30,8 +30,8 @@ ARROWS = {
     "presets": "capture cost energy errors estimators optimizer settle solvers updates",
     "optimizers": "presets",
     "__init__": "capture cost energy errors estimators optimizer presets settle solvers updates verification",
-    "runs": "__init__ errors",
-    "lab": "__init__ errors estimators runs settle verification",
+    "runs": "__init__ errors guards",
+    "lab": "__init__ errors estimators guards runs settle verification",
     "cli": "__init__ errors lab runs verification",
     "__main__": "cli",
 }

@@ -283,7 +283,7 @@ class Energy:
     def wanted_error(self, point: Point) -> Tensor:
         """`dC/ds_out` at the point: the output's error at equilibrium."""
         assert self.nudge is not None, "the free equilibrium of the prediction energy is the forward walk"
-        return self.nudge.cost.gradient(self.output(point))
+        return self.nudge.cost.gradient(point.values[self.graph.output])
 
     def errors_back(self, saved: Mapping[str, Any], x: Tensor, like: Mapping[str, Any]) -> State:
         """Errors carried back from the output's, x: `delta_n = sum_c J_c^T delta_c` of every state.
@@ -291,7 +291,7 @@ class Energy:
         `saved` is a point's, or some rows of it; `like` has the shapes of the states that nothing arrives at.
         """
         arriving: dict[str, Tensor | None] = {}
-        self.graph.vjp(saved, x, arriving=arriving)
+        self.graph.vjp_through(self.graph.nodes, saved, {self.graph.output: x}, arriving=arriving)
         errors: State = {}
         for name, force in arriving.items():
             if force is None:
@@ -375,7 +375,7 @@ class Energy:
         `size` is its norm, if that is known.
         """
         size = example_norm(self.wanted_error(free), self.batch) if size is None else size
-        return size <= 10 * rounding(self.output(free), self.batch)
+        return size <= 10 * rounding(free.values[self.graph.output], self.batch)
 
     def parameter_gradient(
         self, point: Point, errors: Mapping[str, Tensor] | None, weight: float, nodes: Sequence[Node] | None = None

@@ -1,4 +1,4 @@
-"""What a step leaves as it was: hooks that are not to fire, random number generators, and Ctrl-C at a bad moment."""
+"""Around a step: hooks that are not to fire, random number generators put back, Ctrl-C delayed, parts with names."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import random
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 
 def hooks_of(p: Tensor) -> list[dict[Any, Any]]:
@@ -118,3 +119,25 @@ def generators_kept() -> Iterator[None]:
 def _words(state: Any) -> Any:
     """A state of NumPy's generator in a form that can be compared."""
     return state and (state[0], state[1].tobytes(), *state[2:])
+
+
+Region = AbstractContextManager[Any]
+_watching: list[Callable[[str], Region]] = []
+
+
+def region(name: str) -> Region:
+    """What `torch.profiler` shows as "mep: name"; nothing where neither a profiler nor `watch_regions` is active."""
+    if _watching:
+        return _watching[-1](name)
+    is_profiled: bool = torch._C._autograd._profiler_enabled()
+    return record_function(f"mep: {name}") if is_profiled else nullcontext()
+
+
+@contextmanager
+def watch_regions(watch: Callable[[str], Region]) -> Iterator[None]:
+    """Within this block every region of a step is entered as `watch(name)`, which may read a clock."""
+    _watching.append(watch)
+    try:
+        yield
+    finally:
+        _watching.pop()

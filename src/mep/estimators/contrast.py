@@ -88,15 +88,14 @@ def settle_phases(
     found: list[SettledPhase] = []
     contrast = CONTRASTS[phases]
     for i, (multiple, weight) in enumerate(contrast):
+        if not multiple and is_forward:
+            continue  # there dE/dtheta is zero
         nudged = nudge(energy, cost, (multiple or 1.0) * beta, noted)
+        settled = free
         if multiple:
             start = Start(response if response is None or i == len(contrast) - 1 else response.copy(), errors)
             settled = settle(nudged, free.point, solver, start, watch and partial(watch, multiple, nudged))
-            found.append((weight * multiple, nudged, settled))
-        elif not is_forward:
-            found.append((weight, nudged, free))
-        else:
-            continue
+        found.append((weight * (multiple or 1.0), nudged, settled))
         if found[-1][2].result is Result.DIVERGED:
             raise DivergedError(
                 f"Settling diverged at {_named(beta)} with {solver}. Nothing was changed. Way out: "

@@ -22,13 +22,12 @@ from mep.estimators.compiled_step import CompiledSteps, CompileOptions
 from mep.estimators.contrast import SettledPhase, Watch, betas_of, contrast, iter_gradients, settle_phases
 from mep.estimators.estimate import Estimate, Gradients, accumulate, finished
 from mep.estimators.layer_factors import LayerStatistics, layer_statistics
-from mep.estimators.regions import region
 from mep.estimators.view import Equilibrium, Recorder, view
 from mep.estimators.warm_start import EquilibriumCache, check_indices
 from mep.graph import Graph
 from mep.graph.ops import Slot
 from mep.graph.step_context import StepContext
-from mep.guards import generators, set_generators, uninterrupted
+from mep.guards import generators, region, set_generators, uninterrupted
 from mep.layout import per_example
 from mep.settle import Result, Settled, Solver, rounded, settle
 from mep.solvers import Descent, Sweep
@@ -380,8 +379,7 @@ class EquilibriumPropagation:
                 f"checkpoint=True: {type(self.model).__name__} writes to `{graph.writes[0].slots[0].name}` from values "
                 "that are not kept. Leave checkpoint out."
             )
-        last = graph.by_name[graph.output].program[-1].label
-        if self.cost == "cross_entropy" and last in ("softmax", "_softmax") and not self._has_warned_of_softmax:
+        if self.cost == "cross_entropy" and graph.ends_in_softmax and not self._has_warned_of_softmax:
             self._has_warned_of_softmax = True
             warn(
                 f"{type(self.model).__name__} ends in a softmax, and cost='cross_entropy' has one of its own: two of "

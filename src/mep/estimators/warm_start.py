@@ -15,9 +15,9 @@ class EquilibriumCache:
     """One row a state and example, as long as the largest index.
 
     Example:
-        >>> recall = Recall()
-        >>> recall.keep(torch.tensor([2, 0]), {"s": torch.ones(2, 3)})
-        >>> values, seen = recall.of(torch.tensor([0, 1]), {"s": torch.zeros(2, 3)})
+        >>> cache = EquilibriumCache()
+        >>> cache.keep(torch.tensor([2, 0]), {"s": torch.ones(2, 3)})
+        >>> values, seen = cache.of(torch.tensor([0, 1]), {"s": torch.zeros(2, 3)})
         >>> values["s"].sum(1), seen
         (tensor([3., 0.]), tensor([ True, False]))
     """

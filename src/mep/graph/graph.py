@@ -93,6 +93,8 @@ class Graph:
         """Where parameters, buffers and constants are read."""
         self.is_affine_when_held = all(n.clamped or n.is_affine_when_held for n in self.nodes)
         """Whether no Jacobian changes while the branches are held: pointwise pieces and linear layers only."""
+        last = self.by_name[self.output].program[-1].label if self.output in self.by_name else ""
+        self.ends_in_softmax = last in ("softmax", "_softmax")
         self.is_separable: bool | None = None
         """Whether no Jacobian couples two examples; None until checked."""
         self.selects: dict[int, bool] = {}
@@ -157,8 +159,10 @@ class Graph:
             if before is not None and all(values[p] is before.values[p] for p in node.parents):
                 mu = (before.predictions if node.owns_state else before.values)[name]
                 saved[name] = before.saved[name]
-            else:
+            elif node.clamped:
                 mu, saved[name] = self.predict(node, values, context)
+            else:
+                mu, saved[name] = node.predict(list(map(values.__getitem__, node.parents)), context)
             if node.owns_state:
                 predictions[name] = mu
                 values[name] = place(node, mu) if place else mu
@@ -188,19 +192,13 @@ class Graph:
         self,
         saved: Mapping[str, Any],
         output_force: Tensor | None,
-        transmit: Transmit | None = None,
-        arriving: dict[str, Tensor | None] | None = None,
+        transmit: Transmit,
     ) -> None:
-        """Walk the nodes from last to first, with the sum of its children's forces for each; `saved` is a point's.
+        """Walk the nodes from last to first, with the sum of its children's forces for each; see `vjp_through`.
 
-        Args:
-            saved: of a point, or some rows of it.
-            output_force: added to what arrives at the output.
-            transmit: from a node and the force that arrives (None if none does) to the force that it exerts on its own
-                parents in turn, through its Jacobian. By default the same: then this is backpropagation.
-            arriving: filled with what arrives at each state.
+        `output_force` is added to what arrives at the output.
         """
-        self.vjp_through(self.nodes, saved, {self.output: output_force}, transmit, arriving)
+        self.vjp_through(self.nodes, saved, {self.output: output_force}, transmit)
 
     def vjp_through(
         self,
@@ -210,7 +208,16 @@ class Graph:
         transmit: Transmit | None = None,
         arriving: dict[str, Tensor | None] | None = None,
     ) -> None:
-        """`vjp` through successive nodes. `forces`: those that arrive from behind; then those on what is before."""
+        """The sums `sum_c J_c^T force_c` over the children c of each of some successive nodes, from last to first.
+
+        Args:
+            nodes: all, or a part of the graph.
+            saved: of a point, or some rows of it.
+            forces: those that arrive from behind, by node; afterwards those on what is before these nodes.
+            transmit: from a node and the force that arrives (None if none does) to the force that it exerts on its own
+                parents in turn, through its Jacobian. By default the same: then this is backpropagation.
+            arriving: filled with what arrives at each state.
+        """
         for node in reversed(nodes):
             force = forces.pop(node.name, None)
             if arriving is not None and node.owns_state:
@@ -225,36 +232,39 @@ class Graph:
                     forces[parent] = g if known is None else known + g
 
     def jvp(
-        self, saved: Mapping[str, Any], errors: Mapping[str, Tensor], forget: bool = False
+        self,
+        saved: Mapping[str, Any],
+        errors: Mapping[str, Tensor],
+        forget: bool = False,
+        nodes: Sequence[Node] | None = None,
+        tangents: dict[str, Tensor] | None = None,
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The tangents `t_n = errors[n] + sum over the parents of J t`, and those of the weighted inputs.
 
-        That is how far values move when every state adds its error. Only for graphs that are affine. With `forget`
-        tangents that have been read are dropped, see `last_read`; that of the output is left.
-        """
-        tangents: dict[str, Tensor] = {}
-        input_tangents: dict[str, Tensor] = {}
-        for node in self.nodes:
-            h = self.jvp_through(node, saved.get(node.name), errors, tangents, forget)
-            if h is not None:
-                input_tangents[node.name] = h
-        return tangents, input_tangents
+        That is how far values move when every state adds its error. Only for graphs that are affine.
 
-    def jvp_through(
-        self, node: Node, saved: Any, errors: Mapping[str, Tensor], tangents: dict[str, Tensor], forget: bool
-    ) -> Tensor | None:
-        """`jvp` through one node, whose tangent joins the others. Returns that of its weighted input."""
-        t, h = None, None
-        if not node.clamped:
-            t, h = node.jvp(saved, list(map(tangents.get, node.parents)))
-        if node.owns_state:
-            t = errors[node.name] if t is None else t + errors[node.name]
-        if t is not None:
-            tangents[node.name] = t
-        if forget:
-            for name in self.last_read[node.name]:
-                tangents.pop(name, None)
-        return h
+        Args:
+            saved: of a point, or some rows of it.
+            errors: by state.
+            forget: drop tangents that have been read, see `last_read`; that of the output is left.
+            nodes: successive ones, all by default; `tangents` are then those of the nodes before, to be continued.
+        """
+        tangents = {} if tangents is None else tangents
+        input_tangents: dict[str, Tensor] = {}
+        for node in self.nodes if nodes is None else nodes:
+            name, t = node.name, None
+            if not node.clamped:
+                t, h = node.jvp(saved[name], list(map(tangents.get, node.parents)))
+                if h is not None:
+                    input_tangents[name] = h
+            if node.owns_state:
+                t = errors[name] if t is None else t + errors[name]
+            if t is not None:
+                tangents[name] = t
+            if forget:
+                for read in self.last_read[name]:
+                    tangents.pop(read, None)
+        return tangents, input_tangents
 
     def rows(self, saved: Mapping[str, Any], index: Tensor) -> dict[str, Any]:
         """What `vjp` and `jvp` need of some examples; only for graphs that are affine."""

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 import mep
 from mep.estimators.contrast import contrast, settle_phases
-from mep.estimators.regions import watch_regions
+from mep.guards import watch_regions
 from mep.lab.recipes import BASELINE, Recipe, recipes_of
 from mep.lab.timing import Batch, TimedRecipe, batches_of, build, estimator_of, in_turns, relative
 from mep.settle import Result, Settled

@@ -192,7 +192,7 @@ def _nearest_force(s: Tensor, error: Tensor, direct: Tensor, u: Tensor, kink: Ki
 def _slope(s: Tensor, u: Tensor, kink: Activation, side: float) -> Tensor:
     """`u` times the derivative at the number next to s, on its left or right."""
     beside = torch.nextafter(s, torch.full_like(s, side))
-    return kink.backward(u, beside, kink.value(beside))
+    return kink.backward(u, beside)
 
 
 def _onto_simplex(v: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Activation:
-    """`y = value(x)` and `backward(grad, x, y) = grad * f'(x)`, elementwise.
+    """`y = value(x)` and `backward(grad, x) = grad * f'(x)`, elementwise; from y in place of x if `from_result`.
 
     A piecewise-linear f has `slopes`, and `kinks` between them, both from left to right; others have neither. `box` is
     the interval onto which f projects, if f is a projection: a Hopfield state then lives there.
@@ -30,10 +30,11 @@ class Activation:
 
     name: str
     value: Callable[[Tensor], Tensor]
-    backward: Callable[[Tensor, Tensor, Tensor], Tensor]
+    backward: Callable[[Tensor, Tensor], Tensor]
     kinks: tuple[float, ...] = ()
     slopes: tuple[float, ...] = ()
     box: tuple[float, float] | None = None
+    from_result: bool = False
 
     @property
     def piecewise(self) -> bool:
@@ -48,9 +49,8 @@ class Activation:
     def linearized(self, x: Tensor, x0: Tensor) -> Tensor:
         """The linear piece of f at `x0`, evaluated at `x` (piecewise-linear f only)."""
         if self.homogeneous:
-            return self.backward(x, x0, x0)
-        y0 = self.value(x0)
-        return y0 + self.backward(x - x0, x0, y0)
+            return self.backward(x, x0)
+        return self.value(x0) + self.backward(x - x0, x0)
 
     def left_branch(self, x: Tensor, x0: Tensor) -> Tensor:
         """True where `x` is not on the branch of `x0`: there the held line and f differ beyond rounding."""
@@ -58,87 +58,28 @@ class Activation:
         return (self.value(x) - self.linearized(x, x0)).abs() > noise
 
 
-def _relu_backward(grad: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    return aten.threshold_backward(grad, x, 0)
-
-
-def _leaky_backward(grad: Tensor, x: Tensor, y: Tensor, slope: float) -> Tensor:
-    return aten.leaky_relu_backward(grad, x, slope, False)
-
-
-def _hardtanh_backward(grad: Tensor, x: Tensor, y: Tensor, low: float, high: float) -> Tensor:
-    return aten.hardtanh_backward(grad, x, low, high)
-
-
-def _abs_backward(grad: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    return grad * x.sgn()
-
-
-def _tanh_backward(grad: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    return aten.tanh_backward(grad, y)
-
-
-def _sigmoid_backward(grad: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    return aten.sigmoid_backward(grad, y)
-
-
-def _gelu_backward(grad: Tensor, x: Tensor, y: Tensor, approximate: str) -> Tensor:
-    return aten.gelu_backward(grad, x, approximate=approximate)
-
-
-def _silu_backward(grad: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    return aten.silu_backward(grad, x)
-
-
-def _elu_backward(grad: Tensor, x: Tensor, y: Tensor, alpha: float) -> Tensor:
-    return aten.elu_backward(grad, alpha, 1.0, 1.0, False, x)
-
-
-def _softplus_backward(grad: Tensor, x: Tensor, y: Tensor, beta: float, threshold: float) -> Tensor:
-    return aten.softplus_backward(grad, x, beta, threshold)
-
-
-def _threshold_backward(grad: Tensor, x: Tensor, y: Tensor, threshold: float) -> Tensor:
-    return aten.threshold_backward(grad, x, threshold)
-
-
-def _hardsigmoid_backward(grad: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    return torch.where(x.abs() < 3, grad / 6, 0)
-
-
-def _softshrink_backward(grad: Tensor, x: Tensor, y: Tensor, lambd: float) -> Tensor:
-    return torch.where(x.abs() > lambd, grad, 0)
-
-
-def _identity(x: Tensor) -> Tensor:
-    return x
-
-
 def own_state(x: Tensor) -> Tensor:
     """Nothing: stands in a graph where a value is to have a state of its own."""
     return x
-
-
-def _identity_backward(grad: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    return grad
 
 
 # Builders take what the operation of the same name takes after its input, so that a recorded call fits.
 
 
 def _make_relu() -> Activation:
-    return Activation("relu", torch.relu, _relu_backward, (0.0,), (0.0, 1.0), (0.0, math.inf))
+    backward = partial(aten.threshold_backward.default, threshold=0)
+    return Activation("relu", torch.relu, backward, (0.0,), (0.0, 1.0), (0.0, math.inf))
 
 
 def _make_leaky_relu(negative_slope: float = 0.01) -> Activation:
     value = partial(F.leaky_relu, negative_slope=negative_slope)
-    backward = partial(_leaky_backward, slope=negative_slope)
+    backward = partial(aten.leaky_relu_backward.default, negative_slope=negative_slope, self_is_result=False)
     return Activation("leaky_relu", value, backward, (0.0,), (negative_slope, 1.0))
 
 
 def _make_hardtanh(min_val: float = -1.0, max_val: float = 1.0) -> Activation:
-    value = partial(F.hardtanh, min_val=min_val, max_val=max_val)
-    backward = partial(_hardtanh_backward, low=min_val, high=max_val)
+    bounds: dict[str, Any] = {"min_val": min_val, "max_val": max_val}
+    value, backward = partial(F.hardtanh, **bounds), partial(aten.hardtanh_backward.default, **bounds)
     kinks = tuple(k for k in (min_val, max_val) if math.isfinite(k))
     slopes = (0.0,) * math.isfinite(min_val) + (1.0,) + (0.0,) * math.isfinite(max_val)
     return Activation("hardtanh", value, backward, kinks, slopes, (min_val, max_val))
@@ -153,62 +94,66 @@ def _make_clamp(min: float | None = None, max: float | None = None) -> Activatio
     return _make_hardtanh(*bounds) if all(isinstance(b, (int, float)) for b in bounds) else None
 
 
-def _make_clamp_min(min: float) -> Activation | None:
-    return _make_clamp(min)
-
-
 def _make_clamp_max(max: float) -> Activation | None:
     return _make_clamp(None, max)
 
 
 def _make_threshold(threshold: float, value: float) -> Activation | None:
     """None where it jumps: that is no kink."""
-    backward = partial(_threshold_backward, threshold=threshold)
+    backward = partial(aten.threshold_backward.default, threshold=threshold)
     apply = partial(torch.threshold, threshold=threshold, value=value)
     return Activation("threshold", apply, backward, (threshold,), (0.0, 1.0)) if value == threshold else None
 
 
 def _make_hardsigmoid() -> Activation:
-    return Activation("hardsigmoid", F.hardsigmoid, _hardsigmoid_backward, (-3.0, 3.0), (0.0, 1 / 6, 0.0))
+    def backward(grad: Tensor, x: Tensor) -> Tensor:
+        return torch.where(x.abs() < 3, grad / 6, 0)
+
+    return Activation("hardsigmoid", F.hardsigmoid, backward, (-3.0, 3.0), (0.0, 1 / 6, 0.0))
 
 
 def _make_softshrink(lambd: float = 0.5) -> Activation:
-    value, backward = partial(F.softshrink, lambd=lambd), partial(_softshrink_backward, lambd=lambd)
-    return Activation("softshrink", value, backward, (-lambd, lambd), (1.0, 0.0, 1.0))
+    def backward(grad: Tensor, x: Tensor) -> Tensor:
+        return torch.where(x.abs() > lambd, grad, 0)
+
+    return Activation("softshrink", partial(F.softshrink, lambd=lambd), backward, (-lambd, lambd), (1.0, 0.0, 1.0))
 
 
 def _make_abs() -> Activation:
-    return Activation("abs", torch.abs, _abs_backward, (0.0,), (-1.0, 1.0))
+    return Activation("abs", torch.abs, lambda grad, x: grad * x.sgn(), (0.0,), (-1.0, 1.0))
 
 
 def _make_tanh() -> Activation:
-    return Activation("tanh", torch.tanh, _tanh_backward)
+    return Activation("tanh", torch.tanh, aten.tanh_backward.default, from_result=True)
 
 
 def _make_sigmoid() -> Activation:
-    return Activation("sigmoid", torch.sigmoid, _sigmoid_backward)
+    return Activation("sigmoid", torch.sigmoid, aten.sigmoid_backward.default, from_result=True)
 
 
 def _make_gelu(approximate: str = "none") -> Activation:
     value = partial(F.gelu, approximate=approximate)
-    return Activation("gelu", value, partial(_gelu_backward, approximate=approximate))
+    return Activation("gelu", value, partial(aten.gelu_backward.default, approximate=approximate))
 
 
 def _make_silu() -> Activation:
-    return Activation("silu", F.silu, _silu_backward)
+    return Activation("silu", F.silu, aten.silu_backward.default)
 
 
 def _make_elu(alpha: float = 1.0) -> Activation:
-    return Activation("elu", partial(F.elu, alpha=alpha), partial(_elu_backward, alpha=alpha))
+    def backward(grad: Tensor, x: Tensor) -> Tensor:
+        return aten.elu_backward(grad, alpha, 1.0, 1.0, False, x)
+
+    return Activation("elu", partial(F.elu, alpha=alpha), backward)
 
 
 def _make_softplus(beta: float = 1.0, threshold: float = 20.0) -> Activation:
-    value = partial(F.softplus, beta=beta, threshold=threshold)
-    return Activation("softplus", value, partial(_softplus_backward, beta=beta, threshold=threshold))
+    options: dict[str, Any] = {"beta": beta, "threshold": threshold}
+    return Activation("softplus", partial(F.softplus, **options), partial(aten.softplus_backward.default, **options))
 
 
 def _make_identity() -> Activation:
-    return Activation("identity", _identity, _identity_backward, (), (1.0,), (-math.inf, math.inf))
+    return Activation("identity", own_state, lambda grad, _: grad, (), (1.0,), (-math.inf, math.inf))
 
 
 Builder = Callable[..., Activation | None]
@@ -220,7 +165,7 @@ TABLE: dict[str, Builder] = {
     "relu6": _make_relu6,
     "clamp": _make_clamp,
     "clip": _make_clamp,
-    "clamp_min": _make_clamp_min,
+    "clamp_min": _make_clamp,
     "clamp_max": _make_clamp_max,
     "threshold": _make_threshold,
     "hardsigmoid": _make_hardsigmoid,

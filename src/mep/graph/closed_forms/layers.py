@@ -66,7 +66,7 @@ class Pointwise(LayerOp):
         activation = self.activation
         if not (self.is_affine and context.freeze_branches):
             y = activation.value(h)
-            return y, (h, y)
+            return y, (y if activation.from_result else h)
         x0 = context.branches.get(self.key)
         if context.branch_changes is not None:
             y = context.on_branch(self.key, activation, h)
@@ -75,18 +75,14 @@ class Pointwise(LayerOp):
             y = activation.value(h)
             x0 = context.branches[self.key] = y if self.keeps_result else h.detach()
         else:
-            y = activation.backward(h, x0, x0) if self.is_homogeneous else activation.linearized(h, x0)
-        return y, (x0, x0)
+            y = activation.backward(h, x0) if self.is_homogeneous else activation.linearized(h, x0)
+        return y, x0
 
     def vjp(self, kept: Any, g: Tensor) -> Tensor:
-        return self.activation.backward(as_laid_out(g, kept[0]) if g.ndim == 4 else g, *kept)
+        return self.activation.backward(as_laid_out(g, kept) if g.ndim == 4 else g, kept)
 
     def jvp(self, kept: Any, t: Tensor) -> Tensor:
-        return self.activation.backward(as_laid_out(t, kept[0]) if t.ndim == 4 else t, *kept)
-
-    def rows(self, kept: Any, index: Tensor) -> Any:
-        x0 = rows_of(kept[0], index)
-        return x0, x0
+        return self.activation.backward(as_laid_out(t, kept) if t.ndim == 4 else t, kept)
 
 
 class Reshape(LayerOp):

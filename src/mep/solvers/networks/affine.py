@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from mep.energy import Energy, State, example_dot, example_norm
-from mep.graph import Point
+from mep.graph import Graph, Point
 from mep.graph.node import Beta, expand_beta, select_beta, state_from_error
 from mep.settle import Response
 from mep.solvers.networks.network import (
@@ -47,7 +47,8 @@ class AffineNetwork(Network):
         super().__init__(energy, free, response)
         assert energy.nudge is not None and response.shift is not None
         self.is_coupled = not are_independent(energy, free)
-        self.cost, self.output, self.beta = energy.nudge.cost, energy.output(free), energy.beta
+        self.cost, self.output = energy.nudge.cost, free.values[energy.graph.output]
+        self.beta = energy.nudge.beta
         self.x: Tensor | None = None
         """None at the free point, where every error is zero."""
         self.Mx = response.shift
@@ -117,11 +118,13 @@ class AffineNetwork(Network):
         return picked
 
     def result(self) -> tuple[Point, Mapping[str, Tensor]]:
-        errors, beta, scale = self._errors, self.energy.beta, self.scale
-        if scale is None:
-            return PerturbedPoint(self.energy, self.free, errors, self._input_tangents, beta), errors
-        scaled = LazyMapping(errors, lambda name: errors[name] * spread_length(scale, errors[name]))
-        return PerturbedPoint(self.energy, self.free, scaled, self._input_tangents, beta * scale), scaled
+        errors: Mapping[str, Tensor] = self._errors
+        beta, scale = self.energy.beta, self.scale
+        if scale is not None:
+            unscaled, beta = errors, beta * scale
+            errors = LazyMapping(unscaled, lambda name: unscaled[name] * spread_length(scale, unscaled[name]))
+        saved = _MovedInputs(self.energy.graph, self.free.saved, self._input_tangents, beta)
+        return PerturbedPoint(self.energy, errors, saved), errors
 
     def _hold(self, response: Response) -> None:
         """The response's errors; the dictionaries are this network's own, the tensors may be another phase's too."""
@@ -162,41 +165,34 @@ class LazyMapping(Mapping[str, Any]):
     """The keys of another mapping; values are computed on each access and not cached."""
 
     def __init__(self, like: Mapping[str, Any], make: Callable[[str], Any]):
-        self.like, self.make = like, make
+        self._like, self._make = like, make
 
     def __getitem__(self, name: str) -> Any:
-        return self.make(name)
+        return self._make(name)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.like)
+        return iter(self._like)
 
     def __len__(self) -> int:
-        return len(self.like)
+        return len(self._like)
+
+
+class _MovedInputs(LazyMapping):
+    """What a point saves, after the weighted inputs have moved by `-beta input_tangents`."""
+
+    def __init__(self, graph: Graph, saved: Mapping[str, Any], input_tangents: Mapping[str, Tensor], beta: Beta):
+        self._graph, self._like, self._input_tangents, self._beta = graph, saved, input_tangents, beta
+
+    def __getitem__(self, name: str) -> Any:
+        saved, tangent = self._like[name], self._input_tangents.get(name)
+        return saved if tangent is None else self._graph.by_name[name].moved(saved, tangent, self._beta)
 
 
 class PerturbedPoint(Point):
-    """An affine graph after its states have followed the errors; values that are not read are not computed.
+    """An affine graph after its states have followed the errors; values that are not read are not computed."""
 
-    The weighted inputs have moved by `-beta input_tangents`.
-    """
-
-    def __init__(
-        self,
-        energy: Energy,
-        free: Point,
-        errors: Mapping[str, Tensor],
-        input_tangents: Mapping[str, Tensor],
-        beta: Beta,
-    ):
-        self.energy, self.errors = energy, errors
-
-        def saved(name: str) -> Any:
-            tangent = input_tangents.get(name)
-            if tangent is None:
-                return free.saved[name]
-            return energy.graph.by_name[name].moved(free.saved[name], tangent, beta)
-
-        self.saved = LazyMapping(free.saved, saved)
+    def __init__(self, energy: Energy, errors: Mapping[str, Tensor], saved: Mapping[str, Any]):
+        self.energy, self.errors, self.saved = energy, errors, saved
 
     @cached_property
     def _walked(self) -> Point:

@@ -161,8 +161,8 @@ class Recomputed:
         graph.vjp_through(nodes, saved, forces, transmit)
         for node in nodes:
             own = saved.pop(node.name)
-            h = graph.jvp_through(node, own, errors, tangents, forget=True)
-            own = own if h is None else node.moved(own, h, self.energy.beta)
+            _, moved = graph.jvp({node.name: own}, errors, True, [node], tangents)
+            own = node.moved(own, moved[node.name], self.energy.beta) if moved else own
             yield node, own, errors.pop(node.name, None)
 
     def _error_of(self, node: Node, force: Tensor | None) -> Tensor | None:
