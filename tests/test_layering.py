@@ -20,7 +20,7 @@ ARROWS = {
     "cost": "errors",
     "updates": "errors",
     "graph": "errors guards layout",
-    "energy": "cost errors graph layout",
+    "energy": "cost errors graph guards layout",
     "capture": "cost energy errors graph guards",
     "settle": "energy errors graph",
     "solvers": "cost energy errors graph layout settle",

@@ -2,7 +2,7 @@
 
 from .capture import trace
 from .cost import BatchCost
-from .energy import NodeEnergy
+from .energy import GroupEnergy, NodeEnergy
 from .errors import (
     ArgumentError,
     DataError,
@@ -36,6 +36,7 @@ __all__ = [
     "Equilibrium",
     "EquilibriumPropagation",
     "Estimate",
+    "GroupEnergy",
     "InputError",
     "Local",
     "MepError",

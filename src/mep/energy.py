@@ -28,7 +28,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mep.cost import BatchCost
 from mep.errors import one_of, require
@@ -36,6 +36,7 @@ from mep.graph import Graph, Point
 from mep.graph.closed_forms import Kink
 from mep.graph.node import Beta, Node, expand_beta, select_beta, state_from_error
 from mep.graph.step_context import StepContext
+from mep.guards import without_hooks
 from mep.layout import accurate, by_example, select_examples
 
 State = dict[str, Tensor]
@@ -150,6 +151,34 @@ class Hopfield(NodeEnergy):
         return mu
 
 
+class GroupEnergy(ABC):
+    """An energy of the states of several nodes, or of one, beside those that tie each state to its prediction.
+
+    For lateral connections, memories, softmax groups. The free equilibrium is then no forward pass: `mep.Descent`
+    settles it. Where the object is a `torch.nn.Module`, its parameters are trained with those of the model.
+
+    Attributes:
+        nodes: the names of the nodes (see `print(mep.trace(model, x))`) whose states it takes, in order.
+
+    Example: units of one layer that inhibit each other, with symmetric weights that learn.
+        >>> class Lateral(nn.Module, GroupEnergy):
+        ...     nodes = ("0",)
+        ...     def __init__(self, width):
+        ...         super().__init__()
+        ...         self.weight = nn.Parameter(0.1 * torch.ones(width, width))
+        ...     def energy(self, s):
+        ...         return 0.25 * ((s @ (self.weight + self.weight.T)) * s).sum(1)
+        >>> Lateral(2).energy(torch.tensor([[1.0, 2.0]]))
+        tensor([0.4500], grad_fn=<SumBackward1>)
+    """
+
+    nodes: tuple[str, ...] = ()
+
+    @abstractmethod
+    def energy(self, *states: Tensor) -> Tensor:
+        """One number per example, [batch], differentiable by autograd."""
+
+
 NODE_ENERGIES: dict[str, type[NodeEnergy]] = {"prediction": Prediction, "hopfield": Hopfield}
 
 
@@ -194,6 +223,12 @@ class Energy:
     context: StepContext
     batch: int
     nudge: Nudge | None = None
+    groups: tuple[GroupEnergy, ...] = ()
+
+    @property
+    def is_forward(self) -> bool:
+        """Whether the free equilibrium is the forward pass."""
+        return self.node_energy.is_forward and not self.groups
 
     @property
     def beta(self) -> Beta:
@@ -268,6 +303,8 @@ class Energy:
         total = torch.zeros(self.batch, dtype=self.output(point).dtype, device=self.output(point).device)
         for name, mu in point.predictions.items():
             total = total + self.node_energy.energy(point.values[name], mu).reshape(self.batch, -1).sum(1)
+        for group in self.groups:
+            total = total + group.energy(*(point.values[name] for name in group.nodes))
         if self.nudge:
             total = total + self.nudge.beta * self.nudge.cost.value(self.output(point))
         return total
@@ -302,19 +339,31 @@ class Energy:
 
     def incoming_forces(self, point: Point) -> State:
         """The forces on each state from elsewhere: `sum_c J_c^T (-de/dmu)_c`, and `-beta dC/ds` at the output."""
-        arriving: State = {}
+        arriving, of_groups = State(), self.group_forces(point)
 
         def transmit(node: Node, force: Tensor | None) -> Tensor | None:
             if not node.owns_state:
                 return force
             s, mu = point.values[node.name], point.predictions[node.name]
-            arriving[node.name] = torch.zeros_like(s) if force is None else force
+            force = torch.zeros_like(s) if force is None else force
+            arriving[node.name] = force + of_groups[node.name] if node.name in of_groups else force
             return self.node_energy.forces(s, mu)[1]
 
         gradient = self.cost_gradient(point)
         nudge = None if gradient is None else -gradient * expand_beta(self.beta, gradient)
         self.graph.vjp(point.saved, nudge, transmit)
         return arriving
+
+    def group_forces(self, point: Point) -> State:
+        """`-de/ds` of the group energies, for the states that they take."""
+        found: State = {}
+        for group in self.groups:
+            with torch.enable_grad():
+                states = [point.values[name].detach().requires_grad_() for name in group.nodes]
+                pulled = torch.autograd.grad(group.energy(*states).sum(), states)
+            for name, g in zip(group.nodes, pulled, strict=True):
+                found[name] = found[name] - g if name in found else -g
+        return found
 
     def forces(self, point: Point, incoming: Mapping[str, Tensor] | None = None) -> State:
         """dF/ds_n of every state, in closed form."""
@@ -347,7 +396,7 @@ class Energy:
         of dC/ds, and enters here times beta; but the free one alone where a strong nudge fixes the other.
         """
         free, batch = self.free_of(name), self.batch
-        if self.node_energy.is_forward:
+        if self.is_forward:
             side, other = self.node_energy.ds(s, mu), incoming
         else:
             # The state, and where all forces would move it inside its box. With a nudge both as they differ from the
@@ -393,7 +442,21 @@ class Energy:
         gradients = self.graph.param_vjp(point, errors, weight, nodes)
         if self.nudge and self.nudge.cost.parameters and nodes is None:
             add_gradients(gradients, self.nudge.cost.parameter_gradient(self.output(point), weight))
+        if nodes is None:
+            for group in self.groups:
+                add_gradients(gradients, self._group_gradient(group, point, weight))
         return gradients
+
+    def _group_gradient(self, group: GroupEnergy, point: Point, weight: float) -> dict[Any, Tensor]:
+        """`weight * de/dtheta` of a group's own parameters, over beta where there is a nudge."""
+        trained = [p for p in group.parameters() if p.requires_grad] if isinstance(group, nn.Module) else []
+        if not trained:
+            return {}
+        with without_hooks(trained), torch.enable_grad():
+            each = group.energy(*(point.values[name].detach() for name in group.nodes))
+            total = (each / self.nudge.beta if self.nudge else each).sum()
+            found = torch.autograd.grad(total, trained, allow_unused=True)
+        return {p: g * weight for p, g in zip(trained, found, strict=True) if g is not None}
 
     def select(self, rows: Tensor) -> Energy:
         """The nudged energy of some of the examples, [rows]; their branches are those of the whole batch.

@@ -288,11 +288,11 @@ Home = tuple[dict[str, Any], str]
 
 
 def homes_of(estimator: Estimator) -> tuple[dict[nn.Parameter, Home], list[tuple[dict[str, Any], str, Any]]]:
-    """Where the parameters of an estimator's model stand, and of its cost where that is a module; and their modules."""
-    cost = getattr(estimator, "cost", None)
+    """Where the parameters of an estimator's model stand, and of its cost and groups where these are; and modules."""
+    others = [getattr(estimator, "cost", None), *getattr(estimator, "groups", ())]
     parameters: dict[nn.Parameter, Home] = {}
     modules: list[tuple[dict[str, Any], str, Any]] = []
-    for root in (estimator.model, *([cost] if isinstance(cost, nn.Module) else [])):
+    for root in (estimator.model, *(other for other in others if isinstance(other, nn.Module))):
         for module in root.modules():
             own, inner = dict(module._parameters.items()), dict(module._modules.items())
             home = module._parameters if isinstance(module._parameters, dict) else own

@@ -16,7 +16,7 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ParamSpec, TypedDict
 
 import torch
@@ -25,7 +25,7 @@ from torch.optim.optimizer import ParamsT
 
 from mep.capture import Leaves
 from mep.cost import BatchCost, PerExample
-from mep.energy import NodeEnergy, make_node_energy
+from mep.energy import GroupEnergy, NodeEnergy, make_node_energy
 from mep.errors import A_FLAG, ArgumentError, ParameterError, RemovedArgumentError, require
 from mep.estimators import Backprop, EquilibriumPropagation
 from mep.estimators.checks import check_model
@@ -49,6 +49,7 @@ class Settling(TypedDict, total=False):
     phases: str
     branches: str
     leaves: Leaves
+    groups: Sequence[GroupEnergy]
     settle_steps: int | None
     settle_lr: float | None
     adaptive: bool | None
@@ -63,7 +64,7 @@ class Settling(TypedDict, total=False):
 
 _DEFAULTS: dict[str, Any] = {
     "cost": "cross_entropy", "beta": None, "energy": "prediction", "phases": "one-sided", "branches": "held",
-    "leaves": (), "settle_steps": None, "settle_lr": None, "adaptive": None, "tol": 1e-2, "patience": 1,
+    "leaves": (), "groups": (), "settle_steps": None, "settle_lr": None, "adaptive": None, "tol": 1e-2, "patience": 1,
     "on_unsettled": "warn", "proof": "amortised", "compile": False, "checkpoint": False, "low_memory": False,
 }  # fmt: skip
 _REMOVED = {"strength": "No nudge is weakened any more: beta is used as given. beta=None chooses one for each example."}
@@ -117,7 +118,8 @@ def eqprop(
         params: the parameters to train, or groups of them; they must be the model's.
         model: the model.
         lr, momentum, weight_decay, nesterov: as in `torch.optim.SGD`.
-        cost, beta, energy, phases, branches, leaves, compile, checkpoint, proof: as in `mep.EquilibriumPropagation`.
+        cost, beta, energy, phases, branches, leaves, groups, compile, checkpoint, proof: as in
+            `mep.EquilibriumPropagation`.
         settle_steps, settle_lr, adaptive, tol, patience, on_unsettled: how the states settle, see `mep.presets`.
         low_memory: as in `mep.EPOptimizer`.
 
@@ -153,7 +155,8 @@ def smep(
         model: the model.
         lr, momentum, weight_decay, nesterov: as in `mep.Muon`.
         gamma: the bound, see `mep.spectral_bound`. Weights of embedding layers are left out.
-        cost, beta, energy, phases, branches, leaves, compile, checkpoint, proof: as in `mep.EquilibriumPropagation`.
+        cost, beta, energy, phases, branches, leaves, groups, compile, checkpoint, proof: as in
+            `mep.EquilibriumPropagation`.
         settle_steps, settle_lr, adaptive, tol, patience, on_unsettled: how the states settle, see `mep.presets`.
         low_memory: as in `mep.EPOptimizer`.
     """
@@ -264,7 +267,7 @@ def O1MemoryEPv2(
     return EPOptimizer(estimator, update, [_bound(gamma, model)], settling["low_memory"])
 
 
-@_settles("energy", "checkpoint", "low_memory")
+@_settles("energy", "groups", "checkpoint", "low_memory")
 def natural_ep(
     params: ParamsT,
     model: nn.Module,
@@ -325,7 +328,7 @@ def natural_ep(
     return EPOptimizer(estimator, update)
 
 
-@_settles("energy", "branches", "settle_steps", "settle_lr", "adaptive", "patience", "compile", "checkpoint")
+@_settles("energy", "groups", "branches", "settle_steps", "settle_lr", "adaptive", "patience", "compile", "checkpoint")
 def local_ep(
     params: ParamsT,
     model: nn.Module,

@@ -169,6 +169,8 @@ class Solver(ABC):
     """Whether it begins with the response of the free equilibrium, which it computes itself if it is not given."""
     uses_warm_start: ClassVar[bool] = False
     """Whether it can begin at an earlier equilibrium of the same examples."""
+    settles_groups: ClassVar[bool] = False
+    """Whether it settles energies of groups of nodes (`mep.GroupEnergy`)."""
     compiles: ClassVar[bool] = False
     """Whether it has `unrolled`, a fixed number of steps without decisions, from which a program is compiled."""
     checkpoints: ClassVar[bool] = False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from mep.cost import recorded_function
+from mep.energy import GroupEnergy
 from mep.errors import A_FLAG, ArgumentError, InputError, ParameterError, one_of, require
 from mep.estimators.compiled_step import MOST_SWEEPS
 from mep.estimators.contrast import CONTRASTS
+from mep.graph import Graph
 from mep.graph.inputs import flattened
 from mep.guards import generators, set_generators
 from mep.settle import Solver
@@ -86,6 +88,17 @@ def check_solver(solver: Any) -> None:
         raise ArgumentError(f"{_CALL}(solver={solver!r}): must be a mep.Sweep, mep.Descent, ...")
 
 
+def check_groups(groups: Sequence[GroupEnergy], graph: Graph) -> None:
+    """Refuse groups of nodes that have no state in the graph."""
+    names = [node.name for node in graph.states]
+    for group in groups:
+        if not group.nodes or not set(group.nodes) <= set(names):
+            raise ArgumentError(
+                f"{type(group).__name__}.nodes = {group.nodes}: must be names of nodes with a state, which are "
+                f"{', '.join(names)}; see print(mep.trace(model, x))."
+            )
+
+
 def check_settings(ep: Any) -> None:
     """Raise an ArgumentError, with what to write instead, where the settings of an estimator do not fit."""
     _check_values(ep)
@@ -106,7 +119,15 @@ def _check_values(ep: Any) -> None:
         require(_CALL, name, getattr(ep, name), *A_FLAG)
     if ep.observe is not None:
         require(_CALL, "observe", ep.observe, callable, "callable, as update.observe")
-    if ep.observe is not None and not ep.node_energy.is_forward:
+    for group in ep.groups:
+        if not isinstance(group, GroupEnergy):
+            raise ArgumentError(f"{_CALL}(groups=[{group!r}]): must be objects derived from mep.GroupEnergy.")
+    if ep.groups and not ep.solver.settles_groups:
+        raise ArgumentError(
+            f"{_CALL}(groups=..., solver={ep.solver}): {type(ep.solver).__name__} does not settle energies of groups. "
+            "Use solver=mep.Descent(...)."
+        )
+    if ep.observe is not None and (ep.groups or not ep.node_energy.is_forward):
         raise ArgumentError(f"{_CALL}(observe=...): energy={ep.node_energy.name!r} has no errors to observe.")
     ep.solver.check(ep.node_energy)
 

@@ -78,7 +78,7 @@ def settle_phases(
     Raises:
         DivergedError: settling a phase leads out of the finite numbers.
     """
-    is_forward = energy.node_energy.is_forward
+    is_forward = energy.is_forward
     noted = None if is_forward else _noted(energy, free)
     unit = nudge(energy, cost, 1.0, noted)
     response = linear_response(unit, free.point) if beta is None or solver.uses_response else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,9 +15,9 @@ from mep.capture import Leaves, check_leaves
 from mep.capture.cache import Graphs
 from mep.capture.state import check_state
 from mep.cost import BatchCost, PerExample, make_cost
-from mep.energy import Energy, NodeEnergy, make_node_energy
+from mep.energy import Energy, GroupEnergy, NodeEnergy, make_node_energy
 from mep.errors import ArgumentError, DivergedError, InputError, NotConvergedError, NotConvergedWarning, warn
-from mep.estimators.checks import check_mode, check_model, check_settings, check_solver, checked_batch
+from mep.estimators.checks import check_groups, check_mode, check_model, check_settings, check_solver, checked_batch
 from mep.estimators.compiled_step import CompiledSteps, CompileOptions
 from mep.estimators.contrast import SettledPhase, Watch, betas_of, contrast, iter_gradients, settle_phases
 from mep.estimators.estimate import Estimate, Gradients, accumulate, finished
@@ -72,6 +72,7 @@ class EquilibriumPropagation:
             of the order of the cube root of the depth, for two to three times the time. The gradient is the same to
             rounding. Only for `mep.Sweep`, held branches, and affine graphs (linear layers, convolutions, pooling,
             piecewise-linear activations).
+        groups: energies of groups of nodes beside those of single nodes, see `mep.GroupEnergy`; only for `mep.Descent`.
 
     Raises:
         TraceError, ParameterError, ArgumentError: at once, from the constructor.
@@ -104,6 +105,7 @@ class EquilibriumPropagation:
         checkpoint: bool = False,
         on_unsettled: str = "warn",
         proof: str = "amortised",
+        groups: Sequence[GroupEnergy] = (),
     ):
         check_model(model, "EquilibriumPropagation")
         check_state(model)
@@ -117,7 +119,8 @@ class EquilibriumPropagation:
         self.leaves = tuple(leaves)
         self.diagnostics = diagnostics
         self.observe = observe
-        self.solver = solver or (Sweep() if self.node_energy.has_state else _DESCENT)
+        self.groups = tuple(groups)
+        self.solver = solver or (Sweep() if self.node_energy.has_state and not self.groups else _DESCENT)
         check_solver(self.solver)
         self.beta = beta
         self.compile, self.checkpoint = compile, checkpoint
@@ -293,7 +296,7 @@ class EquilibriumPropagation:
                 "output overflows. Nothing was changed."
             )
         errors = None  # those of the same examples at their last equilibrium
-        if indices is not None and self.node_energy.is_forward:
+        if indices is not None and energy.is_forward:
             errors = self._cache.of(indices, energy.state(free.point))[0]
         with region("settling"):
             phases = settle_phases(energy, free, cost, self.solver, self.phases, self.beta, errors, watch)
@@ -304,9 +307,11 @@ class EquilibriumPropagation:
 
     def _free(self, graph: Graph, x: Any, batch: int, indices: Tensor | None = None) -> tuple[Energy, Settled]:
         """The free equilibrium, and the energy as the nudged phases are to have it."""
-        freeze, is_forward = self.branches == "held", self.node_energy.is_forward
+        freeze, is_forward = self.branches == "held", self.node_energy.is_forward and not self.groups
         context = StepContext(freeze_branches=freeze and is_forward)
-        energy = Energy(graph, self.node_energy, graph.bind(x), context, batch)
+        energy = Energy(graph, self.node_energy, graph.bind(x), context, batch, groups=self.groups)
+        if self.groups:
+            check_groups(self.groups, graph)
         if self.checkpoint:
             point: Any = CheckpointedPoint(energy)
         else:  # affine networks need neither states nor predictions to settle, only to look at
@@ -368,7 +373,7 @@ class EquilibriumPropagation:
         if indices is not None:
             # Scaled errors of the nudged equilibrium; where the free one is not the forward pass, its states.
             kept: Mapping[str, Tensor] = energy.state(step.free.point)
-            if self.node_energy.is_forward:
+            if energy.is_forward:
                 kept = energy.errors(last.point) if last.errors is None else last.errors
             self._cache.keep(indices.long(), kept)
 

@@ -68,6 +68,7 @@ class Descent(Solver):
     momentum: float = 0.5
 
     uses_warm_start = True
+    settles_groups = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -160,7 +161,7 @@ def _forces(energy: Energy, point: Point) -> DescentState:
 
     The leftover is the force that the free phase left (`Nudge.free`).
     """
-    incoming_forces, forces = State(), State()
+    incoming_forces, forces, of_groups = State(), State(), energy.group_forces(point)
     free = energy.nudge.free if energy.nudge else None
 
     def transmit(node: Node, incoming: Tensor | None) -> Tensor | None:
@@ -168,8 +169,10 @@ def _forces(energy: Energy, point: Point) -> DescentState:
             return incoming
         name, s, mu = node.name, point.values[node.name], point.predictions[node.name]
         # A state on its prediction, where no signal has arrived: nothing acts there, and nothing is computed below.
-        is_calm = s is mu and energy.node_energy.is_forward
+        is_calm = s is mu and energy.is_forward
         ds, onward = (None, None) if is_calm else energy.node_energy.forces(s, mu)
+        if name in of_groups:
+            incoming = of_groups[name] if incoming is None else incoming + of_groups[name]
         if incoming is not None:
             incoming_forces[name] = incoming
         if incoming is not None or ds is not None:
