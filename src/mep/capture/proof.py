@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from mep.capture import Leaves, capture
-from mep.capture.cost import RecordedCost
+from mep.capture.cost import cost_of
 from mep.capture.state import Buffers, copied_together, trained_parameters, untouched
-from mep.capture.surroundings import Snapshot
+from mep.capture.surroundings import Facts, Snapshot
 from mep.cost import make_cost, mean_cost, recorded_function
 from mep.energy import FREE, Energy, make_node_energy
 from mep.errors import MepError, TraceError
@@ -119,7 +119,7 @@ def _sides(proof: Proof, x: Any, target: Any) -> tuple[Side, Side]:
                 f"{type(proof.model).__name__} writes to its parameter `{_named(proof, written[0][0])}` in forward, "
                 "inside a module kept whole, in every evaluation. Way out: write after the step, or make it a buffer."
             )
-        after, first = generators(everyones=True), _changes(proof)
+        after, first = generators(everyones=True), proof.snapshot.now() if proof.snapshot else []
         buffers.undo()
         set_generators(noise)
         with torch.enable_grad():  # forward may hook what it computes
@@ -164,7 +164,7 @@ def _graph_side(proof: Proof, x: Any, target: Any, buffers: Buffers) -> Side:
     free = energy.rest()
     context.recording = False
     output = energy.output(free)
-    cost: Any = RecordedCost(graph, energy.inputs, target) if graph.cost else make_cost(proof.cost)(output, target)
+    cost = cost_of(graph, make_cost(proof.cost), energy.inputs, output, target)
     errors: dict[str, Tensor] = {}
 
     def transmit(node: Node, force: Tensor | None) -> Tensor | None:
@@ -234,21 +234,12 @@ def _double_of(g: Tensor | None, like: Tensor | None = None) -> Tensor:
     return (torch.view_as_real(g) if g.is_complex() else g).detach().double()
 
 
-def _changes(proof: Proof) -> dict[tuple[int, Any], Any]:
-    """What the model has noted down on itself, and how it stands now."""
-    if proof.snapshot is None:
-        return {}
-    return proof.snapshot.changes()
-
-
-def _check_repeats(
-    proof: Proof, wanted: Side, again: float, buffers: Sequence[Tensor], first: dict[tuple[int, Any], Any]
-) -> None:
+def _check_repeats(proof: Proof, wanted: Side, again: float, buffers: Sequence[Tensor], first: Facts) -> None:
     """Whether a second run did what the first one did; what it notes down once and for all may stay."""
     name, snapshot = type(proof.model).__name__, proof.snapshot
     way_out = "no graph can hold it. Way out: keep it in a buffer (register_buffer), or give it to forward as an input."
     if snapshot is not None:
-        moved = snapshot.moved(first, _changes(proof))
+        moved = snapshot.moved(first, snapshot.now())
         if moved is not None:
             raise TraceError(f"{moved} of {name} changes whenever forward runs: {way_out}")
     slack = 1e-5 * (1 + abs(again))

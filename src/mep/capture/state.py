@@ -70,14 +70,16 @@ class Buffers:
 
     def __init__(self, *modules: nn.Module):
         every = [m for module in modules for m in module.modules() if not isinstance(m, torch.jit.ScriptModule)]
-        homes = [m._buffers for m in every if m._buffers]
         self.before = [
-            (home, {k: (b, None if b is None else b.detach().clone()) for k, b in home.items()}) for home in homes
+            (m._buffers, {k: (b, None if b is None else b.detach().clone()) for k, b in m._buffers.items()})
+            for m in every
         ]
 
     def undo(self) -> None:
         """To what they were."""
         for home, kept in self.before:
+            for name in home.keys() - kept.keys():
+                del home[name]
             for name, (buffer, value) in kept.items():
                 if buffer is not None and value is not None and not same(buffer, value):
                     with torch.no_grad():
