@@ -16,18 +16,26 @@ import functools
 import operator
 import sys
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain, repeat
-from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType, SimpleNamespace
+from types import BuiltinFunctionType, CellType, CodeType, FunctionType, MethodType, ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
-_COLLECTIONS = (list, deque, set, tuple, frozenset)
 _CACHED: Any = type(functools.lru_cache(int))
+_PARTS: dict[Any, tuple[str, ...]] = {
+    _CACHED: ("__wrapped__",),
+    staticmethod: ("__func__",),
+    classmethod: ("__func__",),
+    property: ("fget",),
+    MethodType: ("__self__", "__func__"),
+    functools.partial: ("func", "args", "keywords"),
+}
+"""What decides about callables that are no functions."""
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _OWN = vars(nn.Module()).keys()
 """What torch keeps on every module."""
@@ -39,17 +47,14 @@ _ABSENT = object()
 
 
 class Place:
-    """A dictionary: its name, its values as they are at any time, the same with their keys, and a way back.
-
-    By the methods of `dict` itself: a subclass may make its values when they are read.
-    """
+    """A dictionary of Python's: its values as they are at any time (`view`), with their keys (`items`), a way back."""
 
     def __init__(self, name: str, owner: Any):
         self.name, self.owner = name, owner
-        self.view: Iterable[Any] = dict.values(owner) if isinstance(owner, dict) else owner
+        self.view: Iterable[Any] = owner.values() if isinstance(owner, dict) else owner
 
     def items(self) -> dict[Any, Any]:
-        return dict(dict.items(self.owner))
+        return dict(self.owner)
 
     def put_back(self, before: dict[Any, Any]) -> None:
         """Hold what `items` returned before."""
@@ -58,12 +63,9 @@ class Place:
             self.refill(now, before)
 
     def refill(self, now: dict[Any, Any], before: dict[Any, Any]) -> None:
-        """Hold `before` instead of `now`, in the same order where the dictionary is torch's or Python's."""
-        if type(self.owner) in (dict, OrderedDict):
-            self.owner.clear()
-            self.owner.update(before)
-        else:
-            _change_one_by_one(now, before, self.owner.__setitem__, self.owner.__delitem__)
+        """Hold `before` instead of `now`, in the same order."""
+        self.owner.clear()
+        self.owner.update(before)
 
 
 class _Collection(Place):
@@ -79,20 +81,11 @@ class _Collection(Place):
 
 
 class _Named(Place):
-    """Some names of an owner: its attributes, or what other ways to get, assign and delete them find: globals, cells."""
+    """Names of an owner, one by one: its attributes, or what is found by other `ways` to get, assign and delete."""
 
-    def __init__(
-        self,
-        name: str,
-        owner: Any,
-        names: Iterable[str],
-        get: Any = getattr,
-        assign: Any = setattr,
-        delete: Any = delattr,
-    ):
-        super().__init__(name, owner)
-        self.names, self.get, self.assign, self.delete = names, get, assign, delete
-        self.view = self
+    def __init__(self, name: str, owner: Any, names: Iterable[Any], *ways: Any):
+        self.name, self.owner, self.names, self.view = name, owner, names, self
+        self.get, self.assign, self.delete = ways or (getattr, setattr, delattr)
 
     def __iter__(self) -> Iterator[Any]:
         return map(self.get, repeat(self.owner), self.names, repeat(_ABSENT))
@@ -101,8 +94,11 @@ class _Named(Place):
         return {n: v for n, v in zip(self.names, self, strict=True) if v is not _ABSENT}
 
     def refill(self, now: dict[Any, Any], before: dict[Any, Any]) -> None:
-        assign, delete = functools.partial(self.assign, self.owner), functools.partial(self.delete, self.owner)
-        _change_one_by_one(now, before, assign, delete)
+        for name in now.keys() - before.keys():
+            self.delete(self.owner, name)
+        for name, value in before.items():
+            if now.get(name, _ABSENT) is not value:
+                self.assign(self.owner, name, value)
 
 
 class _Buffers(Place):
@@ -113,30 +109,6 @@ class _Buffers(Place):
 
     def put_back(self, before: dict[Any, Any]) -> None:
         """As `mep.capture.state.Buffers` does."""
-
-
-class _Cache(Place):
-    """What a function remembers by `functools.lru_cache`: afterwards nothing, it might be of another kind of run."""
-
-    def __init__(self, name: str, owner: Any):
-        super().__init__(name, owner)
-        self.view = ()
-
-    def items(self) -> dict[Any, Any]:
-        return {}
-
-    def put_back(self, before: dict[Any, Any]) -> None:
-        self.owner.cache_clear()
-
-
-def _change_one_by_one(
-    now: dict[Any, Any], before: dict[Any, Any], assign: Callable[..., Any], delete: Callable[..., Any]
-) -> None:
-    for key in now.keys() - before.keys():
-        delete(key)
-    for key, value in before.items():
-        if now.get(key, _ABSENT) is not value:
-            assign(key, value)
 
 
 Facts = list[dict[Any, Any]]
@@ -183,8 +155,8 @@ class Snapshot:
             is_number = isinstance(fact, (bool, int, float, str))
             is_written = isinstance(fact, _TensorFact) and isinstance(before, _TensorFact) and fact.id == before.id
             if fact != before and (is_number or is_written) and i not in lengths:
-                name = self.places[i].name
-                return f"{name}.{key}" if isinstance(key, str) else f"{name}[{key}]"
+                name = self.places[i].name + (f".{key}" if isinstance(key, str) else f"[{key}]")
+                return name.removesuffix(".cell_contents")
         self.notes |= changes
         self.lengths |= lengths
         return None
@@ -259,6 +231,8 @@ def surroundings_kept(*roots: Any) -> Iterator[None]:
     finally:
         for place, items in kept:
             place.put_back(items)
+            if isinstance(place.owner, _CACHED):
+                place.owner.cache_clear()
         for v, content, version in zip(mutable, contents, versions, strict=True):
             if isinstance(v, Tensor):
                 if v._version != version:
@@ -309,27 +283,27 @@ def _of_module(name: str, module: nn.Module) -> Iterator[Place]:
 
 def _of_object(name: str, value: Any) -> Iterator[Place]:
     """The places of anything but a module."""
-    if isinstance(value, _CACHED):
-        yield _Cache(name, value)
-        value = value.__wrapped__
-    value = value.__func__ if isinstance(value, (staticmethod, classmethod)) else value
-    if isinstance(value, property):
-        yield _Named(name, value, ("fget",))
-    elif isinstance(value, MethodType):
-        yield _Named(name, value, ("__self__", "__func__"))
-    elif isinstance(value, functools.partial):
-        yield _Named(name, value, ("func", "args", "keywords"))
+    read = [names for kind, names in _PARTS.items() if isinstance(value, kind)]
+    if read:
+        yield _Named(name, value, read[0])
     elif isinstance(value, FunctionType):
         yield from _of_function(name, value)
     elif isinstance(value, type):
         for cls in value.__mro__ if not _is_foreign(value) else ():
             if not _is_foreign(cls):
-                place = _Named(cls.__name__, cls, vars(cls), lambda cls, key, default: vars(cls).get(key, default))
+                ways = (lambda cls, key, default: vars(cls).get(key, default)), setattr, delattr
+                place = _Named(cls.__name__, cls, vars(cls), *ways)
                 place.view = vars(cls).values()
                 yield place
-    elif isinstance(value, (dict, *_COLLECTIONS)):
-        if len(value) <= _LONGEST:
-            yield Place(name, value) if isinstance(value, dict) else _Collection(name, value)
+    elif isinstance(value, (dict, list, deque, set, tuple, frozenset)):
+        if len(value) > _LONGEST:
+            return
+        if type(value) in (dict, OrderedDict):
+            yield Place(name, value)
+        elif isinstance(value, dict):  # its own methods may make values when they are read
+            yield _Named(name, value, dict.keys(value), dict.get, operator.setitem, operator.delitem)
+        else:
+            yield _Collection(name, value)
     elif _is_object(value):
         if hasattr(value, "__dict__"):
             yield Place(name, vars(value))
@@ -356,10 +330,9 @@ def _of_function(name: str, function: FunctionType) -> Iterator[Place]:
     """What a function reads from its closure, its defaults, and by name from its module and from others."""
     if _is_foreign(function):
         return
-    cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
-    cells.pop("__class__", None)  # of super()
-    if cells:
-        yield _Named(name, cells, cells, _content, _set_content, _delete_content)
+    for variable, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        if variable != "__class__" and cell != CellType():  # not that of super(), and bound
+            yield _Named(f"{name}.{variable}", cell, ("cell_contents",))
     if function.__defaults__ or function.__kwdefaults__:
         yield _Named(name, function, ("__defaults__", "__kwdefaults__"))
     if vars(function):
@@ -386,18 +359,3 @@ def _is_read(value: Any, by_library: bool) -> bool:
         return False
     is_code = isinstance(value, (type, FunctionType, BuiltinFunctionType, MethodType, nn.Module))
     return not (is_code and by_library)
-
-
-def _content(cells: dict[str, Any], name: str, default: Any) -> Any:
-    try:
-        return cells[name].cell_contents
-    except ValueError:  # not bound yet
-        return default
-
-
-def _set_content(cells: dict[str, Any], name: str, value: Any) -> None:
-    cells[name].cell_contents = value
-
-
-def _delete_content(cells: dict[str, Any], name: str) -> None:
-    del cells[name].cell_contents
