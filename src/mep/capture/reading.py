@@ -23,7 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from mep.capture.export import Exported, source_line
+from mep.capture.export import Exported
+from mep.capture.functional import source_line
 from mep.capture.rewriting import in_few_forms, label, value
 from mep.capture.whole import KeptModule, Whole
 from mep.errors import TraceError

@@ -129,7 +129,11 @@ def _fill(n: fx.Node) -> None:
 
 
 def _copy(n: fx.Node) -> None:
-    n.target, n.args = _as_new, n.args[:2]
+    old, new = n.args[:2]
+    if isinstance(new, fx.Node) and (value(old).shape, value(old).dtype) == (value(new).shape, value(new).dtype):
+        _replace([n], new)
+    else:
+        n.target, n.args = _as_new, (old, new)
 
 
 class _Written:
