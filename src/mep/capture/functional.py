@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram
 
-from mep.capture.rewriting import without_casts
+from mep.capture.rewriting import without_cast
 
 aten = torch.ops.aten
 TORCH, OURS = str(Path(torch.__file__).parent), str(Path(__file__).parent)
@@ -59,7 +59,8 @@ def _inline_regions(module: fx.GraphModule) -> None:
         enabled, region, *given = n.args
         inner: Any = getattr(module, region.target)
         _inline_regions(inner)
-        without_casts(inner.graph)  # a cast that changes nothing is what it casts, gradient and all
+        for m in list(inner.graph.nodes):
+            without_cast(m)  # one that changes nothing is what it casts, gradient and all
         places: dict[fx.Node, Any] = dict(zip(inner.graph.find_nodes(op="placeholder"), given, strict=True))
         with graph.inserting_before(n):
             for place, read in places.items():

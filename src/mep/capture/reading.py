@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 import operator
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -103,7 +103,13 @@ class Reading:
         self._find_junctions()
         chosen = [n for n in self.nodes if (n in self.roots or n in self.junctions) and n in self.needed]
         folded = {n: self._closure([n], set(chosen) - {n}) for n in chosen}
-        self._check_draws_once(folded)
+        draws = Counter(n for program, _ in folded.values() for n in program if self._is_random(n))
+        for n, times in draws.items():
+            if times > 1:
+                raise TraceError(
+                    f"{self.place(n)} draws random numbers, and several nodes read it for which no state can stand. "
+                    "Way out: keep the module that draws them and what reads it whole, leaves=(ThatModule,)."
+                )
         attached, apart = self._writes(folded)
         made: dict[fx.Node, Node] = {}
         for n in chosen:
@@ -207,44 +213,56 @@ class Reading:
     def _find_output(self) -> None:
         """The value whose state is nudged, and the program of the cost where that reads more than output and target."""
         self.cost: CostProgram | None = None
-        result, cost = self._result(), self.exported.cost
-        if cost is None:
-            assert result is not None
-            self.output = self.alias.get(result, result)
+        result = self._result()
+        result = self.alias.get(result, result) if result is not None else None
+        if self.exported.cost is not None:
+            self._find_cost(self.exported.cost, result)
         else:
-            if result is not None:
-                self.roots[self.alias.get(result, result)] = _FREE
-            noise = {n for n in self.junctions if n in self.by_example and self._has_examples(n)}
-            crossing = self.roots.keys() | noise
-            program, reads = self._closure([cost], crossing)
-            states = [n for n in reads if n in crossing]
-            parameters = self._parameters(program)
-            plain = states == [self.alias.get(result, result)] and not parameters if result is not None else False
-            plain = plain and not any(n in self.inputs or n in self.junctions for n in (*reads, *program))
-            plain = plain and value(cost).ndim == 1
-            if not states:
-                raise TraceError(f"The cost does not depend on what {type(self.model).__name__} computes.")
-            self.output = states[0]
-            join = None
-            if len(states) > 1:
-                self.output, join = self._joined(states)
-            self._check_cost_draws_nothing(program)
-            if not plain:
-                ops = [self._op(n) for n in program]
-                others = [n for n in reads if n not in crossing]
-                names = [self.names[n] for n in (*states, *others)]
-                run = Program(ops, names, [self.names[cost]], "the cost")
-                targets = set(self.exported.targets)
-                inputs = tuple(
-                    ("target", self.exported.targets.index(n)) if n in targets else self.inputs[n] for n in others
-                )
-                self.cost = CostProgram(run, join, inputs, parameters)
+            assert result is not None
+            self.output = result
         self.roots[self.output] = _FREE
         self.junctions -= self.roots.keys()
         wanted = [n for n, _ in self.exported.writes if n.op == "call_function"]
         self.needed = self._ancestors([self.output])
         beside = [a for a in self._closure(wanted, set(self.roots) | self.junctions)[1] if a not in self.inputs]
         self.needed |= self._ancestors(beside)
+
+    def _find_cost(self, cost: fx.Node, result: fx.Node | None) -> None:
+        """All states that the cost reads, side by side, are the output; what else it reads is given to its program."""
+        if result is not None:
+            self.roots[result] = _FREE
+        noise = {n for n in self.junctions if n in self.by_example and self._has_examples(n)}
+        crossing = self.roots.keys() | noise
+        program, reads = self._closure([cost], crossing)
+        states, others = [n for n in reads if n in crossing], [n for n in reads if n not in crossing]
+        if not states:
+            raise TraceError(f"The cost does not depend on what {type(self.model).__name__} computes.")
+        for n in filter(self._is_random, program):
+            raise TraceError(
+                f"The cost draws random numbers: {self.place(n)}. Way out: draw them in the model, which returns "
+                "them, or before the step, as part of the target."
+            )
+        self.output, join = states[0], None
+        if len(states) > 1:
+            join = Join()
+            with self.fx.inserting_before(self.fx.output_node()):
+                given = (self.exported.inputs[0], *states)
+                self.output = self.fx.create_node("call_function", join, given, name="joined")
+            first = value(states[0])
+            self.output.meta["val"] = first.flatten(1) if first.ndim > 1 else first
+            self.nodes.append(self.output)
+            self.names[self.output], self.data[self.output], self.parametrised[self.output] = "joined", True, False
+
+        # One number for each example, from output and target alone, is what a cost function computes anyway.
+        parameters = self._parameters(program)
+        is_plain = states == [result] and not parameters and value(cost).ndim == 1
+        if is_plain and not any(n in self.inputs or n in self.junctions for n in (*reads, *program)):
+            return
+        names = [self.names[n] for n in (*states, *others)]
+        run = Program([self._op(n) for n in program], names, [self.names[cost]], "the cost")
+        targets = self.exported.targets
+        inputs = tuple(("target", targets.index(n)) if n in targets else self.inputs[n] for n in others)
+        self.cost = CostProgram(run, join, inputs, parameters)
 
     def _result(self) -> fx.Node | None:
         """The one tensor that the model returns; None where the cost takes something else from it."""
@@ -276,36 +294,6 @@ class Reading:
         before = sum(structure.child(i).num_leaves for i in range(list(keys).index("logits")))
         return self.exported.outputs[sum(are_tensors[:before])]
 
-    def _joined(self, states: Sequence[fx.Node]) -> tuple[fx.Node, Join]:
-        """All values that the cost reads side by side, as one output."""
-        join = Join()
-        last = self.fx.output_node()
-        with self.fx.inserting_before(last):
-            n = self.fx.create_node("call_function", join, (self.exported.inputs[0], *states), name="joined")
-        n.meta["val"] = value(states[0]).flatten(1) if value(states[0]).ndim > 1 else value(states[0])
-        self.nodes.append(n)
-        self.names[n] = "joined"
-        self.data[n] = True
-        self.parametrised[n] = False
-        return n, join
-
-    def _check_draws_once(self, folded: Mapping[fx.Node, tuple[list[fx.Node], list[fx.Node]]]) -> None:
-        draws = Counter(n for program, _ in folded.values() for n in program if self._is_random(n))
-        for n, times in draws.items():
-            if times > 1:
-                raise TraceError(
-                    f"{self.place(n)} draws random numbers, and several nodes read it for which no state can stand. "
-                    "Way out: keep the module that draws them and what reads it whole, leaves=(ThatModule,)."
-                )
-
-    def _check_cost_draws_nothing(self, program: Iterable[fx.Node]) -> None:
-        for n in program:
-            if self._is_random(n):
-                raise TraceError(
-                    f"The cost draws random numbers: {self.place(n)}. Way out: draw them in the model, which returns "
-                    "them, or before the step, as part of the target."
-                )
-
     def _ancestors(self, ends: Iterable[fx.Node]) -> set[fx.Node]:
         found: set[fx.Node] = set()
         stack = list(ends)
@@ -321,7 +309,7 @@ class Reading:
         """The operations from `stops` and inputs to the ends, in order, and which of those they read, in order."""
         program: set[fx.Node] = set()
         reads: dict[fx.Node, None] = {}
-        stack = [e for e in ends]
+        stack = list(ends)
         while stack:
             n = stack.pop()
             if n in program:
@@ -332,20 +320,14 @@ class Reading:
                 program.add(n)
                 stack += [self.alias.get(a, a) for a in n.all_input_nodes]
         order = {n: i for i, n in enumerate(self.fx.nodes)}
-        return sorted(program, key=order.__getitem__), sorted(
-            (n for n in reads if n not in self.slots), key=order.__getitem__
-        )
+        inputs = [n for n in reads if n not in self.slots]
+        return sorted(program, key=order.__getitem__), sorted(inputs, key=order.__getitem__)
 
     def _parameters(self, program: Iterable[fx.Node]) -> tuple[nn.Parameter, ...]:
         """Those that a program reads for their numbers."""
-        read = [
-            self.slots[a].value
-            for n in program
-            if label(n) not in _SHAPE_ONLY
-            for a in n.all_input_nodes
-            if a in self.slots
-        ]
-        return tuple(dict.fromkeys(p for p in read if isinstance(p, nn.Parameter)))
+        read = [a for n in program if label(n) not in _SHAPE_ONLY for a in n.all_input_nodes]
+        values = [self.slots[a].value for a in read if a in self.slots]
+        return tuple(dict.fromkeys(p for p in values if isinstance(p, nn.Parameter)))
 
     def _find_junctions(self) -> None:
         """Walk backwards, noting which roots each operation feeds. What carries parameters is repeated, not shared."""
@@ -407,32 +389,16 @@ class Reading:
         apart: list[Write] = []
         for v, slot in self.exported.writes:
             program, reads = self._closure([v], set(folded))
-            several = {n for n in program if isinstance(value(n), (tuple, list))}
+            several = {n for n in program if isinstance(value(n), (tuple, list))}  # batch normalisation
             homes = [n for n, (own, _) in folded.items() if several & set(own)]
-            home = homes[-1] if homes and self._is_beside(v, *folded[homes[-1]]) else None
-            if home is not None:
-                attached.setdefault(home, []).append((v, slot))
+            beside = {*folded[homes[-1]][0], *folded[homes[-1]][1]} if homes else set()
+            if homes and beside.issuperset(self._closure([v], beside)[1]):
+                attached.setdefault(homes[-1], []).append((v, slot))
                 continue
             names = [self._name(n) for n in reads]
-            result = self.names[v] if v in self.names else self._name(v)
-            if v in self.slots:
-                names, program = [], [self._copy(v)]
-                result = self.names[program[0]]
-            run = Program([self.ops[n] for n in program], names, [result], "a buffer")
+            run = Program([self.ops[n] for n in program], names, [self._name(v)], "a buffer")
             apart.append(Write(run, tuple(names), (slot,)))
         return attached, apart
-
-    def _is_beside(self, v: fx.Node, program: list[fx.Node], parents: list[fx.Node]) -> bool:
-        reads = self._closure([v], set(program) | set(parents))[1]
-        return all(n in program or n in parents for n in reads)
-
-    def _copy(self, slot: fx.Node) -> fx.Node:
-        """An operation that returns a tensor of the model."""
-        with self.fx.inserting_before(self.fx.output_node()):
-            n = self.fx.create_node("call_function", torch.clone, (slot,), name=f"{slot.name}_copy")
-        self.names[n] = n.name
-        self.ops[n] = self._op(n)
-        return n
 
     def _name(self, n: fx.Node) -> str:
         return self.inputs.get(n) or self.names[n]
@@ -493,8 +459,6 @@ class Reading:
             return items if isinstance(template, list) else tuple(items)
         if isinstance(template, dict):
             return {k: self._plain(v) for k, v in template.items()}
-        if isinstance(template, slice):
-            return slice(*(self._plain(t) for t in (template.start, template.stop, template.step)))
         return template
 
 
