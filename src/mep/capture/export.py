@@ -32,14 +32,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
-from mep.capture.functional import OURS, TORCH, Unrecordable, Writes, functional
+from mep.capture.functional import Unrecordable, Writes, functional, is_library
 from mep.capture.state import check_state, untouched
-from mep.capture.whole import kept_whole, target_of
+from mep.capture.whole import RECORDED, kept_whole
 from mep.errors import MepError, TraceError, require
 from mep.graph.inputs import call_model, flattened, unflattened
 from mep.graph.ops import Slot
 
-aten = torch.ops.aten
 Leaves = Sequence[type[nn.Module] | str]
 
 
@@ -256,7 +255,7 @@ def _read(
     own = {id(t): s for t, s in _tensors_of(model)} | {id(t): s for t, s in _tensors_of(root.criterion, "cost.")}
     tensors = dict(root.named_parameters(remove_duplicate=False)) | dict(root.named_buffers(remove_duplicate=False))
     for n in graph.find_nodes(op="call_function", target=torch.ops.mep.whole.default):
-        n.target = target_of(n.args[1])
+        n.target = RECORDED[n.args[1]]
     slots: dict[fx.Node, Slot] = {}
     places = {n.name: n for n in graph.nodes if n.op == "placeholder"}
     for held in (signature.inputs_to_parameters, signature.inputs_to_buffers):
@@ -310,41 +309,31 @@ def _tensors_of(module: nn.Module | None, prefix: str = "") -> Iterator[tuple[Te
 
 
 def _refusal(error: Exception, model: nn.Module) -> TraceError:
+    """What recording failed at, where, and the smallest module around it that can be kept whole."""
+    reason = str(error).strip().split("\n")[0]
+    if "data-dependent" in reason:
+        reason = f"what it does next depends on the values of tensors ({reason.rstrip('.')})."
+    elif "fake tensor" in reason.lower():
+        reason = "it makes tensors in a way that a recorded graph cannot contain."
+    elif not isinstance(error, Unrecordable):
+        reason = f"{type(error).__name__}: {reason}"
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.line and not f.filename.startswith("<")]
+    frames = [f for f in frames if not is_library(f.filename)]
+    if frames:
+        last = frames[-1]
+        reason += f"\n  {Path(last.filename).name}, line {last.lineno} in {last.name}: {last.line}"
     names = {module: name for name, module in model.named_modules()}
     owners = [frame.f_locals.get("self") for frame, _ in traceback.walk_tb(error.__traceback__)]
     if isinstance(error, Unrecordable) and error.path:
         owners = [model.get_submodule(error.path)]
     inside = [m for m in owners if isinstance(m, nn.Module) and names.get(m)]
+    way_out = "move this code into a module of its own and keep that whole, leaves=(ThatModule,)"
     if inside:
-        kind = type(inside[-1]).__name__
-        way_out = f"keep `{names[inside[-1]]}` whole, leaves=({kind},)"
-    else:
-        way_out = "move this code into a module of its own and keep that whole, leaves=(ThatModule,)"
+        way_out = f"keep `{names[inside[-1]]}` whole, leaves=({type(inside[-1]).__name__},)"
     return TraceError(
-        f"Cannot read {type(model).__name__}: {_first_sentence(error)}{_user_line(error)}\n"
+        f"Cannot read {type(model).__name__}: {reason}\n"
         f"Way out: {way_out}: autograd runs inside it, equilibrium propagation between it and the rest."
     )
-
-
-def _first_sentence(error: Exception) -> str:
-    text = str(error).strip().split("\n\n")[0].split("\n")[0]
-    if "data-dependent" in text:
-        return f"what it does next depends on the values of tensors ({text.rstrip('.')})."
-    if "fake tensor" in text.lower():
-        return "it makes tensors in a way that a recorded graph cannot contain."
-    if isinstance(error, Unrecordable):
-        return text
-    return f"{type(error).__name__}: {text}"
-
-
-def _user_line(error: Exception) -> str:
-    """The innermost line that is neither torch's nor ours."""
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith((TORCH, OURS, "<"))]
-    frames = [f for f in frames if f.line and Path(f.filename).parent.name != "graph"]
-    if not frames:
-        return ""
-    last = frames[-1]
-    return f"\n  {Path(last.filename).name}, line {last.lineno} in {last.name}: {last.line}"
 
 
 @contextmanager

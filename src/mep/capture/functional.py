@@ -22,7 +22,7 @@ from torch.export import ExportedProgram
 from mep.capture.rewriting import without_cast
 
 aten = torch.ops.aten
-TORCH, OURS = str(Path(torch.__file__).parent), str(Path(__file__).parent)
+_TORCH, _OURS = str(Path(torch.__file__).parent), str(Path(__file__).parent)
 Writes = list[tuple[fx.Node, str]]
 """New values of buffers, and the full names of these."""
 
@@ -194,4 +194,4 @@ def source_line(n: fx.Node) -> str:
 
 def is_library(file: str) -> bool:
     """Whether a file is torch's or ours."""
-    return file.startswith((TORCH, OURS, "torch/")) or "/mep/graph/" in file
+    return file.startswith((_TORCH, _OURS, "torch/")) or "/mep/graph/" in file
