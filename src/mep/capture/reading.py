@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -62,34 +62,31 @@ class Reading:
     def read(self) -> None:
         """Read the graph as it stands now."""
         self.nodes = [n for n in self.fx.nodes if n.op == "call_function"]
-        self.alias: dict[fx.Node, fx.Node] = {}
         self.data: dict[fx.Node, bool] = dict.fromkeys(self.inputs, True)
-        self.parametrised: dict[fx.Node, bool] = {
-            n: isinstance(slot.value, nn.Parameter) for n, slot in self.slots.items()
-        }
+        """Whether a value depends on an input."""
+        self.parametrised = {n: isinstance(slot.value, nn.Parameter) for n, slot in self.slots.items()}
+        """Whether an operation reads parameters, itself or by expressions of parameters alone."""
         self.needed: set[fx.Node] = set()
         self.output: fx.Node
         self.by_example: set[fx.Node] = set()
         self.roots: dict[fx.Node, Box] = {}
         self.junctions: set[fx.Node] = set()
-        first: dict[tuple[fx.Node, Any], fx.Node] = {}
         in_cost: set[fx.Node] = set()
         for n in self.nodes:
             reads = [] if label(n) in _SHAPE_ONLY else n.all_input_nodes
             self.data[n] = isinstance(value(n), (Tensor, tuple, list, type(None))) and any(map(self._is_data, reads))
             self.parametrised[n] = any(self.parametrised.get(a, False) and not self._is_data(a) for a in reads)
             if n.target is operator.getitem:
-                self.alias[n] = first.setdefault((n.args[0], n.args[1]), n)
                 self.parametrised[n] = self.parametrised.get(n.args[0], False)
             if self._is_by_example(n):
                 self.by_example.add(n)
+            # The parameters of the cost have their gradient from it alone; noise is drawn in the model's order.
             if self._is_of_the_cost(n) or any(a in in_cost for a in n.all_input_nodes):
-                in_cost.add(n)  # the parameters of the cost have their gradient from it alone
+                in_cost.add(n)
             elif (self.data[n] and self.parametrised[n] and self._can_be_state(n)) or n.target is own_state:
-                self.roots[self.alias.get(n, n)] = _FREE
+                self.roots[n] = _FREE
             elif self._is_random(n) and not isinstance(value(n), (tuple, list)):
-                self.junctions.add(self.alias.get(n, n))  # noise is drawn in the model's order
-        self.alias = {n: a for n, a in self.alias.items() if a is not n}
+                self.junctions.add(n)
         self.names = self._names()
         self._find_output()
         self.ops = {n: self._op(n) for n in self.nodes}
@@ -129,14 +126,16 @@ class Reading:
         )
 
     def move_states_behind_activations(self) -> None:
-        """The input of every activation becomes a root whose box is the activation's; nothing else is one."""
+        """The input of every activation becomes a root whose box is the activation's; nothing else is one.
+
+        The activation itself is gone: the state is what it returned.
+        """
         self.roots = {}
         for n in self.data_ops():
             activation = self.ops[n].activation
             if activation is None or activation.name == "identity":
                 continue
-            read = n.all_input_nodes[0]
-            before = self.alias.get(read, read)
+            before = n.all_input_nodes[0]
             if activation.box is None:
                 raise TraceError(
                     f"The Hopfield energy has states in a box, and {self.place(n)} ({activation.name}) projects on "
@@ -147,10 +146,13 @@ class Reading:
                     f"The Hopfield energy cannot read {self.place(before)} both before and behind {self.place(n)}. "
                     "Use the energy 'prediction'."
                 )
-            self.alias[n], self.roots[before] = before, activation.box
-        self.output = self.alias.get(self.output, self.output)
+            self.roots[before] = activation.box
+            self.output = before if n is self.output else self.output
+            n.replace_all_uses_with(before)
+            self.nodes.remove(n)
+            self.fx.erase_node(n)
         self.roots.setdefault(self.output, _FREE)
-        self.ops = {n: self._op(n) for n in self.ops}
+        self.ops = {n: self._op(n) for n in self.nodes}
 
     def place(self, n: fx.Node) -> str:
         """The name of a value and the innermost line of the user's that made it."""
@@ -214,7 +216,6 @@ class Reading:
         """The value whose state is nudged, and the program of the cost where that reads more than output and target."""
         self.cost: CostProgram | None = None
         result = self._result()
-        result = self.alias.get(result, result) if result is not None else None
         if self.exported.cost is not None:
             self._find_cost(self.exported.cost, result)
         else:
@@ -301,7 +302,6 @@ class Reading:
             n = stack.pop()
             if n not in found:
                 found.add(n)
-                stack += [self.alias.get(a, a) for a in n.all_input_nodes]
                 stack += n.all_input_nodes
         return found
 
@@ -318,7 +318,7 @@ class Reading:
                 reads[n] = None
             else:
                 program.add(n)
-                stack += [self.alias.get(a, a) for a in n.all_input_nodes]
+                stack += n.all_input_nodes
         order = {n: i for i, n in enumerate(self.fx.nodes)}
         inputs = [n for n in reads if n not in self.slots]
         return sorted(program, key=order.__getitem__), sorted(inputs, key=order.__getitem__)
@@ -336,14 +336,11 @@ class Reading:
             folded = [a for a in n.all_input_nodes if a not in self.roots and self._is_data(a)]
             carries[n] = self.parametrised[n] or any(carries.get(a, False) for a in folded)
         self.junctions = {n for n in self.junctions if not carries.get(n, False)}
-        copies: dict[fx.Node, list[fx.Node]] = defaultdict(list)
-        for n, original in self.alias.items():
-            copies[original].append(n)
         feeds: dict[fx.Node, set[fx.Node]] = {}
         for n in reversed(self.nodes):
             if n not in self.needed:
                 continue
-            users = [u for m in (n, *copies[n]) for u in m.users if u not in self.alias and u in self.needed]
+            users = [u for u in n.users if u in self.needed]
             fed = {o for u in users for o in ({u} if u in self.roots else feeds.get(u, {u}))}
             unpacked = isinstance(value(n), (tuple, list))
             shared = self.data[n] and len(fed) > 1
@@ -363,9 +360,7 @@ class Reading:
         """A root or junction with everything that only feeds it."""
         extra = self._closure([v for v, _ in writes], set(parents) | set(program))[0] if writes else []
         ops = [self.ops[n] for n in (*program, *extra)]
-        read_for_numbers = {
-            self.alias.get(a, a) for n in program if label(n) not in _SHAPE_ONLY for a in n.all_input_nodes
-        }
+        read_for_numbers = {a for n in program if label(n) not in _SHAPE_ONLY for a in n.all_input_nodes}
         return make_node(
             ops,
             [self._name(p) for p in parents],
@@ -453,7 +448,7 @@ class Reading:
         """fx's immutable lists and dicts as ordinary ones, its nodes as references and slots."""
         if isinstance(template, fx.Node):
             slot = self.slots.get(template)
-            return slot or Ref(self._name(self.alias.get(template, template)))
+            return slot or Ref(self._name(template))
         if isinstance(template, (tuple, list)):
             items = [self._plain(t) for t in template]
             return items if isinstance(template, list) else tuple(items)

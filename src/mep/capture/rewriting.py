@@ -47,6 +47,10 @@ def value(n: Any) -> Any:
 def in_few_forms(graph: fx.Graph, inputs: Sequence[fx.Node]) -> None:
     """Rewrite every operation that has another spelling. Sizes are read from the inputs wherever these have them."""
     graph.eliminate_dead_code(_is_impure)  # assertions have no readers
+    first: dict[Any, fx.Node] = {}
+    for n in graph.find_nodes(op="call_function", target=operator.getitem):
+        if (known := first.setdefault(n.args, n)) is not n:  # unpacked twice
+            _replace([n], known)
     homes = {str(size): (n, d) for n in reversed(inputs) for d, size in enumerate(value(n).shape)}
     for n in list(graph.nodes):
         name = label(n)
