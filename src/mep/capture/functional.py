@@ -60,14 +60,19 @@ def _inline_regions(module: fx.GraphModule) -> None:
         inner: Any = getattr(module, region.target)
         _inline_regions(inner)
         for m in list(inner.graph.nodes):
+            m.meta.pop("learns", None)  # what it reads may be detached
             without_cast(m)  # one that changes nothing is what it casts, gradient and all
-        places: dict[fx.Node, Any] = dict(zip(inner.graph.find_nodes(op="placeholder"), given, strict=True))
+        given_to = dict(zip(inner.graph.find_nodes(op="placeholder"), given, strict=True))
+        reads: dict[fx.Node, Any] = dict(given_to)
         with graph.inserting_before(n):
-            for place, read in places.items():
-                if not enabled and has_gradient(read):
-                    places[place] = graph.call_function(aten.detach.default, (read,))
-                    places[place].meta = dict(read.meta, learns=False)
-            results: Any = graph.graph_copy(inner.graph, dict(places))
+            for place, read in given_to.items():
+                if not enabled and isinstance(read, fx.Node) and _has_gradient(read):
+                    reads[place] = graph.call_function(aten.detach.default, (read,))
+                    reads[place].meta = {**read.meta, "learns": False}
+            results: Any = graph.graph_copy(inner.graph, dict(reads))
+        # What a region returns as it was given keeps its gradient.
+        returned: Any = inner.graph.output_node().args[0]
+        results = [given_to.get(own, result) for own, result in zip(returned, results, strict=True)]
         for picked in list(n.users):
             picked.replace_all_uses_with(results[picked.args[1]])
             graph.erase_node(picked)
@@ -76,7 +81,7 @@ def _inline_regions(module: fx.GraphModule) -> None:
             graph.erase_node(region)
 
 
-def has_gradient(n: fx.Node) -> bool:
+def _has_gradient(n: fx.Node) -> bool:
     """Whether a value depends on parameters by operations with a derivative."""
     for m in n.graph.nodes:
         if "learns" not in m.meta:
@@ -95,7 +100,7 @@ def _check_writes(graph: fx.Graph) -> None:
     aliases: set[fx.Node] = set()
     for n in graph.nodes:
         first: Any = n.args[0] if n.args else None
-        if n.target is aten.detach.default and first.op != "placeholder" and has_gradient(first):
+        if n.target is aten.detach.default and first.op != "placeholder" and _has_gradient(first):
             aliases.add(n)
         elif first in aliases:
             if _returns_a_view(n):
