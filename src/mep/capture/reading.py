@@ -97,8 +97,10 @@ class Reading:
 
     def graph(self) -> Graph:
         """Fold what feeds one node into it, make a junction of what feeds several, and connect."""
+        # Where a node begins: at states, and at values that several nodes read.
         self._find_junctions()
         chosen = [n for n in self.nodes if (n in self.roots or n in self.junctions) and n in self.needed]
+        # What it computes: everything between those before it and itself. What is in several is computed several times.
         folded = {n: self._closure([n], set(chosen) - {n}) for n in chosen}
         draws = Counter(n for program, _ in folded.values() for n in program if self._is_random(n))
         for n, times in draws.items():
@@ -331,11 +333,13 @@ class Reading:
 
     def _find_junctions(self) -> None:
         """Walk backwards, noting which roots each operation feeds. What carries parameters is repeated, not shared."""
+        # A value carries parameters if its node's own gradient flows through it.
         carries: dict[fx.Node, bool] = {}
         for n in self.nodes:
             folded = [a for a in n.all_input_nodes if a not in self.roots and self._is_data(a)]
             carries[n] = self.parametrised[n] or any(carries.get(a, False) for a in folded)
         self.junctions = {n for n in self.junctions if not carries.get(n, False)}
+        # The roots, and junctions found by then, that read an operation, directly or through what is folded into them.
         feeds: dict[fx.Node, set[fx.Node]] = {}
         for n in reversed(self.nodes):
             if n not in self.needed:
