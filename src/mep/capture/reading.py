@@ -111,8 +111,24 @@ class Reading:
                 )
         attached, apart = self._writes(folded)
         made: dict[fx.Node, Node] = {}
-        for n in chosen:
-            made[n] = self._node(n, *folded[n], attached.get(n, []), made)
+        for n, (program, parents) in folded.items():
+            writes = attached.get(n, [])
+            extra = self._closure([v for v, _ in writes], {*parents, *program})[0] if writes else []
+            # A force flows to what is read for its numbers, unless that never moves.
+            read = {a for m in program if label(m) not in _SHAPE_ONLY for a in m.all_input_nodes}
+            moving = [p in made and p in read and (made[p].owns_state or not made[p].clamped) for p in parents]
+            made[n] = make_node(
+                [self.ops[m] for m in (*program, *extra)],
+                [self.names[p] for p in parents],
+                op=self.names[n],
+                name=self.names[n],
+                flows=tuple(moving),
+                owns_state=n in self.roots,
+                parameters=self._parameters(program),
+                writes=tuple((slot, self.names[v]) for v, slot in writes),
+                box=self.roots.get(n, _FREE),
+                shape=tuple(value(n).shape) if isinstance(value(n), Tensor) else (),
+            )
         kept = dict.fromkeys(p for module in self.exported.kept for p in module.parameters())
         return Graph(
             model=self.model,
@@ -225,10 +241,9 @@ class Reading:
             self.output = result
         self.roots[self.output] = _FREE
         self.junctions -= self.roots.keys()
-        wanted = [n for n, _ in self.exported.writes if n.op == "call_function"]
-        self.needed = self._ancestors([self.output])
-        beside = [a for a in self._closure(wanted, set(self.roots) | self.junctions)[1] if a not in self.inputs]
-        self.needed |= self._ancestors(beside)
+        written = [n for n, _ in self.exported.writes if n.op == "call_function"]
+        beside = self._closure(written, self.roots.keys() | self.junctions)[1]
+        self.needed = set(self._closure([self.output, *beside], set())[0])
 
     def _find_cost(self, cost: fx.Node, result: fx.Node | None) -> None:
         """All states that the cost reads, side by side, are the output; what else it reads is given to its program."""
@@ -297,33 +312,21 @@ class Reading:
         before = sum(structure.child(i).num_leaves for i in range(list(keys).index("logits")))
         return self.exported.outputs[sum(are_tensors[:before])]
 
-    def _ancestors(self, ends: Iterable[fx.Node]) -> set[fx.Node]:
-        found: set[fx.Node] = set()
-        stack = list(ends)
-        while stack:
-            n = stack.pop()
-            if n not in found:
-                found.add(n)
-                stack += n.all_input_nodes
-        return found
-
     def _closure(self, ends: Sequence[fx.Node], stops: set[fx.Node]) -> tuple[list[fx.Node], list[fx.Node]]:
         """The operations from `stops` and inputs to the ends, in order, and which of those they read, in order."""
         program: set[fx.Node] = set()
-        reads: dict[fx.Node, None] = {}
+        reads: set[fx.Node] = set()
         stack = list(ends)
         while stack:
             n = stack.pop()
             if n in program:
                 continue
             if n in stops or n.op == "placeholder":
-                reads[n] = None
+                reads.add(n)
             else:
                 program.add(n)
                 stack += n.all_input_nodes
-        order = {n: i for i, n in enumerate(self.fx.nodes)}
-        inputs = [n for n in reads if n not in self.slots]
-        return sorted(program, key=order.__getitem__), sorted(inputs, key=order.__getitem__)
+        return sorted(program), sorted(n for n in reads if n not in self.slots)
 
     def _parameters(self, program: Iterable[fx.Node]) -> tuple[nn.Parameter, ...]:
         """Those that a program reads for their numbers."""
@@ -353,33 +356,6 @@ class Reading:
             feeds[n] = {n} if n in self.junctions else fed
         self.junctions &= self.needed
 
-    def _node(
-        self,
-        root: fx.Node,
-        program: list[fx.Node],
-        parents: list[fx.Node],
-        writes: list[tuple[fx.Node, Slot]],
-        made: dict[fx.Node, Node],
-    ) -> Node:
-        """A root or junction with everything that only feeds it."""
-        extra = self._closure([v for v, _ in writes], set(parents) | set(program))[0] if writes else []
-        ops = [self.ops[n] for n in (*program, *extra)]
-        read_for_numbers = {a for n in program if label(n) not in _SHAPE_ONLY for a in n.all_input_nodes}
-        return make_node(
-            ops,
-            [self._name(p) for p in parents],
-            op=self.names[root],
-            name=self.names[root],
-            flows=tuple(
-                p in made and p in read_for_numbers and (made[p].owns_state or not made[p].clamped) for p in parents
-            ),
-            owns_state=root in self.roots,
-            parameters=self._parameters(program),
-            writes=tuple((slot, self.names[v]) for v, slot in writes),
-            box=self.roots.get(root, _FREE),
-            shape=tuple(value(root).shape) if isinstance(value(root), Tensor) else (),
-        )
-
     def _writes(
         self, folded: dict[fx.Node, tuple[list[fx.Node], list[fx.Node]]]
     ) -> tuple[dict[fx.Node, list[tuple[fx.Node, Slot]]], list[Write]]:
@@ -394,13 +370,10 @@ class Reading:
             if homes and beside.issuperset(self._closure([v], beside)[1]):
                 attached.setdefault(homes[-1], []).append((v, slot))
                 continue
-            names = [self._name(n) for n in reads]
-            run = Program([self.ops[n] for n in program], names, [self._name(v)], "a buffer")
+            names = [self.names[n] for n in reads]
+            run = Program([self.ops[n] for n in program], names, [self.names[v]], "a buffer")
             apart.append(Write(run, tuple(names), (slot,)))
         return attached, apart
-
-    def _name(self, n: fx.Node) -> str:
-        return self.inputs.get(n) or self.names[n]
 
     def _names(self) -> dict[fx.Node, str]:
         """A readable unique name each: the path of torch's module where there is one, numbered from use 2 on."""
@@ -408,19 +381,15 @@ class Reading:
         names |= {n: f"target_{i}" for i, n in enumerate(self.exported.targets)}
         copies: Counter[str] = Counter(names.values())
         for n in sorted(self.nodes, key=lambda n: n not in self.roots):  # states first; the order stays else
-            wanted = self._torch_module(n) or n.name
+            path, kind = self._module(n)
+            is_result = self.data[n] and isinstance(value(n), (Tensor, type(None)))
+            is_torchs = kind.startswith(("torch.nn.modules", KeptModule.__module__))
+            wanted = path if path and is_result and is_torchs else n.name
             if copies[wanted] and n not in self.roots:
                 wanted = f"{wanted}/{n.name}"
             copies[wanted] += 1
             names[n] = wanted if copies[wanted] == 1 else f"{wanted}#{copies[wanted]}"
         return names
-
-    def _torch_module(self, n: fx.Node) -> str:
-        """The path of the module of torch's that made this call, if its result is what the module is there for."""
-        if not self.data[n] or not isinstance(value(n), (Tensor, type(None))):
-            return ""
-        path, kind = self._module(n)
-        return path if kind.startswith(("torch.nn.modules", KeptModule.__module__)) else ""
 
     def _module(self, n: fx.Node) -> tuple[str, str]:
         """The path and the type of the innermost module that made a call."""
@@ -441,18 +410,15 @@ class Reading:
             return replace(op, whole=True)
         if not args or not isinstance(args[0], Ref) or [*leaves_of((args[1:], kwargs), (Ref, Slot))]:
             return op
-        is_real = isinstance(value(n), Tensor) and value(n).is_floating_point()
-        if not is_real:
+        if not isinstance(value(n), Tensor) or not value(n).is_floating_point():
             return op
-        return replace(
-            op, activation=activation_of(op.label, args[1:], kwargs), pool=pool_of(op.label, args[1:], kwargs)
-        )
+        given = op.label, args[1:], kwargs
+        return replace(op, activation=activation_of(*given), pool=pool_of(*given))
 
     def _plain(self, template: Any) -> Any:
         """fx's immutable lists and dicts as ordinary ones, its nodes as references and slots."""
         if isinstance(template, fx.Node):
-            slot = self.slots.get(template)
-            return slot or Ref(self._name(template))
+            return self.slots.get(template) or Ref(self.names[template])
         if isinstance(template, (tuple, list)):
             items = [self._plain(t) for t in template]
             return items if isinstance(template, list) else tuple(items)
