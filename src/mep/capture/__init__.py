@@ -5,7 +5,7 @@ export.py        `torch.export` records the model, and a cost with it, as ATen o
 functional.py    the record without writes
 rewriting.py     the record in few forms
 reading.py       the record as nodes and junctions: a graph; `kinks.py` for exact branches
-proof.py         loss, buffers and gradient of the graph against those of the model by autograd
+proof.py         loss, buffers and gradient of the graph against those of the model: `sides.py` has both
 cache.py         the graphs of a model as it is now; `surroundings.py` sees when it has changed
 state.py         runs of a model that leave no trace
 """

@@ -1,14 +1,12 @@
 """The proof, on a batch, that a graph is its model: the same loss, the same new buffers, the same gradient.
 
-The model's side is the user's own model and cost, run as they are, and autograd through them. The graph's side is the
-free equilibrium, backpropagation's errors carried back by the nodes' own `vjp`, and `param_vjp`: the limit of
-equilibrium propagation for beta -> 0, by the very operations that settling uses. Never autograd over the graph.
+What the model computes and what the graph does is in `sides.py`. Here the two are compared, to rounding.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,16 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from mep.capture import Leaves, capture
-from mep.capture.cost import cost_of
-from mep.capture.state import Buffers, copied_together, trained_parameters, untouched
+from mep.capture.sides import Gradients, by_autograd, by_graph, first_tensor, mapped
+from mep.capture.sides import loss_of as loss_of
+from mep.capture.state import copied_together, trained_parameters, untouched
 from mep.capture.surroundings import Snapshot
-from mep.cost import make_cost, mean_cost, recorded_function
-from mep.energy import FREE, Energy, make_node_energy
+from mep.cost import recorded_function
 from mep.errors import MepError, TraceError
 from mep.graph.graph import Graph
-from mep.graph.inputs import call_model, flattened, unflattened
-from mep.graph.node import Node, StepContext
-from mep.hooks import without_hooks
 from mep.noise import generators, set_generators
 
 
@@ -66,13 +61,8 @@ class Side:
     """What one of the two computes on a batch."""
 
     loss: float
-    gradients: Mapping[nn.Parameter, Tensor]
+    gradients: Gradients
     buffers: Sequence[Tensor]
-
-
-def loss_of(model: nn.Module, cost: Any, x: Any, target: Any) -> Tensor:
-    """The mean cost of a batch by the model itself, with autograd's graph if that is on."""
-    return mean_cost(cost, call_model(model, x), target)
 
 
 def prove(proof: Proof, x: Any, target: Any, rows: int | None = None) -> bool:
@@ -87,10 +77,10 @@ def prove(proof: Proof, x: Any, target: Any, rows: int | None = None) -> bool:
     Raises:
         TraceError: they differ; the message names the parameter, the node and the source line.
     """
-    batch, sizes = _first_tensor(x).shape[0], proof.graph.sizes
+    batch, sizes = first_tensor(x).shape[0], proof.graph.sizes
     free = sizes[0][0] if sizes and sizes[0] else None
     if rows is not None and isinstance(free, tuple) and free[1] <= rows < batch:
-        x, target = (_mapped(v, lambda t: t[:rows] if t.ndim and len(t) == batch else t) for v in (x, target))
+        x, target = (mapped(v, lambda t: t[:rows] if t.ndim and len(t) == batch else t) for v in (x, target))
     wanted, found = _sides(proof, x, target)
     if not math.isfinite(wanted.loss):
         return False
@@ -111,9 +101,11 @@ def _sides(proof: Proof, x: Any, target: Any) -> tuple[Side, Side]:
     name, snapshot = type(proof.model).__name__, proof.snapshot
     way_out = "no graph can hold it. Way out: keep it in a buffer (register_buffer), or give it to forward as an input."
     kept = [(p, p._version, p.detach().clone()) for p in proof.graph.kept]
+    trained = dict.fromkeys(trained_parameters(proof.model, proof.cost))
+    trained |= dict.fromkeys(p for p in proof.graph.parameters if p.requires_grad)
     with untouched(proof.model, *([proof.cost] if callable(proof.cost) else [])) as buffers:
         noise = generators(everyones=True)
-        wanted = _model_side(proof, x, target, buffers)
+        wanted = Side(*by_autograd(proof.model, proof.cost, x, target, list(trained)), buffers.values())
         written = [(p, old) for p, version, old in kept if p._version != version or not torch.equal(p, old)]
         if written:
             with torch.no_grad():
@@ -129,7 +121,7 @@ def _sides(proof: Proof, x: Any, target: Any) -> tuple[Side, Side]:
         buffers.undo()
         set_generators(noise)
         with torch.enable_grad():  # forward may hook what it computes
-            again = float(loss_of(proof.model, proof.cost, _mapped(x, Tensor.clone), target).detach())
+            again = float(loss_of(proof.model, proof.cost, mapped(x, Tensor.clone), target).detach())
         moved = snapshot.moved(first, snapshot.now()) if snapshot else None
         if moved is not None:
             raise TraceError(f"{moved} of {name} changes whenever forward runs: {way_out}")
@@ -141,7 +133,8 @@ def _sides(proof: Proof, x: Any, target: Any) -> tuple[Side, Side]:
 
         buffers.undo()
         set_generators(noise)
-        found = _graph_side(proof, x, target, buffers)
+        held = proof.branches == "held" and proof.energy == "prediction"
+        found = Side(*by_graph(proof.graph, proof.cost, x, target, proof.energy, held), buffers.values())
         if drawn.differs(generators(everyones=True)):
             raise TraceError(
                 f"{name} draws random numbers that its graph does not: from Python's or NumPy's generator, or in code "
@@ -151,64 +144,12 @@ def _sides(proof: Proof, x: Any, target: Any) -> tuple[Side, Side]:
     return wanted, found
 
 
-def _model_side(proof: Proof, x: Any, target: Any, buffers: Buffers) -> Side:
-    trained = trained_parameters(proof.model, proof.cost)
-    trained += [p for p in proof.graph.parameters if p.requires_grad and all(p is not q for q in trained)]
-    with torch.enable_grad(), without_hooks(trained):
-        loss = loss_of(proof.model, proof.cost, _mapped(x, Tensor.clone), target)
-        found: Sequence[Tensor | None] = [None] * len(trained)
-        try:
-            if loss.requires_grad:
-                found = torch.autograd.grad(loss, trained, allow_unused=True)
-        except RuntimeError as error:
-            raise TraceError(
-                f"There is no gradient of {type(proof.model).__name__} to compare with, for torch.autograd.grad says: "
-                f"{error} Way out: checkpoint(..., use_reentrant=False) where that is it, else mend forward until "
-                "torch.autograd.grad(loss, list(model.parameters())) works."
-            ) from error
-    gradients = {p: g.to_dense().detach() for p, g in zip(trained, found, strict=True) if g is not None}
-    return Side(float(loss.detach()), gradients, buffers.values())
-
-
-@torch.no_grad()
-def _graph_side(proof: Proof, x: Any, target: Any, buffers: Buffers) -> Side:
-    graph, batch = proof.graph, len(_first_tensor(x))
-    context = StepContext(freeze_branches=proof.branches == "held" and proof.energy == "prediction")
-    energy = Energy(graph, make_node_energy(proof.energy), graph.bind(x), context, batch)
-    free = energy.rest()
-    context.recording = False
-    output = energy.output(free)
-    cost = cost_of(graph, make_cost(proof.cost), energy.inputs, output, target)
-    errors: dict[str, Tensor] = {}
-
-    def transmit(node: Node, force: Tensor | None) -> Tensor | None:
-        """Forces pass a state as they are, inside its box."""
-        if not node.owns_state:
-            return force
-        mu = free.predictions[node.name]
-        if force is None:
-            force = torch.zeros_like(mu)
-        elif node.box != FREE:
-            force = force * ((mu > node.box[0]) & (mu < node.box[1]))
-        errors[node.name] = force
-        return force
-
-    graph.vjp(free.saved, cost.gradient(output), transmit)
-    gradients = graph.param_vjp(free, errors, 1 / batch)
-    for p, g in cost.parameter_gradient(output, 1 / batch).items():
-        gradients[p] = gradients[p] + g if p in gradients else g
-    loss = float(cost.value(output).mean())
-    for slot, value in context.new_buffers.items():
-        slot.home[slot.key].copy_(value)
-    return Side(loss, gradients, buffers.values())
-
-
 def _difference(proof: Proof, wanted: Side, found: Side, relative: float, absolute: float) -> str | None:
     """What differs, or None."""
     name = type(proof.model).__name__
     is_not, way_out = f"The graph of {name} is not {name}:", "whole, leaves=(ThatModule,)."
 
-    def double(gradients: Mapping[nn.Parameter, Tensor], p: nn.Parameter) -> Tensor:
+    def double(gradients: Gradients, p: nn.Parameter) -> Tensor:
         g = gradients.get(p, torch.zeros_like(p)).detach()
         return (torch.view_as_real(g) if g.is_complex() else g).double()
 
@@ -243,7 +184,7 @@ def _difference(proof: Proof, wanted: Side, found: Side, relative: float, absolu
 
 
 def _bounds(model: nn.Module, x: Any) -> Bounds:
-    device = _first_tensor(x).device.type
+    device = first_tensor(x).device.type
     dtypes = [p.dtype for p in model.parameters() if p.is_floating_point()]
     if torch.is_autocast_enabled(device):
         dtypes.append(torch.get_autocast_dtype(device))
@@ -255,13 +196,13 @@ _IMPOSSIBLE = "no copy in double precision"
 
 def _in_double(proof: Proof, x: Any, target: Any) -> str | None:
     """The same comparison of a copy in float64, captured anew."""
-    with torch.autocast(_first_tensor(x).device.type, enabled=False):
+    with torch.autocast(first_tensor(x).device.type, enabled=False):
         try:
             twin, cost = copied_together(proof.model, proof.cost)
             twin.double()
             if isinstance(cost, nn.Module):
                 cost.double()
-            x, target = (_mapped(v, lambda t: t.double() if t.is_floating_point() else t) for v in (x, target))
+            x, target = (mapped(v, lambda t: t.double() if t.is_floating_point() else t) for v in (x, target))
             function = recorded_function(cost) if proof.graph.cost else None
             graph = capture(twin, x, proof.leaves, proof.energy, proof.branches, function, target)
             again = Proof(twin, graph, cost, proof.energy, proof.branches, proof.leaves)
@@ -270,16 +211,6 @@ def _in_double(proof: Proof, x: Any, target: Any) -> str | None:
             return _IMPOSSIBLE
         bounds = BOUNDS[torch.float64]
         return _difference(again, wanted, found, bounds.relative, bounds.absolute)
-
-
-def _mapped(x: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """A batch with other tensors."""
-    leaves, structure = flattened(x)
-    return unflattened([function(v) if isinstance(v, Tensor) else v for v in leaves], structure)
-
-
-def _first_tensor(x: Any) -> Tensor:
-    return next(t for t in flattened(x)[0] if isinstance(t, Tensor))
 
 
 def _named(proof: Proof, p: nn.Parameter) -> str:
