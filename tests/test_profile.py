@@ -248,9 +248,9 @@ def test_time_is_counted_for_the_phase_that_takes_it(phase, monkeypatch):
     owner, name = {
         "free": (mep.EquilibriumPropagation, "_free"),
         "settle": (sys.modules["mep.estimators.equilibrium"], "settle_phases"),
-        "contrast": (mep.EquilibriumPropagation, "_contrast"),
+        "contrast": (sys.modules["mep.estimators.equilibrium"], "contrast"),
         "update": (sys.modules["torch.optim.sgd"], "sgd"),
-        "rest": (mep.EPOptimizer, "_parameters"),
+        "rest": (mep.EPOptimizer, "_check_owned"),
     }[phase]
     run = TimedRecipe(TIGHT, network(5, 7, 3), "cross_entropy")
     seconds = phase_times(run, *batches()[0])

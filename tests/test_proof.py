@@ -250,6 +250,6 @@ def test_a_change_that_no_snapshot_sees_is_found_by_the_next_proof():
 
 def test_verify_refuses_what_the_proof_refuses(monkeypatch):
     model, x, y = MODELS["mlp tanh"].build()
-    monkeypatch.setattr("mep.capture.proof._complaint", lambda *a: "The graph is not the model.")
+    monkeypatch.setattr("mep.capture.proof._difference", lambda *a: "The graph is not the model.")
     with pytest.raises(mep.TraceError, match="is not the model"):
         mep.verify(model, x, y)

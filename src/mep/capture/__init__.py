@@ -1,4 +1,14 @@
-"""Reading a model: `torch.export` records it, `reading.py` makes nodes of the record, `proof.py` compares the two."""
+"""Reading a model: from a module to a graph of nodes, and the proof that the two compute the same.
+
+export.py        `torch.export` records the model, and a cost with it, as ATen operations; `whole.py` keeps what
+                 cannot be recorded as one operation
+functional.py    the record without writes
+rewriting.py     the record in few forms
+reading.py       the record as nodes and junctions: a graph; `kinks.py` for exact branches
+proof.py         loss, buffers and gradient of the graph against those of the model: `sides.py` has both
+cache.py         the graphs of a model as it is now; `surroundings.py` sees when it has changed
+state.py         runs of a model that leave no trace
+"""
 
 from __future__ import annotations
 

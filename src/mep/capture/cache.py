@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from mep.capture import Leaves, capture
-from mep.capture.cost import RecordedCost
+from mep.capture.cost import cost_of
 from mep.capture.proof import Proof, prove
 from mep.capture.surroundings import Snapshot
 from mep.cost import BatchCost, Cost, recorded_function
-from mep.errors import MepError, TraceError
+from mep.errors import TraceError
 from mep.graph.graph import Graph
 from mep.graph.inputs import dtype_errors, flattened
 
@@ -24,6 +24,8 @@ _SLICE = 8
 """A proof on a part of a batch takes one example of so many."""
 _SHAPES = 4096
 """Kinds of batch that one graph is known to have seen."""
+_DUE = {4**i for i in range(32)}
+"""Uses of a graph, and numbers of shapes, at which it is proven."""
 
 
 @dataclass(eq=False)
@@ -32,14 +34,43 @@ class _Known:
 
     graph: Graph
     snapshot: Snapshot
-    fits: Callable[[list[Any]], bool]
-    structures: tuple[Any, Any]
-    kinds: tuple[Any, ...]
+    structures: tuple[Any, ...]
+    leaves: list[tuple[Any, ...]]
+    """Of the batch: dtype, device, sizes (as in `Graph.sizes`) of each tensor; None, None, the value of any other."""
+    kinds: list[tuple[torch.dtype, bool]]
+    """dtype of every parameter and whether it is trained."""
     unread: TraceError | None = None
     """Why the cost could not be recorded with the model."""
     uses: int = 0
     proven: int = 0
-    shapes: dict[Any, None] = field(default_factory=dict)
+    shapes: set[Any] = field(default_factory=set)
+    """Of batches with which it was used."""
+
+    def fits(self, leaves: Sequence[Any]) -> bool:
+        """Whether a batch is of the kind that was captured, and the parameters are. Called in every step."""
+        for p, (dtype, is_trained) in zip(self.graph.parameters, self.kinds, strict=True):
+            if p.dtype != dtype or p.requires_grad != is_trained:
+                return False
+        symbols: dict[str, int] = {}
+        for leaf, (dtype, device, sizes) in zip(leaves, self.leaves, strict=True):
+            if dtype is None:
+                if isinstance(leaf, Tensor) or type(leaf) is not type(sizes) or leaf != sizes:
+                    return False
+                continue
+            if not isinstance(leaf, Tensor) or leaf.dtype != dtype or leaf.device != device or leaf.ndim != len(sizes):
+                return False
+            for length, size in zip(leaf.shape, sizes, strict=True):
+                if isinstance(size, int):
+                    if length != size:
+                        return False
+                    continue
+                # A graph for two and more examples is one for a single one: the proof is the judge.
+                symbol, low, high = size
+                if not (low <= length <= high or (low == 2 and length == 1)):
+                    return False
+                if symbols.setdefault(symbol, length) != length:
+                    return False
+        return True
 
 
 class Graphs:
@@ -65,6 +96,10 @@ class Graphs:
         """Those that are kept."""
         return [known.graph for known in self.known]
 
+    def cost_of(self, graph: Graph, make: Cost, inputs: Any, output: Tensor, target: Any) -> BatchCost:
+        """The cost of a batch."""
+        return cost_of(graph, make, inputs, output, target)
+
     def of(self, x: Any, target: Any = None, saves_memory: bool = False) -> Graph:
         """That for a batch like this one, captured and proven where that is due.
 
@@ -74,66 +109,64 @@ class Graphs:
         Raises:
             TraceError: the model cannot be captured, or the graph is not the model.
         """
-        known = self._known(x, target)
-        if target is not None and self.proof != "never":
-            shapes = self._shapes(x, target)
-            known.uses += 1
-            is_new = shapes not in known.shapes
-            is_odd = is_new and any(1 in shape for shape in shapes[1:])  # export takes sizes for larger than one
-            due = _is_due(known.uses) or (is_new and _is_due(len(known.shapes) + 1)) or self.proof == "always" or is_odd
-            # Autograd keeps all activations; and what was right on a batch of independent examples is so on a part.
-            takes_part = saves_memory or (known.proven and not is_new and known.graph.is_separable)
-            rows = max(1, shapes[1][0] // _SLICE) if takes_part else None
-            if due and self._prove(known, x, target, rows):
-                known.proven = known.uses
-                if is_new and len(known.shapes) < _SHAPES:
-                    known.shapes[shapes] = None
-            elif due:
-                known.uses -= 1
-        return known.graph
-
-    def cost_of(self, graph: Graph, make: Cost, inputs: Any, output: Tensor, target: Any) -> BatchCost:
-        """The cost of a batch."""
-        return RecordedCost(graph, inputs, target) if graph.cost else make(output, target)
-
-    def _known(self, x: Any, target: Any) -> _Known:
         leaves, structure = flattened(x)
-        joint = self.function is not None and target is not None
-        more, more_structure = flattened(target) if joint else ([], None)
-        tensors = [*leaves, *more]
+        targets, target_structure = flattened(target) if target is not None else ([], None)
+        function = self.function if target is not None else None
+        # What decides the graph: the batch, with its target where the cost is recorded as well.
+        batch = [*leaves, *targets] if function else leaves
+        structures = (function is not None, structure, target_structure if function else None)
         for i, known in enumerate(self.known):
-            if (
-                known.structures == (structure, more_structure if joint else _MODEL_ALONE)
-                and known.fits(tensors)
-                and known.kinds == _kinds(known.graph)
-                and known.snapshot.matches()
-            ):
+            if known.structures == structures and known.fits(batch) and known.snapshot.matches():
                 if i:
                     self.known.insert(0, self.known.pop(i))
-                return known
-        function = self.function if joint else None
+                break
+        else:
+            known = self._capture(x, function, target, structures, batch)
+        if target is None or self.proof == "never":
+            return known.graph
+
+        # Where shapes are new the graph is judged anew; in another dtype of autocast all are.
+        kind, sizes = "", []
+        for t in (*leaves, *targets):
+            if isinstance(t, Tensor):
+                kind = kind or t.device.type
+                sizes.append(t.shape)
+        shapes = (torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None, *sizes)
+        uses, is_new = known.uses + 1, shapes not in known.shapes
+        is_due = uses in _DUE or self.proof == "always"
+        if is_new and not is_due:  # export takes sizes for larger than one
+            is_due = len(known.shapes) + 1 in _DUE or any(1 in shape for shape in sizes)
+        if is_due:
+            # Autograd keeps all activations; and what was right on a batch of independent examples is so on a part.
+            takes_part = saves_memory or (known.proven and not is_new and known.graph.is_separable)
+            if not self._prove(known, x, target, max(1, sizes[0][0] // _SLICE) if takes_part else None):
+                return known.graph  # the loss was not finite: this use does not count
+            known.proven = uses
+        if len(known.shapes) < _SHAPES:
+            known.shapes.add(shapes)
+        known.uses = uses
+        return known.graph
+
+    def _capture(self, x: Any, function: Any, target: Any, structures: tuple[Any, ...], batch: list[Any]) -> _Known:
+        """Capture the model as it is now, with its cost where there is a function for it."""
         snapshot = Snapshot(self.model, *([self.cost] if callable(self.cost) else []))
-        graph, unread = self._captured(x, function, target)
-        structures = (structure, more_structure if joint else _MODEL_ALONE)
-        found = _Known(graph, snapshot, _fitting(tensors, graph.sizes), structures, _kinds(graph), unread)
+        given, unread = (self.model, x, self.leaves, self.energy, self.branches), None
+        try:
+            graph = capture(*given, function, target)
+        except TraceError as error:
+            if function is None:
+                raise
+            # Then the cost is run as it is, and the proof is the judge of that.
+            graph, unread = capture(*given), error
+        free = iter(graph.sizes)
+        leaves: list[tuple[Any, ...]] = []
+        for v in batch:
+            is_tensor = isinstance(v, Tensor)
+            leaves.append((v.dtype, v.device, next(free, tuple(v.shape))) if is_tensor else (None, None, v))
+        kinds = [(p.dtype, p.requires_grad) for p in graph.parameters]
+        found = _Known(graph, snapshot, structures, leaves, kinds, unread)
         self.known = [found, *self.known[: _KEPT - 1]]
         return found
-
-    def _captured(self, x: Any, function: Any, target: Any) -> tuple[Graph, TraceError | None]:
-        """The graph; and, where that is of the model alone, why its cost is not recorded: the proof is the judge."""
-        unread = None
-        if function is not None:
-            try:
-                return capture(self.model, x, self.leaves, self.energy, self.branches, function, target), None
-            except TraceError as error:
-                unread = error
-        return capture(self.model, x, self.leaves, self.energy, self.branches), unread
-
-    def _shapes(self, x: Any, target: Any) -> Any:
-        tensors = [t for t in (*flattened(x)[0], *flattened(target)[0]) if isinstance(t, Tensor)]
-        kind = tensors[0].device.type
-        casts = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        return casts, *(tuple(t.shape) for t in tensors)
 
     def _prove(self, known: _Known, x: Any, target: Any, rows: int | None) -> bool:
         proof = Proof(self.model, known.graph, self.cost, self.energy, self.branches, self.leaves, known.snapshot)
@@ -141,59 +174,7 @@ class Graphs:
             with dtype_errors(self.model):
                 return prove(proof, x, target, rows)
         except TraceError as error:
-            since = known.uses - known.proven if known.proven else 0
-            proven = f"{since} steps ago" if since else "not before"
+            since = f"{known.uses + 1 - known.proven} steps ago" if known.proven else "not before"
             self.known.remove(known)
             error = known.unread or error
-            raise TraceError(f"{error} It was proven {proven}; nothing was changed.") from error
-        except (MepError, RuntimeError):
-            known.uses -= 1
-            raise
-
-
-def _kinds(graph: Graph) -> tuple[Any, ...]:
-    """What a capture depends on besides the batch and the model's settings."""
-    return tuple([(p.dtype, p.requires_grad) for p in graph.parameters])
-
-
-_MODEL_ALONE = "the model alone"
-
-
-def _is_due(n: int) -> bool:
-    """Whether n is 1, 4, 16, 64, ..."""
-    return n > 0 and n & (n - 1) == 0 and n.bit_length() % 2 == 1
-
-
-def _fitting(example: list[Any], sizes: Sequence[tuple[Any, ...]]) -> Callable[[list[Any]], bool]:
-    """Whether leaves of a batch are like those of the example: `sizes` has a number or a symbol for every dimension."""
-    dtypes = [v.dtype if isinstance(v, Tensor) else None for v in example]
-    devices = [v.device if isinstance(v, Tensor) else None for v in example]
-    free = iter(sizes)
-    wanted = [next(free, tuple(v.shape)) if isinstance(v, Tensor) else v for v in example]
-
-    def fits(leaves: list[Any]) -> bool:
-        if len(leaves) != len(wanted):
-            return False
-        symbols: dict[str, int] = {}
-        for leaf, size, dtype, device in zip(leaves, wanted, dtypes, devices, strict=True):
-            if dtype is None:
-                if isinstance(leaf, Tensor) or type(leaf) is not type(size) or leaf != size:
-                    return False
-                continue
-            if not isinstance(leaf, Tensor) or leaf.dtype != dtype or leaf.device != device or leaf.ndim != len(size):
-                return False
-            for length, allowed in zip(leaf.shape, size, strict=True):
-                if isinstance(allowed, int):
-                    if length != allowed:
-                        return False
-                else:
-                    symbol, low, high = allowed
-                    if (
-                        not (low <= length or (low == 2 and length == 1))
-                        or length > high
-                        or symbols.setdefault(symbol, length) != length
-                    ):
-                        return False
-        return True
-
-    return fits
+            raise TraceError(f"{error} It was proven {since}; nothing was changed.") from error

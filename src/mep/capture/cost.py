@@ -8,11 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mep.cost import BatchCost
+from mep.cost import BatchCost, Cost
 from mep.errors import InputError
 from mep.graph.graph import Graph
 from mep.graph.inputs import flattened
 from mep.guards import without_hooks
+
+
+def cost_of(graph: Graph, make: Cost, inputs: Mapping[str, Any], output: Tensor, target: Any) -> BatchCost:
+    """The cost of a batch: that which was recorded with the model, else the one that `make` makes."""
+    return RecordedCost(graph, inputs, target) if graph.cost else make(output, target)
 
 
 class RecordedCost(BatchCost):

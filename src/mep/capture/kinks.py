@@ -50,10 +50,9 @@ def _give_states(reading: Reading) -> None:
         if _kink(reading.ops[n]) is None:
             _check_has_rule(reading, n)
             continue
-        read = n.all_input_nodes[0]
-        home = reading.alias.get(read, read)
+        home = n.all_input_nodes[0]
         if home not in reading.roots or home in taken:
-            insert_state(read, [n])
+            insert_state(home, [n])
         taken.add(home)
         if n in reading.roots:
             insert_state(n, list(n.users))
@@ -63,7 +62,7 @@ def _moving(reading: Reading) -> list[fx.Node]:
     """The operations that some state feeds; the value of the others never changes while settling."""
     found: dict[fx.Node, None] = {}
     for n in reading.data_ops():
-        if any(reading.alias.get(a, a) in reading.roots or a in found for a in n.all_input_nodes):
+        if any(a in reading.roots or a in found for a in n.all_input_nodes):
             found[n] = None
     return list(found)
 

@@ -1,14 +1,12 @@
 """The proof, on a batch, that a graph is its model: the same loss, the same new buffers, the same gradient.
 
-The model's side is the user's own model and cost, run as they are, and autograd through them. The graph's side is the
-free equilibrium, backpropagation's errors carried back by the nodes' own `vjp`, and `param_vjp`: the limit of
-equilibrium propagation for beta -> 0, by the very operations that settling uses. Never autograd over the graph.
+What the model computes and what the graph does is in `sides.py`. Here the two are compared, to rounding.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,17 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from mep.capture import Leaves, capture
-from mep.capture.cost import RecordedCost
-from mep.capture.state import Buffers, copied_together, trained_parameters, untouched
+from mep.capture.sides import Gradients, by_autograd, by_graph, first_tensor, loss_of, mapped
+from mep.capture.state import copied_together, trained_parameters, untouched
 from mep.capture.surroundings import Snapshot
-from mep.cost import make_cost, mean_cost, recorded_function
-from mep.energy import FREE, Energy, make_node_energy
+from mep.cost import recorded_function
 from mep.errors import MepError, TraceError
 from mep.graph.graph import Graph
-from mep.graph.inputs import call_model, flattened, unflattened
-from mep.graph.node import Node
-from mep.graph.step_context import StepContext
-from mep.guards import generators, set_generators, without_hooks
+from mep.guards import generators, set_generators
 
 
 @dataclass(frozen=True)
@@ -66,13 +60,8 @@ class Side:
     """What one of the two computes on a batch."""
 
     loss: float
-    gradients: Mapping[nn.Parameter, Tensor]
+    gradients: Gradients
     buffers: Sequence[Tensor]
-
-
-def loss_of(model: nn.Module, cost: Any, x: Any, target: Any) -> Tensor:
-    """The mean cost of a batch by the model itself, with autograd's graph if that is on."""
-    return mean_cost(cost, call_model(model, x), target)
 
 
 def prove(proof: Proof, x: Any, target: Any, rows: int | None = None) -> bool:
@@ -87,180 +76,114 @@ def prove(proof: Proof, x: Any, target: Any, rows: int | None = None) -> bool:
     Raises:
         TraceError: they differ; the message names the parameter, the node and the source line.
     """
-    x, target = _first(proof, x, target, rows)
+    batch, sizes = first_tensor(x).shape[0], proof.graph.sizes
+    free = sizes[0][0] if sizes and sizes[0] else None
+    if rows is not None and isinstance(free, tuple) and free[1] <= rows < batch:
+        x, target = (mapped(v, lambda t: t[:rows] if t.ndim and len(t) == batch else t) for v in (x, target))
     wanted, found = _sides(proof, x, target)
     if not math.isfinite(wanted.loss):
         return False
     bounds = _bounds(proof.model, x)
-    failure_reason = _complaint(proof, wanted, found, bounds.relative, bounds.absolute)
-    if failure_reason is None:
-        return True
-    again = _in_double(proof, x, target) if bounds.relative > BOUNDS[torch.float64].relative else failure_reason
-    if again is _IMPOSSIBLE:
-        again = _complaint(proof, wanted, found, bounds.loose, bounds.loose)
-    if again is not None:
-        raise TraceError(again)
+    difference = _difference(proof, wanted, found, bounds.relative, bounds.absolute)
+    # Near a kink, or in low precision, rounding alone may explain it: in float64 it does not.
+    if difference is not None and bounds.relative > BOUNDS[torch.float64].relative:
+        difference = _in_double(proof, x, target)
+        if difference is _IMPOSSIBLE:
+            difference = _difference(proof, wanted, found, bounds.loose, bounds.loose)
+    if difference is not None:
+        raise TraceError(difference)
     return True
 
 
 def _sides(proof: Proof, x: Any, target: Any) -> tuple[Side, Side]:
     """The model run twice, and the graph once: same batch, same buffers, same random numbers; nothing is changed."""
-    criterion = [proof.cost] if callable(proof.cost) else []
+    name, snapshot = type(proof.model).__name__, proof.snapshot
+    way_out = "no graph can hold it. Way out: keep it in a buffer (register_buffer), or give it to forward as an input."
     kept = [(p, p._version, p.detach().clone()) for p in proof.graph.kept]
-    with untouched(proof.model, *criterion) as buffers:
+    trained = dict.fromkeys(trained_parameters(proof.model, proof.cost))
+    trained |= dict.fromkeys(p for p in proof.graph.parameters if p.requires_grad)
+    with untouched(proof.model, *([proof.cost] if callable(proof.cost) else [])) as buffers:
         noise = generators(everyones=True)
-        wanted = _model_side(proof, x, target, buffers)
+        wanted = Side(*by_autograd(proof.model, proof.cost, x, target, list(trained)), buffers.values())
         written = [(p, old) for p, version, old in kept if p._version != version or not torch.equal(p, old)]
         if written:
             with torch.no_grad():
                 for p, old in written:
                     p.copy_(old)
             raise TraceError(
-                f"{type(proof.model).__name__} writes to its parameter `{_named(proof, written[0][0])}` in forward, "
-                "inside a module kept whole, in every evaluation. Way out: write after the step, or make it a buffer."
+                f"{name} writes to its parameter `{_named(proof, written[0][0])}` in forward, inside a module kept "
+                "whole, in every evaluation. Way out: write after the step, or make it a buffer."
             )
-        after, first = generators(everyones=True), _changes(proof)
+        drawn, first = generators(everyones=True), snapshot.now() if snapshot else []
+
+        # A second run must do what the first one did; what a model notes down once and for all may stay.
         buffers.undo()
         set_generators(noise)
         with torch.enable_grad():  # forward may hook what it computes
-            again = float(loss_of(proof.model, proof.cost, _copied(x), target).detach())
-        _check_repeats(proof, wanted, again, buffers.values(), first)
+            again = float(loss_of(proof.model, proof.cost, mapped(x, Tensor.clone), target).detach())
+        moved = snapshot.moved(first, snapshot.now()) if snapshot else None
+        if moved is not None:
+            raise TraceError(f"{moved} of {name} changes whenever forward runs: {way_out}")
+        if math.isfinite(again) and not abs(again - wanted.loss) <= 1e-5 * (1 + abs(again)):
+            raise TraceError(
+                f"{name} computes something else when it is run a second time on the same batch with the same random "
+                f"numbers (loss {wanted.loss:.6g}, then {again:.6g}): it keeps state that is no buffer, and {way_out}"
+            )
+
         buffers.undo()
         set_generators(noise)
-        found = _graph_side(proof, x, target, buffers)
-        if after.differs(generators(everyones=True)):
+        held = proof.branches == "held" and proof.energy == "prediction"
+        found = Side(*by_graph(proof.graph, proof.cost, x, target, proof.energy, held), buffers.values())
+        if drawn.differs(generators(everyones=True)):
             raise TraceError(
-                f"{type(proof.model).__name__} draws random numbers that its graph does not: from Python's or NumPy's "
-                "generator, or in code that was not recorded. Way out: torch.rand_like(x), nn.Dropout, or keep the "
-                "module that draws them whole, leaves=(ThatModule,)."
+                f"{name} draws random numbers that its graph does not: from Python's or NumPy's generator, or in code "
+                "that was not recorded. Way out: torch.rand_like(x), nn.Dropout, or keep the module that draws them "
+                "whole, leaves=(ThatModule,)."
             )
     return wanted, found
 
 
-def _model_side(proof: Proof, x: Any, target: Any, buffers: Buffers) -> Side:
-    trained = trained_parameters(proof.model, proof.cost)
-    trained += [p for p in proof.graph.parameters if p.requires_grad and all(p is not q for q in trained)]
-    with torch.enable_grad(), without_hooks(trained):
-        loss = loss_of(proof.model, proof.cost, _copied(x), target)
-        found: Sequence[Tensor | None] = [None] * len(trained)
-        try:
-            if loss.requires_grad:
-                found = torch.autograd.grad(loss, trained, allow_unused=True)
-        except RuntimeError as error:
-            raise TraceError(
-                f"There is no gradient of {type(proof.model).__name__} to compare with, for torch.autograd.grad says: "
-                f"{error} Way out: checkpoint(..., use_reentrant=False) where that is it, else mend forward until "
-                "torch.autograd.grad(loss, list(model.parameters())) works."
-            ) from error
-    gradients = {p: g.to_dense().detach() for p, g in zip(trained, found, strict=True) if g is not None}
-    return Side(float(loss.detach()), gradients, buffers.values())
-
-
-@torch.no_grad()
-def _graph_side(proof: Proof, x: Any, target: Any, buffers: Buffers) -> Side:
-    graph, batch = proof.graph, len(next(t for t in flattened(x)[0] if isinstance(t, Tensor)))
-    context = StepContext(freeze_branches=proof.branches == "held" and proof.energy == "prediction")
-    energy = Energy(graph, make_node_energy(proof.energy), graph.bind(x), context, batch)
-    free = energy.free_point()
-    context.recording = False
-    output = energy.output(free)
-    cost: Any = RecordedCost(graph, energy.inputs, target) if graph.cost else make_cost(proof.cost)(output, target)
-    errors: dict[str, Tensor] = {}
-
-    def transmit(node: Node, force: Tensor | None) -> Tensor | None:
-        if node.owns_state and force is None:
-            force = torch.zeros_like(free.values[node.name])
-        if node.owns_state and node.box != FREE and force is not None:
-            mu = free.predictions[node.name]
-            force = force * ((mu > node.box[0]) & (mu < node.box[1]))
-        if node.owns_state and force is not None:
-            errors[node.name] = force
-        return force
-
-    graph.vjp(free.saved, cost.gradient(output), transmit)
-    gradients = graph.param_vjp(free, errors, 1 / batch)
-    for p, g in cost.parameter_gradient(output, 1 / batch).items():
-        gradients[p] = gradients[p] + g if p in gradients else g
-    loss = float(cost.value(output).mean())
-    for slot, value in context.new_buffers.items():
-        slot.home[slot.key].copy_(value)
-    return Side(loss, gradients, buffers.values())
-
-
-def _complaint(proof: Proof, wanted: Side, found: Side, relative: float, absolute: float) -> str | None:
+def _difference(proof: Proof, wanted: Side, found: Side, relative: float, absolute: float) -> str | None:
     """What differs, or None."""
     name = type(proof.model).__name__
-    whole = math.sqrt(sum(float(_double_of(g).square().sum()) for g in wanted.gradients.values()))
-    worst: tuple[float, nn.Parameter | None] = (1.0, None)
+    is_not, way_out = f"The graph of {name} is not {name}:", "whole, leaves=(ThatModule,)."
+
+    def double(gradients: Gradients, p: nn.Parameter) -> Tensor:
+        g = gradients.get(p, torch.zeros_like(p)).detach()
+        return (torch.view_as_real(g) if g.is_complex() else g).double()
+
+    total = math.sqrt(sum(float(double(wanted.gradients, p).square().sum()) for p in wanted.gradients))
+    worst, where, share = 1.0, None, 0.0
     for p in dict.fromkeys((*wanted.gradients, *found.gradients)):
-        b, g = wanted.gradients.get(p), found.gradients.get(p)
-        size = float(_double_of(b, p).norm())
-        off = float((_double_of(g, p) - _double_of(b, p)).norm()) / (relative * size + absolute * whole + 1e-300)
-        if not off <= worst[0]:
-            worst = off, p
-    if worst[1] is not None:
-        p = worst[1]
-        b, g = _double_of(wanted.gradients.get(p), p), _double_of(found.gradients.get(p), p)
-        off = float((g - b).norm()) / max(float(b.norm()), 1e-300)
-        nodes = [node.where for node in proof.graph.nodes if any(q is p for q in node.parameters)]
+        b, g = double(wanted.gradients, p), double(found.gradients, p)
+        size, off = float(b.norm()), float((g - b).norm())
+        if not (excess := off / (relative * size + absolute * total + 1e-300)) <= worst:  # or no number
+            worst, where, share = excess, p, off / max(size, 1e-300)
+    if where is not None:
+        nodes = [node.where for node in proof.graph.nodes if any(q is where for q in node.parameters)]
         return (
-            f"The graph of {name} is not {name}: the gradient of `{_named(proof, p)}` differs from autograd's by "
-            f"{off:.2g} of its size, in {', '.join(nodes[:3]) or 'no node: nothing that was recorded reads it'}. "
-            "Something in forward is not seen: a value written in place, a gradient changed by hand. Way out: keep the "
-            "module that does so whole, leaves=(ThatModule,)."
+            f"{is_not} the gradient of `{_named(proof, where)}` differs from autograd's by {share:.2g} of its size, in "
+            f"{', '.join(nodes[:3]) or 'no node: nothing that was recorded reads it'}. Something in forward is not "
+            "seen: a value written in place, a gradient changed by hand. Way out: keep the module that does so "
+            f"{way_out}"
         )
     if not abs(wanted.loss - found.loss) <= (relative + absolute) * (1 + abs(wanted.loss)):
         return (
-            f"The graph of {name} is not {name}: its loss is {found.loss:.6g} and the model's {wanted.loss:.6g}. Way "
-            "out: keep the module that is not seen whole, leaves=(ThatModule,)."
+            f"{is_not} its loss is {found.loss:.6g} and the model's {wanted.loss:.6g}. Way out: keep the module that "
+            f"is not seen {way_out}"
         )
+    # A mean of a batch may be nothing but rounding.
     largest = [float(b.double().abs().max()) for b in wanted.buffers if b.numel() and not b.is_complex()]
+    slack = absolute * max([1.0, *largest])
     for b, g in zip(wanted.buffers, found.buffers, strict=True):
-        slack = absolute * max([1.0, *largest])  # a mean may be nothing but rounding
         if b.shape != g.shape or not torch.allclose(b, g, rtol=relative, atol=slack, equal_nan=True):
-            which = [n for n, own in proof.model.named_buffers() if own.shape == b.shape]
-            return (
-                f"The graph of {name} is not {name}: a buffer like `{(which or ['?'])[0]}` is written otherwise. Way "
-                "out: keep the module that writes it whole, leaves=(ThatModule,)."
-            )
+            which = next((n for n, own in proof.model.named_buffers() if own.shape == b.shape), "?")
+            return f"{is_not} a buffer like `{which}` is written otherwise. Way out: keep what writes it {way_out}"
     return None
 
 
-def _double_of(g: Tensor | None, like: Tensor | None = None) -> Tensor:
-    """A gradient, or zeros like a parameter, as real numbers in double precision."""
-    if g is None:
-        assert like is not None
-        g = torch.zeros_like(like)
-    return (torch.view_as_real(g) if g.is_complex() else g).detach().double()
-
-
-def _changes(proof: Proof) -> dict[tuple[int, Any], Any]:
-    """What the model has noted down on itself, and how it stands now."""
-    if proof.snapshot is None:
-        return {}
-    return proof.snapshot.changes()
-
-
-def _check_repeats(
-    proof: Proof, wanted: Side, again: float, buffers: Sequence[Tensor], first: dict[tuple[int, Any], Any]
-) -> None:
-    """Whether a second run did what the first one did; what it notes down once and for all may stay."""
-    name, snapshot = type(proof.model).__name__, proof.snapshot
-    way_out = "no graph can hold it. Way out: keep it in a buffer (register_buffer), or give it to forward as an input."
-    if snapshot is not None:
-        moved = snapshot.moved(first, _changes(proof))
-        if moved is not None:
-            raise TraceError(f"{moved} of {name} changes whenever forward runs: {way_out}")
-    slack = 1e-5 * (1 + abs(again))
-    if math.isfinite(again) and not abs(again - wanted.loss) <= slack:
-        raise TraceError(
-            f"{name} computes something else when it is run a second time on the same batch with the same random "
-            f"numbers (loss {wanted.loss:.6g}, then {again:.6g}): it keeps state that is no buffer, and {way_out}"
-        )
-
-
 def _bounds(model: nn.Module, x: Any) -> Bounds:
-    device = next(t for t in flattened(x)[0] if isinstance(t, Tensor)).device.type
+    device = first_tensor(x).device.type
     dtypes = [p.dtype for p in model.parameters() if p.is_floating_point()]
     if torch.is_autocast_enabled(device):
         dtypes.append(torch.get_autocast_dtype(device))
@@ -271,15 +194,14 @@ _IMPOSSIBLE = "no copy in double precision"
 
 
 def _in_double(proof: Proof, x: Any, target: Any) -> str | None:
-    """The same comparison of a copy in float64, captured anew: where a kink is near, or the precision low."""
-    device = next(t for t in flattened(x)[0] if isinstance(t, Tensor)).device.type
-    with torch.autocast(device, enabled=False):
+    """The same comparison of a copy in float64, captured anew."""
+    with torch.autocast(first_tensor(x).device.type, enabled=False):
         try:
             twin, cost = copied_together(proof.model, proof.cost)
             twin.double()
             if isinstance(cost, nn.Module):
                 cost.double()
-            x, target = _double(x), _double(target)
+            x, target = (mapped(v, lambda t: t.double() if t.is_floating_point() else t) for v in (x, target))
             function = recorded_function(cost) if proof.graph.cost else None
             graph = capture(twin, x, proof.leaves, proof.energy, proof.branches, function, target)
             again = Proof(twin, graph, cost, proof.energy, proof.branches, proof.leaves)
@@ -287,36 +209,7 @@ def _in_double(proof: Proof, x: Any, target: Any) -> str | None:
         except (RuntimeError, TypeError, MepError):
             return _IMPOSSIBLE
         bounds = BOUNDS[torch.float64]
-        return _complaint(again, wanted, found, bounds.relative, bounds.absolute)
-
-
-def _double(x: Any) -> Any:
-    leaves, structure = flattened(x)
-    return unflattened(
-        [v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for v in leaves], structure
-    )
-
-
-def _copied(x: Any) -> Any:
-    """An input into which forward may write."""
-    leaves, structure = flattened(x)
-    return unflattened([v.clone() if isinstance(v, Tensor) else v for v in leaves], structure)
-
-
-def _first(proof: Proof, x: Any, target: Any, rows: int | None) -> tuple[Any, Any]:
-    """The first examples of a batch, where the graph takes fewer."""
-    values, structure = flattened(x)
-    targets, target_structure = flattened(target)
-    sizes = proof.graph.sizes
-    batch = len(next(t for t in values if isinstance(t, Tensor)))
-    symbol = sizes[0][0] if sizes and sizes[0] else None
-    if rows is None or rows >= batch or not isinstance(symbol, tuple) or rows < symbol[1]:
-        return x, target
-
-    def cut(leaves: list[Any]) -> list[Any]:
-        return [v[:rows] if isinstance(v, Tensor) and v.ndim and len(v) == batch else v for v in leaves]
-
-    return unflattened(cut(values), structure), unflattened(cut(targets), target_structure)
+        return _difference(again, wanted, found, bounds.relative, bounds.absolute)
 
 
 def _named(proof: Proof, p: nn.Parameter) -> str:

@@ -15,15 +15,16 @@ from __future__ import annotations
 
 import math
 import operator
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from mep.capture.export import Exported, source_line
+from mep.capture.export import Exported
+from mep.capture.functional import source_line
 from mep.capture.rewriting import in_few_forms, label, value
 from mep.capture.whole import KeptModule, Whole
 from mep.errors import TraceError
@@ -60,34 +61,31 @@ class Reading:
     def read(self) -> None:
         """Read the graph as it stands now."""
         self.nodes = [n for n in self.fx.nodes if n.op == "call_function"]
-        self.alias: dict[fx.Node, fx.Node] = {}
         self.data: dict[fx.Node, bool] = dict.fromkeys(self.inputs, True)
-        self.parametrised: dict[fx.Node, bool] = {
-            n: isinstance(slot.value, nn.Parameter) for n, slot in self.slots.items()
-        }
+        """Whether a value depends on an input."""
+        self.parametrised = {n: isinstance(slot.value, nn.Parameter) for n, slot in self.slots.items()}
+        """Whether an operation reads parameters, itself or by expressions of parameters alone."""
         self.needed: set[fx.Node] = set()
         self.output: fx.Node
         self.by_example: set[fx.Node] = set()
         self.roots: dict[fx.Node, Box] = {}
         self.junctions: set[fx.Node] = set()
-        first: dict[tuple[fx.Node, Any], fx.Node] = {}
         in_cost: set[fx.Node] = set()
         for n in self.nodes:
             reads = [] if label(n) in _SHAPE_ONLY else n.all_input_nodes
             self.data[n] = isinstance(value(n), (Tensor, tuple, list, type(None))) and any(map(self._is_data, reads))
             self.parametrised[n] = any(self.parametrised.get(a, False) and not self._is_data(a) for a in reads)
             if n.target is operator.getitem:
-                self.alias[n] = first.setdefault((n.args[0], n.args[1]), n)
                 self.parametrised[n] = self.parametrised.get(n.args[0], False)
             if self._is_by_example(n):
                 self.by_example.add(n)
+            # The parameters of the cost have their gradient from it alone; noise is drawn in the model's order.
             if self._is_of_the_cost(n) or any(a in in_cost for a in n.all_input_nodes):
-                in_cost.add(n)  # the parameters of the cost have their gradient from it alone
+                in_cost.add(n)
             elif (self.data[n] and self.parametrised[n] and self._can_be_state(n)) or n.target is own_state:
-                self.roots[self.alias.get(n, n)] = _FREE
+                self.roots[n] = _FREE
             elif self._is_random(n) and not isinstance(value(n), (tuple, list)):
-                self.junctions.add(self.alias.get(n, n))  # noise is drawn in the model's order
-        self.alias = {n: a for n, a in self.alias.items() if a is not n}
+                self.junctions.add(n)
         self.names = self._names()
         self._find_output()
         self.ops = {n: self._op(n) for n in self.nodes}
@@ -98,14 +96,38 @@ class Reading:
 
     def graph(self) -> Graph:
         """Fold what feeds one node into it, make a junction of what feeds several, and connect."""
+        # Where a node begins: at states, and at values that several nodes read.
         self._find_junctions()
         chosen = [n for n in self.nodes if (n in self.roots or n in self.junctions) and n in self.needed]
+        # What it computes: everything between those before it and itself. What is in several is computed several times.
         folded = {n: self._closure([n], set(chosen) - {n}) for n in chosen}
-        self._check_draws_once(folded)
+        draws = Counter(n for program, _ in folded.values() for n in program if self._is_random(n))
+        for n, times in draws.items():
+            if times > 1:
+                raise TraceError(
+                    f"{self.place(n)} draws random numbers, and several nodes read it for which no state can stand. "
+                    "Way out: keep the module that draws them and what reads it whole, leaves=(ThatModule,)."
+                )
         attached, apart = self._writes(folded)
         made: dict[fx.Node, Node] = {}
-        for n in chosen:
-            made[n] = self._node(n, *folded[n], attached.get(n, []), made)
+        for n, (program, parents) in folded.items():
+            writes = attached.get(n, [])
+            extra = self._closure([v for v, _ in writes], {*parents, *program})[0] if writes else []
+            # A force flows to what is read for its numbers, unless that never moves.
+            read = {a for m in program if label(m) not in _SHAPE_ONLY for a in m.all_input_nodes}
+            moving = [p in made and p in read and (made[p].owns_state or not made[p].clamped) for p in parents]
+            made[n] = make_node(
+                [self.ops[m] for m in (*program, *extra)],
+                [self.names[p] for p in parents],
+                op=self.names[n],
+                name=self.names[n],
+                flows=tuple(moving),
+                owns_state=n in self.roots,
+                parameters=self._parameters(program),
+                writes=tuple((slot, self.names[v]) for v, slot in writes),
+                box=self.roots.get(n, _FREE),
+                shape=tuple(value(n).shape) if isinstance(value(n), Tensor) else (),
+            )
         kept = dict.fromkeys(p for module in self.exported.kept for p in module.parameters())
         return Graph(
             model=self.model,
@@ -121,14 +143,16 @@ class Reading:
         )
 
     def move_states_behind_activations(self) -> None:
-        """The input of every activation becomes a root whose box is the activation's; nothing else is one."""
+        """The input of every activation becomes a root whose box is the activation's; nothing else is one.
+
+        The activation itself is gone: the state is what it returned.
+        """
         self.roots = {}
         for n in self.data_ops():
             activation = self.ops[n].activation
             if activation is None or activation.name == "identity":
                 continue
-            read = n.all_input_nodes[0]
-            before = self.alias.get(read, read)
+            before = n.all_input_nodes[0]
             if activation.box is None:
                 raise TraceError(
                     f"The Hopfield energy has states in a box, and {self.place(n)} ({activation.name}) projects on "
@@ -139,10 +163,13 @@ class Reading:
                     f"The Hopfield energy cannot read {self.place(before)} both before and behind {self.place(n)}. "
                     "Use the energy 'prediction'."
                 )
-            self.alias[n], self.roots[before] = before, activation.box
-        self.output = self.alias.get(self.output, self.output)
+            self.roots[before] = activation.box
+            self.output = before if n is self.output else self.output
+            n.replace_all_uses_with(before)
+            self.nodes.remove(n)
+            self.fx.erase_node(n)
         self.roots.setdefault(self.output, _FREE)
-        self.ops = {n: self._op(n) for n in self.ops}
+        self.ops = {n: self._op(n) for n in self.nodes}
 
     def place(self, n: fx.Node) -> str:
         """The name of a value and the innermost line of the user's that made it."""
@@ -205,44 +232,54 @@ class Reading:
     def _find_output(self) -> None:
         """The value whose state is nudged, and the program of the cost where that reads more than output and target."""
         self.cost: CostProgram | None = None
-        result, cost = self._result(), self.exported.cost
-        if cost is None:
-            assert result is not None
-            self.output = self.alias.get(result, result)
+        result = self._result()
+        if self.exported.cost is not None:
+            self._find_cost(self.exported.cost, result)
         else:
-            if result is not None:
-                self.roots[self.alias.get(result, result)] = _FREE
-            noise = {n for n in self.junctions if n in self.by_example and self._has_examples(n)}
-            crossing = self.roots.keys() | noise
-            program, reads = self._closure([cost], crossing)
-            states = [n for n in reads if n in crossing]
-            parameters = self._parameters(program)
-            plain = states == [self.alias.get(result, result)] and not parameters if result is not None else False
-            plain = plain and not any(n in self.inputs or n in self.junctions for n in (*reads, *program))
-            plain = plain and value(cost).ndim == 1
-            if not states:
-                raise TraceError(f"The cost does not depend on what {type(self.model).__name__} computes.")
-            self.output = states[0]
-            join = None
-            if len(states) > 1:
-                self.output, join = self._joined(states)
-            self._check_cost_draws_nothing(program)
-            if not plain:
-                ops = [self._op(n) for n in program]
-                others = [n for n in reads if n not in crossing]
-                names = [self.names[n] for n in (*states, *others)]
-                run = Program(ops, names, [self.names[cost]], "the cost")
-                targets = set(self.exported.targets)
-                inputs = tuple(
-                    ("target", self.exported.targets.index(n)) if n in targets else self.inputs[n] for n in others
-                )
-                self.cost = CostProgram(run, join, inputs, parameters)
+            assert result is not None
+            self.output = result
         self.roots[self.output] = _FREE
         self.junctions -= self.roots.keys()
-        wanted = [n for n, _ in self.exported.writes if n.op == "call_function"]
-        self.needed = self._ancestors([self.output])
-        beside = [a for a in self._closure(wanted, set(self.roots) | self.junctions)[1] if a not in self.inputs]
-        self.needed |= self._ancestors(beside)
+        written = [n for n, _ in self.exported.writes if n.op == "call_function"]
+        beside = self._closure(written, self.roots.keys() | self.junctions)[1]
+        self.needed = set(self._closure([self.output, *beside], set())[0])
+
+    def _find_cost(self, cost: fx.Node, result: fx.Node | None) -> None:
+        """All states that the cost reads, side by side, are the output; what else it reads is given to its program."""
+        if result is not None:
+            self.roots[result] = _FREE
+        noise = {n for n in self.junctions if n in self.by_example and self._has_examples(n)}
+        crossing = self.roots.keys() | noise
+        program, reads = self._closure([cost], crossing)
+        states, others = [n for n in reads if n in crossing], [n for n in reads if n not in crossing]
+        if not states:
+            raise TraceError(f"The cost does not depend on what {type(self.model).__name__} computes.")
+        for n in filter(self._is_random, program):
+            raise TraceError(
+                f"The cost draws random numbers: {self.place(n)}. Way out: draw them in the model, which returns "
+                "them, or before the step, as part of the target."
+            )
+        self.output, join = states[0], None
+        if len(states) > 1:
+            join = Join()
+            with self.fx.inserting_before(self.fx.output_node()):
+                given = (self.exported.inputs[0], *states)
+                self.output = self.fx.create_node("call_function", join, given, name="joined")
+            first = value(states[0])
+            self.output.meta["val"] = first.flatten(1) if first.ndim > 1 else first
+            self.nodes.append(self.output)
+            self.names[self.output], self.data[self.output], self.parametrised[self.output] = "joined", True, False
+
+        # One number for each example, from output and target alone, is what a cost function computes anyway.
+        parameters = self._parameters(program)
+        is_plain = states == [result] and not parameters and value(cost).ndim == 1
+        if is_plain and not any(n in self.inputs or n in self.junctions for n in (*reads, *program)):
+            return
+        names = [self.names[n] for n in (*states, *others)]
+        run = Program([self._op(n) for n in program], names, [self.names[cost]], "the cost")
+        targets = self.exported.targets
+        inputs = tuple(("target", targets.index(n)) if n in targets else self.inputs[n] for n in others)
+        self.cost = CostProgram(run, join, inputs, parameters)
 
     def _result(self) -> fx.Node | None:
         """The one tensor that the model returns; None where the cost takes something else from it."""
@@ -274,92 +311,42 @@ class Reading:
         before = sum(structure.child(i).num_leaves for i in range(list(keys).index("logits")))
         return self.exported.outputs[sum(are_tensors[:before])]
 
-    def _joined(self, states: Sequence[fx.Node]) -> tuple[fx.Node, Join]:
-        """All values that the cost reads side by side, as one output."""
-        join = Join()
-        last = self.fx.output_node()
-        with self.fx.inserting_before(last):
-            n = self.fx.create_node("call_function", join, (self.exported.inputs[0], *states), name="joined")
-        n.meta["val"] = value(states[0]).flatten(1) if value(states[0]).ndim > 1 else value(states[0])
-        self.nodes.append(n)
-        self.names[n] = "joined"
-        self.data[n] = True
-        self.parametrised[n] = False
-        return n, join
-
-    def _check_draws_once(self, folded: Mapping[fx.Node, tuple[list[fx.Node], list[fx.Node]]]) -> None:
-        draws = Counter(n for program, _ in folded.values() for n in program if self._is_random(n))
-        for n, times in draws.items():
-            if times > 1:
-                raise TraceError(
-                    f"{self.place(n)} draws random numbers, and several nodes read it for which no state can stand. "
-                    "Way out: keep the module that draws them and what reads it whole, leaves=(ThatModule,)."
-                )
-
-    def _check_cost_draws_nothing(self, program: Iterable[fx.Node]) -> None:
-        for n in program:
-            if self._is_random(n):
-                raise TraceError(
-                    f"The cost draws random numbers: {self.place(n)}. Way out: draw them in the model, which returns "
-                    "them, or before the step, as part of the target."
-                )
-
-    def _ancestors(self, ends: Iterable[fx.Node]) -> set[fx.Node]:
-        found: set[fx.Node] = set()
-        stack = list(ends)
-        while stack:
-            n = stack.pop()
-            if n not in found:
-                found.add(n)
-                stack += [self.alias.get(a, a) for a in n.all_input_nodes]
-                stack += n.all_input_nodes
-        return found
-
     def _closure(self, ends: Sequence[fx.Node], stops: set[fx.Node]) -> tuple[list[fx.Node], list[fx.Node]]:
         """The operations from `stops` and inputs to the ends, in order, and which of those they read, in order."""
         program: set[fx.Node] = set()
-        reads: dict[fx.Node, None] = {}
-        stack = [e for e in ends]
+        reads: set[fx.Node] = set()
+        stack = list(ends)
         while stack:
             n = stack.pop()
             if n in program:
                 continue
             if n in stops or n.op == "placeholder":
-                reads[n] = None
+                reads.add(n)
             else:
                 program.add(n)
-                stack += [self.alias.get(a, a) for a in n.all_input_nodes]
-        order = {n: i for i, n in enumerate(self.fx.nodes)}
-        return sorted(program, key=order.__getitem__), sorted(
-            (n for n in reads if n not in self.slots), key=order.__getitem__
-        )
+                stack += n.all_input_nodes
+        return sorted(program), sorted(n for n in reads if n not in self.slots)
 
     def _parameters(self, program: Iterable[fx.Node]) -> tuple[nn.Parameter, ...]:
         """Those that a program reads for their numbers."""
-        read = [
-            self.slots[a].value
-            for n in program
-            if label(n) not in _SHAPE_ONLY
-            for a in n.all_input_nodes
-            if a in self.slots
-        ]
-        return tuple(dict.fromkeys(p for p in read if isinstance(p, nn.Parameter)))
+        read = [a for n in program if label(n) not in _SHAPE_ONLY for a in n.all_input_nodes]
+        values = [self.slots[a].value for a in read if a in self.slots]
+        return tuple(dict.fromkeys(p for p in values if isinstance(p, nn.Parameter)))
 
     def _find_junctions(self) -> None:
         """Walk backwards, noting which roots each operation feeds. What carries parameters is repeated, not shared."""
+        # A value carries parameters if its node's own gradient flows through it.
         carries: dict[fx.Node, bool] = {}
         for n in self.nodes:
             folded = [a for a in n.all_input_nodes if a not in self.roots and self._is_data(a)]
             carries[n] = self.parametrised[n] or any(carries.get(a, False) for a in folded)
         self.junctions = {n for n in self.junctions if not carries.get(n, False)}
-        copies: dict[fx.Node, list[fx.Node]] = defaultdict(list)
-        for n, original in self.alias.items():
-            copies[original].append(n)
+        # The roots, and junctions found by then, that read an operation, directly or through what is folded into them.
         feeds: dict[fx.Node, set[fx.Node]] = {}
         for n in reversed(self.nodes):
             if n not in self.needed:
                 continue
-            users = [u for m in (n, *copies[n]) for u in m.users if u not in self.alias and u in self.needed]
+            users = [u for u in n.users if u in self.needed]
             fed = {o for u in users for o in ({u} if u in self.roots else feeds.get(u, {u}))}
             unpacked = isinstance(value(n), (tuple, list))
             shared = self.data[n] and len(fed) > 1
@@ -367,35 +354,6 @@ class Reading:
                 self.junctions.add(n)
             feeds[n] = {n} if n in self.junctions else fed
         self.junctions &= self.needed
-
-    def _node(
-        self,
-        root: fx.Node,
-        program: list[fx.Node],
-        parents: list[fx.Node],
-        writes: list[tuple[fx.Node, Slot]],
-        made: dict[fx.Node, Node],
-    ) -> Node:
-        """A root or junction with everything that only feeds it."""
-        extra = self._closure([v for v, _ in writes], set(parents) | set(program))[0] if writes else []
-        ops = [self.ops[n] for n in (*program, *extra)]
-        read_for_numbers = {
-            self.alias.get(a, a) for n in program if label(n) not in _SHAPE_ONLY for a in n.all_input_nodes
-        }
-        return make_node(
-            ops,
-            [self._name(p) for p in parents],
-            op=self.names[root],
-            name=self.names[root],
-            flows=tuple(
-                p in made and p in read_for_numbers and (made[p].owns_state or not made[p].clamped) for p in parents
-            ),
-            owns_state=root in self.roots,
-            parameters=self._parameters(program),
-            writes=tuple((slot, self.names[v]) for v, slot in writes),
-            box=self.roots.get(root, _FREE),
-            shape=tuple(value(root).shape) if isinstance(value(root), Tensor) else (),
-        )
 
     def _writes(
         self, folded: dict[fx.Node, tuple[list[fx.Node], list[fx.Node]]]
@@ -405,35 +363,16 @@ class Reading:
         apart: list[Write] = []
         for v, slot in self.exported.writes:
             program, reads = self._closure([v], set(folded))
-            several = {n for n in program if isinstance(value(n), (tuple, list))}
+            several = {n for n in program if isinstance(value(n), (tuple, list))}  # batch normalisation
             homes = [n for n, (own, _) in folded.items() if several & set(own)]
-            home = homes[-1] if homes and self._is_beside(v, *folded[homes[-1]]) else None
-            if home is not None:
-                attached.setdefault(home, []).append((v, slot))
+            beside = {*folded[homes[-1]][0], *folded[homes[-1]][1]} if homes else set()
+            if homes and beside.issuperset(self._closure([v], beside)[1]):
+                attached.setdefault(homes[-1], []).append((v, slot))
                 continue
-            names = [self._name(n) for n in reads]
-            result = self.names[v] if v in self.names else self._name(v)
-            if v in self.slots:
-                names, program = [], [self._copy(v)]
-                result = self.names[program[0]]
-            run = Program([self.ops[n] for n in program], names, [result], "a buffer")
+            names = [self.names[n] for n in reads]
+            run = Program([self.ops[n] for n in program], names, [self.names[v]], "a buffer")
             apart.append(Write(run, tuple(names), (slot,)))
         return attached, apart
-
-    def _is_beside(self, v: fx.Node, program: list[fx.Node], parents: list[fx.Node]) -> bool:
-        reads = self._closure([v], set(program) | set(parents))[1]
-        return all(n in program or n in parents for n in reads)
-
-    def _copy(self, slot: fx.Node) -> fx.Node:
-        """An operation that returns a tensor of the model."""
-        with self.fx.inserting_before(self.fx.output_node()):
-            n = self.fx.create_node("call_function", torch.clone, (slot,), name=f"{slot.name}_copy")
-        self.names[n] = n.name
-        self.ops[n] = self._op(n)
-        return n
-
-    def _name(self, n: fx.Node) -> str:
-        return self.inputs.get(n) or self.names[n]
 
     def _names(self) -> dict[fx.Node, str]:
         """A readable unique name each: the path of torch's module where there is one, numbered from use 2 on."""
@@ -441,19 +380,15 @@ class Reading:
         names |= {n: f"target_{i}" for i, n in enumerate(self.exported.targets)}
         copies: Counter[str] = Counter(names.values())
         for n in sorted(self.nodes, key=lambda n: n not in self.roots):  # states first; the order stays else
-            wanted = self._torch_module(n) or n.name
+            path, kind = self._module(n)
+            is_result = self.data[n] and isinstance(value(n), (Tensor, type(None)))
+            is_torchs = kind.startswith(("torch.nn.modules", KeptModule.__module__))
+            wanted = path if path and is_result and is_torchs else n.name
             if copies[wanted] and n not in self.roots:
                 wanted = f"{wanted}/{n.name}"
             copies[wanted] += 1
             names[n] = wanted if copies[wanted] == 1 else f"{wanted}#{copies[wanted]}"
         return names
-
-    def _torch_module(self, n: fx.Node) -> str:
-        """The path of the module of torch's that made this call, if its result is what the module is there for."""
-        if not self.data[n] or not isinstance(value(n), (Tensor, type(None))):
-            return ""
-        path, kind = self._module(n)
-        return path if kind.startswith(("torch.nn.modules", KeptModule.__module__)) else ""
 
     def _module(self, n: fx.Node) -> tuple[str, str]:
         """The path and the type of the innermost module that made a call."""
@@ -474,25 +409,20 @@ class Reading:
             return replace(op, whole=True)
         if not args or not isinstance(args[0], Ref) or [*leaves_of((args[1:], kwargs), (Ref, Slot))]:
             return op
-        is_real = isinstance(value(n), Tensor) and value(n).is_floating_point()
-        if not is_real:
+        if not isinstance(value(n), Tensor) or not value(n).is_floating_point():
             return op
-        return replace(
-            op, activation=activation_of(op.label, args[1:], kwargs), pool=pool_of(op.label, args[1:], kwargs)
-        )
+        given = op.label, args[1:], kwargs
+        return replace(op, activation=activation_of(*given), pool=pool_of(*given))
 
     def _plain(self, template: Any) -> Any:
         """fx's immutable lists and dicts as ordinary ones, its nodes as references and slots."""
         if isinstance(template, fx.Node):
-            slot = self.slots.get(template)
-            return slot or Ref(self._name(self.alias.get(template, template)))
+            return self.slots.get(template) or Ref(self.names[template])
         if isinstance(template, (tuple, list)):
             items = [self._plain(t) for t in template]
             return items if isinstance(template, list) else tuple(items)
         if isinstance(template, dict):
             return {k: self._plain(v) for k, v in template.items()}
-        if isinstance(template, slice):
-            return slice(*(self._plain(t) for t in (template.start, template.stop, template.step)))
         return template
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,7 +26,6 @@ from mep.graph.closed_forms.activations import leaking, own_state
 from mep.graph.closed_forms.maxima import MaxPool, Windows
 
 aten = torch.ops.aten
-_ASSERTIONS = ("_assert_scalar", "_assert_tensor_metadata", "_assert_async", "sym_constrain_range_for_size")
 _CASTS = ("to", "type_as", "_to_copy")
 _SAME = ("clone", "alias", "lift_fresh_copy", "lift", "lift_fresh", "contiguous")
 
@@ -45,15 +45,17 @@ def value(n: Any) -> Any:
 
 def in_few_forms(graph: fx.Graph, inputs: Sequence[fx.Node]) -> None:
     """Rewrite every operation that has another spelling. Sizes are read from the inputs wherever these have them."""
-    graph.eliminate_dead_code(_is_impure)
+    graph.eliminate_dead_code(_is_impure)  # assertions have no readers
+    first: dict[Any, fx.Node] = {}
+    for n in graph.find_nodes(op="call_function", target=operator.getitem):
+        if (known := first.setdefault(n.args, n)) is not n:  # unpacked twice
+            _replace([n], known)
     homes = {str(size): (n, d) for n in reversed(inputs) for d, size in enumerate(value(n).shape)}
     for n in list(graph.nodes):
         name = label(n)
         if name == "sym_size" and str(value(n)) in homes:
             n.args = homes[str(value(n))]
-        if name in _ASSERTIONS or (n.op == "call_function" and not n.users and _is_assertion(n)):
-            graph.erase_node(n)
-        elif name in _SAME:
+        if name in _SAME:
             _replace([n], n.args[0])
         elif name in ("dropout", "native_dropout"):
             _noise_apart(n, homes)
@@ -66,10 +68,6 @@ def in_few_forms(graph: fx.Graph, inputs: Sequence[fx.Node]) -> None:
 
 def _is_impure(n: fx.Node) -> bool:
     return n.op in ("placeholder", "output")
-
-
-def _is_assertion(n: fx.Node) -> bool:
-    return label(n) in ("ge", "le", "gt", "lt", "eq") and not isinstance(value(n), Tensor)
 
 
 def _as_reshape(n: fx.Node) -> None:
@@ -114,7 +112,7 @@ def _with_numbers(n: fx.Node) -> None:
         n.update_arg(4, [t // 2 for t in total])
 
 
-def _as_new(old: Tensor, new: Tensor) -> Tensor:
+def _copied(old: Tensor, new: Tensor, non_blocking: bool = False) -> Tensor:
     """What `old.copy_(new)` leaves: torch has no derivative of the pure form."""
     return new.to(old.dtype).expand_as(old)
 
@@ -122,13 +120,7 @@ def _as_new(old: Tensor, new: Tensor) -> Tensor:
 def _fill(n: fx.Node) -> None:
     """Noise that is written over a value depends on its shape alone."""
     x: Any = n.args[0]
-    empty = _Putting(n)(aten.empty_like.default, x)
-    empty.meta["val"] = value(x)
-    n.args = (empty, *n.args[1:])
-
-
-def _copy(n: fx.Node) -> None:
-    n.target, n.args = _as_new, n.args[:2]
+    n.args = (_put(n, aten.empty_like.default, x), *n.args[1:])
 
 
 class _Written:
@@ -156,10 +148,6 @@ def group_norm(x: Tensor, *options: Any) -> Tensor:
     return found
 
 
-def _as_group_norm(n: fx.Node) -> None:
-    n.target = group_norm
-
-
 def _without_broadcast(n: fx.Node) -> None:
     """Tensors of one shape are themselves, and others are expanded."""
     for picked in list(n.users):
@@ -177,16 +165,9 @@ def _as_one_of(tensors: Sequence[Tensor], i: int) -> Tensor:
     return torch.broadcast_tensors(*tensors)[i]
 
 
-def without_casts(graph: fx.Graph) -> None:
-    """Drop the casts that change nothing."""
-    for n in list(graph.nodes):
-        if label(n) in _CASTS:
-            _without_cast(n)
-
-
-def _without_cast(n: fx.Node) -> None:
-    """A cast to the dtype and device that a tensor has is the tensor."""
-    x = value(n.args[0])
+def without_cast(n: fx.Node) -> None:
+    """A cast to the dtype and device that a tensor has is the tensor; other nodes are left."""
+    x = value(n.args[0]) if label(n) in _CASTS else None
     if isinstance(x, Tensor) and isinstance(t := value(n), Tensor) and (x.dtype, x.device) == (t.dtype, t.device):
         _replace([n], n.args[0])
 
@@ -205,45 +186,40 @@ def _without_whole_slices(n: fx.Node) -> None:
 def _noise_apart(n: fx.Node, homes: dict[str, tuple[fx.Node, int]]) -> None:
     """Dropout as a product with the dropout of ones, which depends on the shape alone; `homes` has the free sizes."""
     x: Any
+    target: Any = n.target
     x, *options = n.args
-    picked = [user for user in n.users if user.target is operator.getitem]
+    is_native = label(n) == "native_dropout"  # that returns its mask as well
+    ends = list(n.users) if is_native else [n]
+    if is_native and [user.args[1] for user in ends] != [0]:
+        return
+    put = partial(_put, n)
     if options[0] == 0 or not options[1]:
-        if label(n) == "dropout" or [user.args[1] for user in picked] == [0]:
-            _replace([n] if label(n) == "dropout" else picked, x)
-        return
-    if label(n) == "native_dropout" and [user.args[1] for user in picked] == [0] and len(n.users) == 1:
-        noise_of, ends = aten.native_dropout.default, picked
-    elif label(n) == "dropout":
-        noise_of, ends = aten.dropout.default, [n]
+        result = x
     else:
-        return
-    put = _Putting(n)
-    ones = _ones(put, value(x), value(x).shape, homes) or put(
-        aten.ones_like.default, x, memory_format=torch.contiguous_format
-    )
-    ones = _laid_out_as(put, ones, value(x))
-    ones.meta["val"] = value(x)
-    noise = put(noise_of, ones, *options)
-    if noise_of is aten.native_dropout.default:
-        noise.meta["val"] = (value(x), value(x))
-        noise = put(operator.getitem, noise, 0)
-        noise.meta["val"] = value(x)
-    product = put(aten.mul.Tensor, x, noise)
-    product.meta["val"] = value(x)
-    _replace(ends, product)
-    if ends != [n]:
+        ones = _ones(put, value(x), value(x).shape, homes)
+        ones = ones or put(aten.ones_like.default, x, memory_format=torch.contiguous_format)
+        ones = _laid_out_as(put, ones, value(x))
+        ones.meta["val"] = value(x)
+        noise = put(target, ones, *options, val=(value(x), value(x)) if is_native else value(x))
+        if is_native:
+            noise = put(operator.getitem, noise, 0, val=value(x))
+        result = put(aten.mul.Tensor, x, noise)
+    _replace(ends, result)
+    if is_native:
         n.graph.erase_node(n)
 
 
-def _ones(put: _Putting, like: Tensor, shape: Sequence[Any], homes: dict[str, tuple[fx.Node, int]]) -> fx.Node | None:
+def _ones(
+    put: Callable[..., fx.Node], like: Tensor, shape: Sequence[Any], homes: dict[str, tuple[fx.Node, int]]
+) -> fx.Node | None:
     """Ones of a shape whose sizes are numbers or those of the inputs, else None."""
     if not all(isinstance(size, int) or str(size) in homes for size in shape):
         return None
-    sizes = [s if isinstance(s, int) else put(aten.sym_size.int, *homes[str(s)]) for s in shape]
+    sizes = [s if isinstance(s, int) else put(aten.sym_size.int, *homes[str(s)], val=s) for s in shape]
     return put(aten.ones.default, sizes, dtype=like.dtype, device=like.device)
 
 
-def _laid_out_as(put: _Putting, ones: fx.Node, like: Tensor) -> fx.Node:
+def _laid_out_as(put: Callable[..., fx.Node], ones: fx.Node, like: Tensor) -> fx.Node:
     """Noise is drawn in the order of memory: the ones must lie there as the values of the model do."""
     strides = [int(s.node.hint) if isinstance(s, torch.SymInt) else s for s in like.stride()]
     order = sorted(range(like.ndim), key=lambda d: -strides[d])
@@ -274,16 +250,14 @@ def _attention_noise_apart(n: fx.Node, homes: dict[str, tuple[fx.Node, int]]) ->
     p, q, k = given.get("dropout_p", 0.0), given["query"], given["key"]
     if not p or given.get("enable_gqa"):
         return
-    put = _Putting(n)
+    put = partial(_put, n)
     ones = _ones(put, value(q), [*value(q).shape[:-1], value(k).shape[-2]], homes)
     if ones is None:
         return
     ones.meta["val"] = value(q)
     noise = put(aten.dropout.default, ones, p, True)
     options = given.get("attn_mask"), noise, given.get("is_causal", False), given.get("scale")
-    attended = put(_attention, q, k, given["value"], *options)
-    attended.meta["val"] = value(n)
-    _replace([n], attended)
+    _replace([n], put(_attention, q, k, given["value"], *options, val=value(n)))
 
 
 def _as_pool(n: fx.Node) -> None:
@@ -292,11 +266,8 @@ def _as_pool(n: fx.Node) -> None:
         users = list(n.users)
         if not all(u.target is operator.getitem and u.args[1] == 0 for u in users):
             return
-        put = _Putting(n)
         name = label(n).removesuffix("_with_indices")
-        pooled = put(_POOLS[name], *n.args, **n.kwargs)
-        pooled.meta["val"] = value(n)[0] if value(n) is not None else None
-        _replace(users, pooled)
+        _replace(users, _put(n, _POOLS[name], *n.args, **n.kwargs, val=value(n)[0]))
         n.graph.erase_node(n)
 
 
@@ -316,7 +287,7 @@ _POOLS = {name: _pooling(name) for n in (1, 2, 3) for name in (f"adaptive_max_po
 
 def unroll_pool(n: fx.Node, pool: MaxPool) -> None:
     """Max pooling as the largest of its windows."""
-    put = _Putting(n)
+    put = partial(_put, n)
     _replace([n], put(torch.squeeze, put(maxima.largest, put(Windows(pool), n.args[0])), -1))
 
 
@@ -330,27 +301,20 @@ def insert_state(at: fx.Node, readers: Iterable[fx.Node]) -> fx.Node:
     return state
 
 
-class _Putting:
-    """Calls that stand in place of a node."""
-
-    def __init__(self, n: fx.Node):
-        self.n = n
-
-    def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
-        with self.n.graph.inserting_before(self.n):
-            name = getattr(function, "__name__", type(function).__name__.lower()).partition(".")[0]
-            made = self.n.graph.create_node("call_function", function, args, kwargs, name=name)
-        made.meta = {k: v for k, v in self.n.meta.items() if k != "val"}
-        given = [value(a) for a in args if isinstance(a, fx.Node)]
-        made.meta["val"] = given[0] if given and isinstance(given[0], Tensor) else None
-        if function is aten.sym_size.int:
-            made.meta["val"] = given[0].shape[args[1]]
-        return made
+def _put(n: fx.Node, function: Callable[..., Any], *args: Any, val: Any = None, **kwargs: Any) -> fx.Node:
+    """A call before a node, in its place; by default its value is like its first argument's."""
+    with n.graph.inserting_before(n):
+        name = getattr(function, "__name__", type(function).__name__.lower()).partition(".")[0]
+        made = n.graph.create_node("call_function", function, args, kwargs, name=name)
+    first = next((value(a) for a in args if isinstance(a, fx.Node)), None)
+    made.meta = {**n.meta, "val": first if val is None and isinstance(first, Tensor) else val}
+    return made
 
 
 def _extreme(n: fx.Node) -> None:
     """A maximum or minimum of two tensors, or over dimensions."""
-    x, other, keepdim = _arguments(n)
+    given: dict[str, Any] = dict(zip(("self", "other", "keepdim"), n.args, strict=False)) | dict(n.kwargs)
+    x, other, keepdim = given.get("self"), given.get("other", given.get("dim")), bool(given.get("keepdim", False))
     name = label(n)
     dims = (other,) if isinstance(other, int) else tuple(other) if isinstance(other, (tuple, list)) else ()
     ends, result = [n], value(n)
@@ -361,28 +325,20 @@ def _extreme(n: fx.Node) -> None:
     is_real = isinstance(value(x), Tensor) and value(x).is_floating_point()
     if not is_real or not (dims or isinstance(other, fx.Node)) or (name in ("maximum", "minimum") and dims):
         return
-    put = _Putting(n)
+    put = partial(_put, n)
     together = put(maxima.gathered, x, dims) if dims else put(maxima.pair, x, other)
     is_minimum = "min" in name
     found = put(maxima.largest, put(torch.neg, together) if is_minimum else together)
     found = put(torch.neg, found) if is_minimum else found
-    last = put(maxima.reduced, found, dims, keepdim) if dims else put(torch.squeeze, found, -1)
-    last.meta["val"] = result
-    _replace(ends, last)
+    last = (maxima.reduced, found, dims, keepdim) if dims else (torch.squeeze, found, -1)
+    _replace(ends, put(*last, val=result))
     if ends != [n]:
         n.graph.erase_node(n)
 
 
-def _arguments(n: fx.Node) -> tuple[Any, Any, bool]:
-    """What is compared, what with (or over which dimensions), and `keepdim`."""
-    given = dict(zip(("self", "other", "keepdim"), n.args, strict=False)) | dict(n.kwargs)
-    return given.get("self"), given.get("other", given.get("dim")), bool(given.get("keepdim", False))
-
-
 def _prelu(n: fx.Node) -> None:
     x, slope = n.args
-    put = _Putting(n)
-    _replace([n], put(leaking, x, put(aten.relu.default, x), slope))
+    _replace([n], _put(n, leaking, x, _put(n, aten.relu.default, x), slope))
 
 
 def _replace(old: Iterable[fx.Node], new: Any) -> None:
@@ -400,15 +356,15 @@ _REWRITES: dict[str, Callable[[fx.Node], None]] = {
     "conv1d": _with_numbers,
     "conv2d": _with_numbers,
     "conv3d": _with_numbers,
-    "copy": _copy,
+    "copy": lambda n: setattr(n, "target", _copied),
     **dict.fromkeys(("normal_functional", "uniform", "exponential", "cauchy", "geometric", "log_normal"), _fill),
     "broadcast_tensors": _without_broadcast,
-    **dict.fromkeys(_CASTS, _without_cast),
+    **dict.fromkeys(_CASTS, without_cast),
     "slice": _without_whole_slices,
     **dict.fromkeys(("slice_scatter", "select_scatter", "diagonal_scatter", "as_strided_scatter"), _write_of_a_part),
     **{f"adaptive_max_pool{n}d": _as_pool for n in (1, 2, 3)},
     **{f"max_pool{n}d_with_indices": _as_pool for n in (1, 2, 3)},
     **dict.fromkeys(("maximum", "minimum", "amax", "amin", "max", "min"), _extreme),
     "prelu": _prelu,
-    "group_norm": _as_group_norm,
+    "group_norm": lambda n: setattr(n, "target", group_norm),
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import CellType, FunctionType
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mep.capture.surroundings import surroundings_kept
 from mep.errors import TraceError
-from mep.guards import generators_kept
+from mep.guards import generators_kept, uninterrupted
 
 
 def check_state(model: nn.Module, hooks: bool = True) -> None:
@@ -70,19 +70,21 @@ class Buffers:
 
     def __init__(self, *modules: nn.Module):
         every = [m for module in modules for m in module.modules() if not isinstance(m, torch.jit.ScriptModule)]
-        homes = [m._buffers for m in every if m._buffers]
         self.before = [
-            (home, {k: (b, None if b is None else b.detach().clone()) for k, b in home.items()}) for home in homes
+            (m._buffers, {k: (b, None if b is None else b.detach().clone()) for k, b in m._buffers.items()})
+            for m in every
         ]
 
     def undo(self) -> None:
         """To what they were."""
-        for home, kept in self.before:
-            for name, (buffer, value) in kept.items():
-                if buffer is not None and value is not None and not same(buffer, value):
-                    with torch.no_grad():
+        with torch.no_grad(), uninterrupted():
+            for home, kept in self.before:
+                for name in home.keys() - kept.keys():
+                    del home[name]
+                for name, (buffer, value) in kept.items():
+                    if buffer is not None and value is not None and not same(buffer, value):
                         buffer.copy_(value)
-                home[name] = buffer
+                    home[name] = buffer
 
     def values(self) -> list[Tensor]:
         """Copies of what they are now."""
@@ -98,11 +100,15 @@ def same(a: Tensor, b: Tensor) -> bool:
 def untouched(*roots: Any) -> Iterator[Buffers]:
     """Modules and functions may be run inside: buffers, attributes and random numbers end as they began."""
     buffers = Buffers(*(root for root in roots if isinstance(root, nn.Module)))
-    with surroundings_kept(*roots), generators_kept():
-        try:
-            yield buffers
-        finally:
+    others = ExitStack()
+    others.enter_context(surroundings_kept(*roots))
+    others.enter_context(generators_kept())
+    try:
+        yield buffers
+    finally:
+        with uninterrupted():
             buffers.undo()
+            others.close()
 
 
 def trained_parameters(model: nn.Module, cost: Any) -> list[nn.Parameter]:

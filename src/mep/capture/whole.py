@@ -23,7 +23,8 @@ from mep.graph.closed_forms import kink_of_call
 from mep.graph.step_context import StepContext
 from mep.guards import generators_kept
 
-_KEPT: dict[int, Whole] = {}
+RECORDED: dict[int, Whole] = {}
+"""The calls that the operators of a graph stand for, by their second argument, while a model is exported."""
 _KEYS = itertools.count()
 
 
@@ -86,7 +87,7 @@ class Whole:
     def record(self, parameters: Sequence[Tensor] = (), buffers: Sequence[Tensor] = ()) -> Any:
         """The call while a model is exported."""
         key = next(_KEYS)
-        _KEPT[key] = self
+        RECORDED[key] = self
         found = torch.ops.mep.whole([*self.given, *parameters, *buffers], key)
         self.given = []
         results = list(self.others)
@@ -105,13 +106,13 @@ class Whole:
 
 @torch.library.custom_op("mep::whole", mutates_args=())
 def _whole(tensors: list[Tensor], key: int) -> list[Tensor]:
-    return [t.clone() for t in _KEPT[key].run(tensors)]
+    return [t.clone() for t in RECORDED[key].run(tensors)]
 
 
 @_whole.register_fake
 def _fake(tensors: list[Tensor], key: int) -> list[Tensor]:
     """Shapes and dtypes of the result: by the call itself if it runs on shapes alone, else on ones."""
-    whole = _KEPT[key]
+    whole = RECORDED[key]
     given = tensors[: len(whole.places)]
     mode: Any = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
     env = getattr(mode, "shape_env", None)
@@ -119,34 +120,28 @@ def _fake(tensors: list[Tensor], key: int) -> list[Tensor]:
         if whole.is_scripted:
             raise RuntimeError("scripted code takes no fake tensors")
         names = [name for name, _ in whole.module.named_parameters()] if whole.module else []
-        parameters = dict(zip(names, tensors[len(given) :], strict=False))
         with env.ignore_fresh_unbacked_symbols() if env else nullcontext():
-            found = whole.run(tensors, parameters)
+            found = whole.run(tensors, dict(zip(names, tensors[len(given) :], strict=False)))
         return [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device) for t in found]
     except Exception as error:
-        shapes = _shapes_on_ones(whole, given, error)
-        return [torch.empty(shape, dtype=dtype, device=given[0].device) for shape, dtype in shapes]
+        symbols = {str(size): size for t in given for size in t.shape if isinstance(size, torch.SymInt)}
+        if len(symbols) > 1:
+            raise  # which of them a result follows is not known: without symbols it is tried again
+        # For a batch as it is and for a longer one: what grows with it is its symbol.
+        symbol = next(iter(symbols.values()), None)
+        one = _on_ones(whole, given, 0, error)
+        other = _on_ones(whole, given, 1, error) if symbols else one
+        found = []
+        for a, b in zip(one, other, strict=True):
+            shape = [symbol if i != j else i for i, j in zip(a.shape, b.shape, strict=True)]
+            found.append(torch.empty(shape, dtype=a.dtype, device=given[0].device))  # type: ignore[arg-type]
+        return found
 
 
-def _shapes_on_ones(whole: Whole, given: Sequence[Tensor], error: Exception) -> list[tuple[list[Any], torch.dtype]]:
-    """From the call itself on ones, for a batch as it is and for a longer one: what grows with it is its symbol."""
-    symbols = {str(size): size for t in given for size in t.shape if isinstance(size, torch.SymInt)}
-    if len(symbols) > 1:
-        raise error  # which of them a result follows is not known: without symbols it is tried again
-    more = [0, 1] if symbols else [0]
-    found = []
-    for extra in more:
-        sizes = [[size if isinstance(size, int) else size.node.hint + extra for size in t.shape] for t in given]
-        found.append(_on_ones(whole, [(size, t.dtype, t.device) for size, t in zip(sizes, given, strict=True)], error))
-    symbol = next(iter(symbols.values()), None)
-    shapes = []
-    for one, other in zip(found[0], found[-1], strict=True):
-        pairs = zip(one.shape, other.shape, strict=True)
-        shapes.append(([symbol if a != b else a for a, b in pairs], one.dtype))
-    return shapes
-
-
-def _on_ones(whole: Whole, kinds: Sequence[tuple[Any, ...]], error: Exception) -> list[Tensor]:
+def _on_ones(whole: Whole, given: Sequence[Tensor], more: int, error: Exception) -> list[Tensor]:
+    """What a call makes of ones in the shapes that are given, with symbols for their sizes so many larger."""
+    sizes = [[size if isinstance(size, int) else size.node.hint + more for size in t.shape] for t in given]
+    kinds = [(size, t.dtype, t.device) for size, t in zip(sizes, given, strict=True)]
     modules = [] if whole.module is None or whole.is_scripted else [whole.module]
 
     def run() -> list[Tensor]:
@@ -221,7 +216,7 @@ def kept_whole(root: nn.Module, is_leaf: Callable[[str, nn.Module], bool]) -> It
         del base.apply
         for home, name, child in homes:
             home[name] = child
-        _KEPT.clear()
+        RECORDED.clear()
 
 
 def _hides_its_statistics(module: nn.Module) -> bool:
@@ -230,11 +225,6 @@ def _hides_its_statistics(module: nn.Module) -> bool:
         return False
     is_cumulative = isinstance(module, nn.modules.batchnorm._BatchNorm) and module.momentum is None
     return is_cumulative or isinstance(module, nn.modules.instancenorm._InstanceNorm)
-
-
-def target_of(key: int) -> Whole:
-    """The call that an operation of an exported graph stands for."""
-    return _KEPT[key]
 
 
 class _HeldInside(TorchFunctionMode):

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mep.capture.proof import loss_of
+from mep.capture.sides import loss_of
 from mep.errors import ArgumentError
 from mep.estimators import Backprop, EquilibriumPropagation, Estimate
 from mep.verification.case import Case
