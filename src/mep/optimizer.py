@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from mep.capture.state import Buffers
 from mep.errors import A_FLAG, ArgumentError, ParameterError, require, warn
-from mep.estimators.estimate import Estimate, Gradients, accumulate
+from mep.estimators.contrast import accumulate
+from mep.estimators.estimate import Estimate, Gradients
 from mep.guards import uninterrupted
 
 Constraint = Callable[[torch.optim.Optimizer], None]

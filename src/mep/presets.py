@@ -28,7 +28,7 @@ from mep.cost import BatchCost, PerExample
 from mep.energy import GroupEnergy, NodeEnergy, make_node_energy
 from mep.errors import A_FLAG, ArgumentError, ParameterError, RemovedArgumentError, require
 from mep.estimators import Backprop, EquilibriumPropagation
-from mep.estimators.checks import check_model
+from mep.graph.inputs import check_model
 from mep.optimizer import Constraint, EPOptimizer
 from mep.settle import Solver
 from mep.solvers import Descent, Local, Sweep

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from mep.capture import Leaves, capture
-from mep.capture.cost import cost_of
 from mep.capture.proof import Proof, prove
 from mep.capture.surroundings import Snapshot
-from mep.cost import BatchCost, Cost, recorded_function
+from mep.cost import recorded_function
 from mep.errors import TraceError
 from mep.graph.graph import Graph
 from mep.graph.inputs import dtype_errors, flattened
@@ -95,10 +94,6 @@ class Graphs:
     def graphs(self) -> list[Graph]:
         """Those that are kept."""
         return [known.graph for known in self.known]
-
-    def cost_of(self, graph: Graph, make: Cost, inputs: Any, output: Tensor, target: Any) -> BatchCost:
-        """The cost of a batch."""
-        return cost_of(graph, make, inputs, output, target)
 
     def of(self, x: Any, target: Any = None, saves_memory: bool = False) -> Graph:
         """That for a batch like this one, captured and proven where that is due.

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from mep.capture.state import Buffers, check_state, trained_parameters
 from mep.cost import BatchCost, PerExample, make_cost, mean_cost
 from mep.errors import ArgumentError, DivergedError
-from mep.estimators.checks import check_mode, check_model, checked_batch, noise_undone_on_error
-from mep.estimators.estimate import Estimate, Gradients, accumulate, finished
-from mep.graph.inputs import call_model, dtype_errors
+from mep.estimators.checks import noise_undone_on_error
+from mep.estimators.contrast import accumulate, finished
+from mep.estimators.estimate import Estimate, Gradients
+from mep.graph.inputs import call_model, check_mode, check_model, checked_batch, dtype_errors
 from mep.guards import without_hooks
 from mep.settle import Result
 

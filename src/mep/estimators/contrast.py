@@ -22,16 +22,17 @@ output's error. There `largest` is 0.0002. Examples that are coupled have one be
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mep.cost import BatchCost
 from mep.energy import Energy, Free, State, example_norm, nudge
 from mep.errors import DivergedError
-from mep.estimators.estimate import Gradients, finished
+from mep.estimators.estimate import Gradients
 from mep.graph import Point
 from mep.graph.node import Beta
 from mep.settle import Iterate, Response, Result, Settled, Solver, Start, settle
@@ -184,3 +185,29 @@ def betas_of(beta: Beta, batch: int, device: torch.device) -> Tensor:
     if isinstance(beta, Tensor):
         return beta.abs().expand(batch)
     return torch.full((batch,), abs(beta), dtype=torch.float64, device=device)
+
+
+def finished(gradients: Gradients) -> Gradients:
+    """The gradients in the dtypes of their parameters, after checking that every number is finite.
+
+    A norm is finite only if all its terms are; only if it is not does the slower exact test decide.
+    """
+    if gradients and not math.isfinite(sum(map(float, torch._foreach_norm(list(gradients.values()))))):
+        broken = [tuple(p.shape) for p, g in gradients.items() if not torch.isfinite(g).all()]
+        if broken:
+            raise DivergedError(
+                f"The gradient of parameters of shapes {broken} is not finite. Nothing was changed. Way out: a smaller "
+                "learning rate, or look for exploding weights."
+            )
+    return {p: g.to(p.dtype) for p, g in gradients.items()}
+
+
+def accumulate(gradients: Mapping[nn.Parameter, Tensor]) -> None:
+    """Add to `p.grad` what `loss.backward()` would add, through the hooks of the parameters."""
+    for p, g in gradients.items():
+        if p._backward_hooks or p._post_accumulate_grad_hooks:
+            p.backward(g)
+        elif p.grad is None:
+            p.grad = g
+        else:
+            p.grad.add_(g)

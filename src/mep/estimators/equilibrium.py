@@ -13,18 +13,29 @@ from torch import Tensor, nn
 
 from mep.capture import Leaves, check_leaves
 from mep.capture.cache import Graphs
+from mep.capture.cost import cost_of
 from mep.capture.state import check_state
 from mep.cost import BatchCost, PerExample, make_cost
 from mep.energy import Energy, GroupEnergy, NodeEnergy, make_node_energy
 from mep.errors import ArgumentError, DivergedError, InputError, NotConvergedError, NotConvergedWarning, warn
-from mep.estimators.checks import check_groups, check_mode, check_model, check_settings, check_solver, checked_batch
+from mep.estimators.checks import check_groups, check_settings, check_solver
 from mep.estimators.compiled_step import CompiledSteps, CompileOptions
-from mep.estimators.contrast import SettledPhase, Watch, betas_of, contrast, iter_gradients, settle_phases
-from mep.estimators.estimate import Estimate, Gradients, accumulate, finished
+from mep.estimators.contrast import (
+    SettledPhase,
+    Watch,
+    accumulate,
+    betas_of,
+    contrast,
+    finished,
+    iter_gradients,
+    settle_phases,
+)
+from mep.estimators.estimate import Estimate, Gradients
 from mep.estimators.layer_factors import LayerStatistics, layer_statistics
 from mep.estimators.view import Equilibrium, Recorder, view
 from mep.estimators.warm_start import EquilibriumCache, check_indices
 from mep.graph import Graph
+from mep.graph.inputs import check_mode, check_model, checked_batch
 from mep.graph.ops import Slot
 from mep.graph.step_context import StepContext
 from mep.guards import generators, region, set_generators, uninterrupted
@@ -288,7 +299,7 @@ class EquilibriumPropagation:
         output = energy.output(free.point)
         if len(output) != batch:
             raise InputError(f"The output has {len(output)} rows for {batch} examples; dimension 0 is the batch.")
-        cost = self._graphs.cost_of(graph, self._cost, energy.inputs, output, target)
+        cost = cost_of(graph, self._cost, energy.inputs, output, target) if graph.cost else self._cost(output, target)
         loss = cost.value(output).mean()
         if not math.isfinite(float(loss)):
             raise DivergedError(

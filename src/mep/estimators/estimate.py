@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
-from mep.errors import DivergedError
 from mep.graph.graph import share_in_words
 from mep.settle import Result, rounded
 
@@ -79,29 +76,3 @@ class Estimate:
     def converged(self) -> bool:
         """Whether every example has settled in every phase (backprop always does)."""
         return self.result in (Result.CONVERGED, Result.BACKPROP)
-
-
-def finished(gradients: Gradients) -> Gradients:
-    """The gradients in the dtypes of their parameters, after checking that every number is finite.
-
-    A norm is finite only if all its terms are; only if it is not does the slower exact test decide.
-    """
-    if gradients and not math.isfinite(sum(map(float, torch._foreach_norm(list(gradients.values()))))):
-        broken = [tuple(p.shape) for p, g in gradients.items() if not torch.isfinite(g).all()]
-        if broken:
-            raise DivergedError(
-                f"The gradient of parameters of shapes {broken} is not finite. Nothing was changed. Way out: a smaller "
-                "learning rate, or look for exploding weights."
-            )
-    return {p: g.to(p.dtype) for p, g in gradients.items()}
-
-
-def accumulate(gradients: Mapping[nn.Parameter, Tensor]) -> None:
-    """Add to `p.grad` what `loss.backward()` would add, through the hooks of the parameters."""
-    for p, g in gradients.items():
-        if p._backward_hooks or p._post_accumulate_grad_hooks:
-            p.backward(g)
-        elif p.grad is None:
-            p.grad = g
-        else:
-            p.grad.add_(g)

@@ -1,16 +1,19 @@
-"""How a batch is given to a model: a tensor, a tuple by position, a dict by name; and what of it are tensors."""
+"""Batches: how a model is called with one, what of it are tensors, and which batches and models are refused."""
 
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from mep.errors import InputError
+from mep.cost import recorded_function
+from mep.errors import ArgumentError, InputError, ParameterError
 
 
 def call_model(model: nn.Module, x: Any) -> Any:
@@ -71,3 +74,53 @@ def describe(x: Any) -> str:
     if isinstance(x, Mapping):
         return "a dict of " + ", ".join(map(str, x))
     return f"a tuple of {len(x)}" if isinstance(x, (tuple, list)) else type(x).__name__
+
+
+_NO_TARGET = object()
+
+
+def checked_batch(x: Any, target: Any = _NO_TARGET, cost: Any = None) -> int:
+    """The number of examples of a batch that can be used: not empty, finite, and with tensors that autograd takes.
+
+    A target must be a tensor, unless the cost is a function; its shape and values are for the cost to check.
+    """
+    tensors = []
+    for leaf in flattened(x)[0]:
+        if isinstance(leaf, Tensor):
+            tensors.append(leaf)
+    if not tensors:
+        raise InputError(f"x must be a tensor, or a tuple or dict of them, not {type(x).__name__}: torch.as_tensor(x).")
+    made_in_inference = False
+    for leaf in [*tensors, *([] if target is _NO_TARGET else flattened(target)[0])]:
+        made_in_inference |= isinstance(leaf, Tensor) and leaf.is_inference()
+    if made_in_inference:
+        raise InputError(
+            "The batch was made in torch.inference_mode(), and autograd cannot use such tensors. Way out: make it in "
+            "torch.no_grad(), or pass x.clone()."
+        )
+    if tensors[0].ndim == 0 or len(tensors[0]) == 0:
+        raise InputError(f"The batch is empty: {[tuple(t.shape) for t in tensors]}. Pass at least one example.")
+    is_given = target is not _NO_TARGET and not isinstance(target, Tensor)
+    if is_given and (target is None or recorded_function(cost) is None):
+        raise InputError(f"The target must be a tensor, not {type(target).__name__}: torch.as_tensor(target).")
+    for t in tensors:
+        # A sum is finite only if all its terms are; only if it is not does the slower exact test decide.
+        if t.is_floating_point() and not math.isfinite(float(t.detach().sum())) and not torch.isfinite(t).all():
+            raise InputError("The input contains NaN or Inf. Nothing was changed; mend or drop this batch.")
+    return len(tensors[0])
+
+
+def check_mode() -> None:
+    """Refuse inference mode, in which autograd records nothing of a single module either."""
+    if torch.is_inference_mode_enabled():
+        raise ArgumentError("Gradients cannot be estimated in torch.inference_mode(). Call outside, or in no_grad().")
+
+
+def check_model(model: nn.Module, caller: str) -> None:
+    """Refuse what is no module, or has nothing to train."""
+    if not isinstance(model, nn.Module):
+        raise ArgumentError(f"{caller}(model={model!r}): must be a torch.nn.Module.")
+    for p in model.parameters():
+        if p.requires_grad:
+            return
+    raise ParameterError(f"{type(model).__name__} has no parameter that requires a gradient: nothing to train.")

@@ -14,7 +14,7 @@ from mep.capture.cache import Graphs
 from mep.capture.state import Buffers, copied_together
 from mep.cost import BatchCost, PerExample
 from mep.errors import ArgumentError
-from mep.estimators.checks import check_model, checked_batch
+from mep.graph.inputs import check_model, checked_batch
 from mep.guards import generators, set_generators
 from mep.solvers import Sweep
 

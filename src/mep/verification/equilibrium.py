@@ -20,6 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mep.capture.cost import cost_of
 from mep.cost import make_cost
 from mep.energy import Energy, State, make_node_energy, nudge
 from mep.estimators.contrast import CONTRASTS
@@ -73,9 +74,7 @@ class Equilibria:
         """The energy nudged by beta toward the target."""
         make, energy = make_cost(self.case.config.cost), self.energy
         output = energy.output(self.free)
-        return nudge(
-            energy, self.case.graphs.cost_of(energy.graph, make, energy.inputs, output, self.case.target), beta
-        )
+        return nudge(energy, cost_of(energy.graph, make, energy.inputs, output, self.case.target), beta)
 
     def settle(self, beta: float, solver: Solver) -> tuple[Energy, Settled]:
         """The energy nudged by beta, and where it settles."""
