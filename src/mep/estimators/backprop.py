@@ -16,7 +16,6 @@ from mep.estimators.contrast import accumulate, finished
 from mep.estimators.estimate import Estimate, Gradients
 from mep.graph.inputs import call_model, check_mode, check_model, checked_batch, dtype_errors
 from mep.guards import without_hooks
-from mep.settle import Result
 
 
 class Backprop:
@@ -47,7 +46,7 @@ class Backprop:
         if indices is not None:
             raise ArgumentError("Backprop: there is no equilibrium to begin at; leave indices out.")
         check_mode()
-        checked_batch(x, target, self.cost)
+        batch = checked_batch(x, target, self.cost)
         check_model(self.model, "Backprop")
         trained = trained_parameters(self.model, self.cost)
         buffers = Buffers(self.model)
@@ -62,7 +61,7 @@ class Backprop:
         except BaseException:
             buffers.undo()
             raise
-        return gradients, Estimate(loss.detach(), None, 0, Result.BACKPROP)
+        return gradients, Estimate.exact(loss.detach(), batch)
 
     def predict(self, x: Any) -> Tensor:
         """The model's output."""

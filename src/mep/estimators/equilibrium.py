@@ -408,7 +408,6 @@ class EquilibriumPropagation:
         is_fixed = estimate.result is Result.FIXED_STEPS
         if self.on_unsettled == "warn" and (is_fixed or self._has_warned):
             return
-        assert estimate.settled is not None and estimate.residual is not None
         hint = self.solver.failure_hint(energy, free.point)
         message = (
             f"{int((~estimate.settled).sum())} of {energy.batch} examples did not settle to {self.solver.tol:g} in "

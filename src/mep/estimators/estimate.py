@@ -19,12 +19,11 @@ class Estimate:
 
     Attributes:
         loss: mean cost of the batch at the free equilibrium, 0-dim.
-        residual: of every example, [batch], the worst over nodes and phases; None for backprop. Converged: at most
-            `tol`.
+        residual: of every example, [batch], the worst over nodes and phases; 0 for backprop. Converged: at most `tol`.
         iterations: sweeps or descent steps, the most of any phase and example; 0 for backprop.
         result: converged, or why not.
-        betas: the nudging strength of every example, [batch]; None for backprop.
-        counts: the iterations of every example, [batch]; None for backprop.
+        betas: the nudging strength of every example, [batch]; 0 for backprop.
+        counts: the iterations of every example, [batch]; 0 for backprop.
         tol: the residual to which examples were to settle.
         left_branch: fraction of piecewise-linear units off the branch on which they were held; None if not asked.
         turns: how often each node was computed, by name; None unless the solver is `mep.Local`.
@@ -33,24 +32,32 @@ class Estimate:
     """
 
     loss: Tensor
-    residual: Tensor | None
+    residual: Tensor
     iterations: int
     result: Result
-    betas: Tensor | None = None
-    counts: Tensor | None = None
+    betas: Tensor
+    counts: Tensor
     tol: float = 0.0
     left_branch: float | None = None
     turns: Mapping[str, int] | None = None
     in_leaves: tuple[int, int] = (0, 0)
 
+    @classmethod
+    def exact(cls, loss: Tensor, batch: int) -> Estimate:
+        """That of a gradient without any equilibrium, as backpropagation's."""
+        zeros = loss.new_zeros(batch)
+        return cls(loss, zeros, 0, Result.BACKPROP, zeros, zeros.long())
+
     def __str__(self) -> str:
         """One line.
 
-        >>> betas = torch.tensor([0.1, 0.1])
-        >>> print(Estimate(torch.tensor(0.5), torch.tensor([1e-3, 4e-3]), 2, Result.CONVERGED, betas, tol=1e-2))
+        >>> import torch
+        >>> residual, betas, counts = torch.tensor([1e-3, 4e-3]), torch.tensor([0.1, 0.1]), torch.tensor([2, 1])
+        >>> print(Estimate(torch.tensor(0.5), residual, 2, Result.CONVERGED, betas, counts, tol=1e-2))
         loss 0.5, residual 0.004 at most, 2 iterations, beta 0.1: converged
         """
-        settled = "" if self.residual is None else f", residual {float(self.residual.max()):.1g} at most"
+        is_exact = self.result is Result.BACKPROP
+        settled = "" if is_exact else f", residual {float(self.residual.max()):.1g} at most"
         left = "" if self.left_branch is None else f", {self.left_branch:.1%} off their branch"
         counted = f"{self.iterations} iteration{'' if self.iterations == 1 else 's'}, beta {self.beta:.3g}"
         inside, total = self.in_leaves
@@ -60,17 +67,17 @@ class Estimate:
     @property
     def beta(self) -> float:
         """The smallest nudging strength of any example: that which was named, if one was; 0 for backprop."""
-        return 0.0 if self.betas is None else float(self.betas.min())
+        return float(self.betas.min())
 
     @property
     def median_beta(self) -> float:
         """The nudging strength of the middle example."""
-        return 0.0 if self.betas is None else float(self.betas.median())
+        return float(self.betas.median())
 
     @property
-    def settled(self) -> Tensor | None:
-        """Which examples have settled, [batch]; None for backprop."""
-        return None if self.residual is None else self.residual <= rounded(self.tol, self.residual.dtype)
+    def settled(self) -> Tensor:
+        """Which examples have settled, [batch]."""
+        return self.residual <= rounded(self.tol, self.residual.dtype)
 
     @property
     def converged(self) -> bool:

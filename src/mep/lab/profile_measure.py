@@ -191,8 +191,6 @@ def gradient_errors(
     found: list[dict[str, float]] = []
     for place, batch in enumerate(batches):
         gradients, estimate = estimator.gradients(*batch)
-        assert estimate.residual is not None and estimate.betas is not None
-        assert estimate.counts is not None and estimate.settled is not None
         exact = reference.equilibrium(estimator, estimate.betas, place)
         found.append(
             {

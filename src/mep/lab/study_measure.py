@@ -109,7 +109,6 @@ def measure(model: nn.Module, x: Tensor, y: Tensor, beta: float | None, tol: flo
     except mep.MepError as error:
         return {**dict.fromkeys(MEASURED), "why": type(error).__name__}
     norm = _norm(wanted.values())
-    assert estimate.residual is not None and estimate.counts is not None and estimate.settled is not None
     apart = {p: found[p] - g for p, g in wanted.items()}
     first = next(p for p in model.parameters() if p.ndim > 1)
     return {

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mep import Estimate, Result, presets
+from mep import Estimate, presets
 from mep.errors import ArgumentError
 
 
@@ -91,7 +91,7 @@ class Backprop:
         loss.backward()
         for update in self.updates:
             update.step()
-        self.last = Estimate(loss.detach(), residual=None, iterations=0, result=Result.BACKPROP)
+        self.last = Estimate.exact(loss.detach(), len(target))
         return self.last.loss
 
     @torch.no_grad()

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mep import Estimate
+from mep import Estimate, Result
 from mep.errors import ArgumentError, MepError
 from mep.runs import models, optimizers
 from mep.runs.data import DataSet
@@ -81,8 +81,7 @@ class Tally:
         self.steps += 1
         self.examples += examples
         self.loss = self.loss + estimate.loss.double() * examples
-        if estimate.residual is not None:
-            assert estimate.counts is not None and estimate.settled is not None
+        if estimate.result is not Result.BACKPROP:
             residual = estimate.residual.double()
             self.nudged += examples
             self.residual = self.residual + residual.sum()

@@ -178,7 +178,7 @@ def _parameter(
 
 def _estimation(equilibria: Equilibria, exact: Reference, phases: str, run: Run) -> Estimation:
     estimate = run.estimate
-    assert estimate.residual is not None and estimate.settled is not None and estimate.left_branch is not None
+    assert estimate.left_branch is not None
     again = equilibria.residual(phases, estimate.beta)
     return Estimation(
         phases=phases,
