@@ -26,7 +26,12 @@ _MOST = 12
 """
 _EVERY = 5
 """Every fifth: no table has five of anything in its inner loops, so that of all things some are taken."""
-_EVERY_OF_LISTS = {"test_public_models.py": 3, "test_sound_reading.py": 2, "test_sound_training.py": 2, "test_zoo.py": 1}
+_EVERY_OF_LISTS = {
+    "test_public_models.py": 3,
+    "test_sound_reading.py": 2,
+    "test_sound_training.py": 2,
+    "test_zoo.py": 1,
+}
 """Of lists in which each case is another model, and its neighbours are the most like it."""
 
 
