@@ -627,7 +627,7 @@ def test_command(command, tmp_path):
 
 
 def test_exit_codes(command, tmp_path):
-    words = ("--shape", "6", "--classes", 3, "--batch-size", 5, "--out", tmp_path)
+    words = ("--shape", "6", "--classes", 3, "--batch-size", 5, "--out", tmp_path, "--beta", 0.05, "--beta", 0.02)
     output = command("verify", "--model", "factories:bad", *words, code=1)
     assert "NOT OK, 1 failure" in output and "finite differences" in output
     assert json.loads((tmp_path / "factories.bad.json").read_text())["report"]["ok"] is False
