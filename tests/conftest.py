@@ -22,7 +22,7 @@ def uncompiled(monkeypatch):
     without_compiler(monkeypatch)
 
 
-_TABLES = ((12, 1), (30, 3), (math.inf, 5))
+_TABLES = ((12, 1), (math.inf, 5))
 _OTHERS = {
     "test_layering.py": ((math.inf, 1),),
     "test_public_models.py": ((12, 1), (math.inf, 3)),
@@ -32,22 +32,35 @@ _OTHERS = {
 }
 """Of a test with at most so many cases every how many-th is run, unless MEP_TEST_ALL is set.
 
-Tests that share a table take others of it. In some files tables are lists of models that were once got wrong, where
-each is like its neighbours; of the models that people write, all are run.
+Besides, of a table of several parameters some case is run with each value of each. In some files tables are lists of
+models that were once got wrong, where each is like its neighbours; of the models that people write, all are run.
 """
 
 
 def pytest_collection_modifyitems(config, items):
     if os.environ.get("MEP_TEST_ALL") or any("::" in str(arg) for arg in config.args) or config.option.keyword:
         return
-    cases = collections.defaultdict(list)
+    tables = collections.defaultdict(list)
     for item in items:
         if hasattr(item, "callspec"):
-            cases[item.path, item.originalname].append(item)
+            tables[item.path, item.originalname].append(item)
     left_out = set()
-    for (path, name), of_one in cases.items():
-        every = next(every for most, every in _OTHERS.get(path.name, _TABLES) if len(of_one) <= most)
-        first = zlib.crc32(name.encode()) % every
-        left_out |= {item for i, item in enumerate(of_one) if i % every != first}
+    for (path, name), table in tables.items():
+        every = next(every for most, every in _OTHERS.get(path.name, _TABLES) if len(table) <= most)
+        left_out |= set(table) - _some(table, every, zlib.crc32(name.encode()) % every)
     config.hook.pytest_deselected(items=list(left_out))
     items[:] = [item for item in items if item not in left_out]
+
+
+def _some(table, every, first):
+    """Every so many-th case of a table from the first on, and a case with each value that occurs more than once."""
+    values = {item: {(name, id(value)) for name, value in item.callspec.params.items()} for item in table}
+    taken = set(table[first::every])
+    counts = collections.Counter(value for own in values.values() for value in own)
+    missing = {value for value, count in counts.items() if count > 1}
+    missing -= {value for item in taken for value in values[item]}
+    for item in table:
+        if values[item] & missing:
+            taken.add(item)
+            missing -= values[item]
+    return taken
