@@ -32,7 +32,7 @@ class Bert(nn.Module):
     def __init__(self):
         super().__init__()
         config = transformers("bert").BertConfig(
-            vocab_size=VOCABULARY, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16,
+            vocab_size=VOCABULARY, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
             max_position_embeddings=8, num_labels=3,
         )  # fmt: skip
         self.bert = transformers("bert").BertForSequenceClassification(config)
@@ -47,7 +47,7 @@ class GPT2(nn.Module):
     def __init__(self):
         super().__init__()
         config = transformers("gpt2").GPT2Config(
-            vocab_size=VOCABULARY, n_embd=8, n_layer=2, n_head=2, n_positions=8, bos_token_id=0, eos_token_id=0
+            vocab_size=VOCABULARY, n_embd=8, n_layer=1, n_head=2, n_positions=8, bos_token_id=0, eos_token_id=0
         )
         self.gpt = transformers("gpt2").GPT2LMHeadModel(config)
         for p in self.gpt.parameters():  # as after some training
