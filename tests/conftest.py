@@ -1,5 +1,7 @@
 import collections
+import math
 import os
+import zlib
 
 import pytest
 import torch
@@ -20,19 +22,45 @@ def uncompiled(monkeypatch):
     without_compiler(monkeypatch)
 
 
-_MOST = 12
-"""Of a test with more cases than this every third is run, unless MEP_TEST_ALL is set."""
-_WHOLE = ("test_public_models.py", "test_sound_reading.py", "test_sound_training.py", "test_zoo.py")
-"""Files whose tables list inputs that were once got wrong: they are run whole."""
+_TABLES = ((12, 1), (math.inf, 5))
+_OTHERS = {
+    "test_layering.py": ((math.inf, 1),),
+    "test_public_models.py": ((12, 1), (math.inf, 3)),
+    "test_sound_reading.py": ((6, 1), (math.inf, 2)),
+    "test_sound_training.py": ((6, 1), (math.inf, 2)),
+    "test_zoo.py": ((math.inf, 1),),
+}
+"""Of a test with at most so many cases every how many-th is run, unless MEP_TEST_ALL is set.
+
+Besides, of a table of several parameters some case is run with each value of each. In some files tables are lists of
+models that were once got wrong, where each is like its neighbours; of the models that people write, all are run.
+"""
 
 
 def pytest_collection_modifyitems(config, items):
     if os.environ.get("MEP_TEST_ALL") or any("::" in str(arg) for arg in config.args) or config.option.keyword:
         return
-    cases = collections.defaultdict(list)
+    tables = collections.defaultdict(list)
     for item in items:
-        if hasattr(item, "callspec") and item.path.name not in _WHOLE:
-            cases[item.path, item.originalname].append(item)
-    left_out = {item for of_one in cases.values() if len(of_one) > _MOST for i, item in enumerate(of_one) if i % 3}
+        if hasattr(item, "callspec"):
+            tables[item.path, item.originalname].append(item)
+    left_out = set()
+    for (path, name), table in tables.items():
+        every = next(every for most, every in _OTHERS.get(path.name, _TABLES) if len(table) <= most)
+        left_out |= set(table) - _some(table, every, zlib.crc32(name.encode()) % every)
     config.hook.pytest_deselected(items=list(left_out))
     items[:] = [item for item in items if item not in left_out]
+
+
+def _some(table, every, first):
+    """Every so many-th case of a table from the first on, and a case with each value that occurs more than once."""
+    values = {item: {(name, id(value)) for name, value in item.callspec.params.items()} for item in table}
+    taken = set(table[first::every])
+    counts = collections.Counter(value for own in values.values() for value in own)
+    missing = {value for value, count in counts.items() if count > 1}
+    missing -= {value for item in taken for value in values[item]}
+    for item in table:
+        if values[item] & missing:
+            taken.add(item)
+            missing -= values[item]
+    return taken

@@ -18,13 +18,6 @@ SLOW = ["mlp tanh", "conv relu maxpool", "functional", "transposed", "concatenat
 RUNS = [(m, SWEEP) for m in MODELS] + [(m, solver) for m in SLOW for solver in (DESCENT, LOCAL)]
 
 
-def gradients(case, model, x, target, cost, beta, **options):
-    ep = mep.EquilibriumPropagation(model, COSTS[cost].argument, beta, leaves=case.leaves, **options)
-    found, estimate = ep.gradients(x, target)
-    assert estimate.converged and estimate.beta == beta
-    return found
-
-
 def error(found, exact):
     pairs = [(found[p], g) for p, g in exact.items() if g is not None]
     return float(sum((a - b).square().sum() for a, b in pairs).sqrt() / sum(b.square().sum() for _, b in pairs).sqrt())
@@ -38,7 +31,13 @@ def test_error_falls_with_the_order_of_the_contrast(name, solver, phases, cost):
     case = MODELS[name]
     model, x, target = case.build(cost)
     exact = backprop(model, COSTS[cost].value(call(model, x), target).mean())
-    coarse, fine = (gradients(case, model, x, target, cost, b, solver=solver, phases=phases) for b in (beta, beta / 2))
+    ep = mep.EquilibriumPropagation(model, COSTS[cost].argument, None, solver, phases=phases, leaves=case.leaves)
+    found = []
+    for ep.beta in (beta, beta / 2):
+        gradients, estimate = ep.gradients(x, target)
+        assert estimate.converged and estimate.beta == ep.beta
+        found.append(gradients)
+    coarse, fine = found
 
     assert abs(math.log2(error(coarse, exact) / error(fine, exact)) - order) < slack
     assert set(fine) == {p for p, g in exact.items() if g is not None}

@@ -79,11 +79,11 @@ def free_gradient(model, x, y, cost, boxes):
 def test_implicit_gradient_is_that_of_finite_differences(network):
     model, x, y, boxes = with_target(network, "mse")
     exact = free_gradient(model, x, y, "mse", boxes)
+    ep = mep.EquilibriumPropagation(model, "mse", energy="hopfield", solver=TIGHT)
     for p, g in zip(model.parameters(), exact, strict=True):
         costs = []
         for step in (1e-4, -2e-4):
             p.data.view(-1)[-1] += step
-            ep = mep.EquilibriumPropagation(model, "mse", energy="hopfield", solver=TIGHT)
             costs.append(COSTS["mse"].value(ep.predict(x), y).mean())
         p.data.view(-1)[-1] += 1e-4
         assert math.isclose((costs[0] - costs[1]) / 2e-4, g.view(-1)[-1], rel_tol=1e-4, abs_tol=1e-9)
@@ -94,11 +94,11 @@ def test_implicit_gradient_is_that_of_finite_differences(network):
 def test_contrast_tends_to_the_gradient_of_the_free_equilibrium(network, cost, phases, order, beta):
     model, x, y, boxes = with_target(network, cost)
     exact = torch.cat([g.flatten() for g in free_gradient(model, x, y, cost, boxes)])
+    ep = mep.EquilibriumPropagation(model, COSTS[cost].argument, None, CLOSE, energy="hopfield", phases=phases)
     errors = []
-    for b in (beta, beta / 2):
-        ep = mep.EquilibriumPropagation(model, COSTS[cost].argument, b, CLOSE, energy="hopfield", phases=phases)
+    for ep.beta in (beta, beta / 2):
         found, estimate = ep.gradients(x, y)
-        assert estimate.converged and estimate.beta == b
+        assert estimate.converged and estimate.beta == ep.beta
         errors.append((torch.cat([found[p].flatten() for p in model.parameters()]) - exact).norm() / exact.norm())
     assert abs(math.log2(errors[0] / errors[1]) - order) < 0.2
     assert errors[1] < 1e-2

@@ -200,7 +200,7 @@ def test_examples_that_share_statistics_settle_together(solver):
 def test_a_perfect_example_that_others_disturb_is_no_divergence(solver):
     model, x, y = MODELS["batch norm"].build("mse", batch=16)
     y[0] = model(x)[0].detach() + 1e-6
-    solver = mep.Sweep() if solver == "sweep" else mep.Descent(3000, settle_lr=0.05, momentum=0.9, adaptive=True)
+    solver = mep.Sweep() if solver == "sweep" else mep.Descent(500, settle_lr=0.05, momentum=0.9, adaptive=True)
     _, found = settled(model, x, y, "mse", 0.01, solver)
     assert found.result is not Result.DIVERGED
 

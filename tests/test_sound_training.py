@@ -25,7 +25,7 @@ from mep import presets
 
 SOLVER = mep.Sweep(tol=1e-8, settle_steps=200)
 PRESETS = {name: f for name, f in vars(presets).items() if getattr(f, "__module__", "") == presets.__name__}
-PRESETS = {name: f for name, f in PRESETS.items() if name[0] != "_"}
+PRESETS = {name: f for name, f in PRESETS.items() if name[0] != "_" and inspect.isfunction(f)}
 BY_EP = {name: f for name, f in PRESETS.items() if f is not mep.muon_backprop}
 BATCH = 5
 LOSSES = {"cross_entropy": F.cross_entropy, "mse": F.mse_loss}

@@ -41,9 +41,8 @@ def held_predictions(energy, point):
 def test_the_error_against_backprop_falls_with_the_order_of_the_contrast(name, cost, phases):
     model, x, target = MODELS[name].build(cost)
     exact = backprop(model, COSTS[cost].value(call(model, x), target).mean())
-    errors = []
-    for beta in (4e-3, 2e-3):
-        ep = mep.EquilibriumPropagation(model, COSTS[cost].argument, beta, TIGHT, phases=phases)
+    ep, errors = mep.EquilibriumPropagation(model, COSTS[cost].argument, None, TIGHT, phases=phases), []
+    for ep.beta in (4e-3, 2e-3):
         gradients, estimate = ep.gradients(x, target)
         assert estimate.converged
         errors.append(distance(model, gradients, exact))

@@ -32,7 +32,7 @@ class Bert(nn.Module):
     def __init__(self):
         super().__init__()
         config = transformers("bert").BertConfig(
-            vocab_size=VOCABULARY, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16,
+            vocab_size=VOCABULARY, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
             max_position_embeddings=8, num_labels=3,
         )  # fmt: skip
         self.bert = transformers("bert").BertForSequenceClassification(config)
@@ -47,7 +47,7 @@ class GPT2(nn.Module):
     def __init__(self):
         super().__init__()
         config = transformers("gpt2").GPT2Config(
-            vocab_size=VOCABULARY, n_embd=8, n_layer=2, n_head=2, n_positions=8, bos_token_id=0, eos_token_id=0
+            vocab_size=VOCABULARY, n_embd=8, n_layer=1, n_head=2, n_positions=8, bos_token_id=0, eos_token_id=0
         )
         self.gpt = transformers("gpt2").GPT2LMHeadModel(config)
         for p in self.gpt.parameters():  # as after some training
@@ -84,18 +84,36 @@ def error(found, exact):
     return float(sum((a - b).square().sum() for a, b in pairs).sqrt() / sum(b.square().sum() for _, b in pairs).sqrt())
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_error_falls_with_the_order_of_the_contrast(name):
-    case = entry(name)
+@pytest.fixture(params=NAMES, scope="module")
+def built(request):
+    """An entry, an estimator of its model that reads it once for all tests, and a batch."""
+    case = entry(request.param)
     model, x, target = case.build()
+    return case, mep.EquilibriumPropagation(model, case.cost, leaves=case.leaves), x, target, model.state_dict()
+
+
+@pytest.fixture
+def as_built(built):
+    """The same: what another test has moved is put back."""
+    case, ep, x, target, state = built
+    before = copy.deepcopy(state)
+    ep.beta, ep.phases, ep.solver = None, "one-sided", mep.Sweep()
+    yield case, ep, x, target
+    ep.model.load_state_dict(before)
+    ep.model.train()
+
+
+def test_error_falls_with_the_order_of_the_contrast(as_built):
+    case, ep, x, target = as_built
+    model, ep.solver = ep.model, SWEEP
     twin = copy.deepcopy(model)
     exact = backprop(twin, seeded(case.loss, twin, x, target))
     exact = dict(zip(model.parameters(), exact.values(), strict=True))
     before = copy.deepcopy(model.state_dict())
-    for phases, (order, factor) in ORDERS.items():
+    for ep.phases, (order, factor) in ORDERS.items():
         errors = []
         for beta in (factor * case.beta, factor * case.beta / 2):
-            ep = mep.EquilibriumPropagation(model, case.cost, beta, SWEEP, phases=phases, leaves=case.leaves)
+            ep.beta = beta
             model.load_state_dict(before)
             found, estimate = seeded(ep.gradients, x, target)
             assert estimate.converged and estimate.beta == beta
@@ -105,12 +123,10 @@ def test_error_falls_with_the_order_of_the_contrast(name):
         assert errors[1] < 0.02
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_step_leaves_buffers_and_random_numbers_as_backprop_does(name):
-    case = entry(name)
-    model, x, target = case.build()
+def test_step_leaves_buffers_and_random_numbers_as_backprop_does(as_built):
+    case, ep, x, target = as_built
+    model = ep.model
     twin = copy.deepcopy(model)
-    ep = mep.EquilibriumPropagation(model, case.cost, leaves=case.leaves)
     loss = seeded(ep.gradients, x, target)[1].loss
     drawn = torch.rand(1)
     torch.testing.assert_close(loss, seeded(case.loss, twin, x, target).detach())
@@ -126,7 +142,7 @@ def test_default_settings_settle_and_lower_the_loss(name):
     model, x, target = case.build(torch.float32)
     opt = mep.eqprop(model.parameters(), model=model, cost=case.cost, leaves=case.leaves, lr=0.02, momentum=0.5)
     losses = []
-    for _ in range(8):
+    for _ in range(4):
         losses.append(float(seeded(lambda: opt.step(x=x, target=target))))
         assert opt.last.converged and opt.last.residual.max() <= 1e-2
         assert 0 < opt.last.beta <= 0.1

@@ -141,7 +141,7 @@ class UNet(nn.Module):
 class ViT(nn.Module):
     """Dosovitskiy et al. 2020: patches, a class token, positions, pre-norm blocks."""
 
-    def __init__(self, width: int = 6, depth: int = 2):
+    def __init__(self, width: int = 6, depth: int = 1):
         super().__init__()
         self.patches = nn.Conv2d(1, width, 2, stride=2)
         self.cls, self.positions = nn.Parameter(torch.randn(1, 1, width)), nn.Parameter(0.1 * torch.randn(1, 5, width))
@@ -228,7 +228,7 @@ class Encoder(nn.Module):
         return self.head(self.blocks(self.first(x)).mean(1))
 
 
-def torch_encoder(layers: int = 2, **options) -> nn.Module:
+def torch_encoder(layers: int = 1, **options) -> nn.Module:
     layer = nn.TransformerEncoderLayer(6, 2, 12, dropout=0.0, batch_first=True, **options)
     return nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
 
