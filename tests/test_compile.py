@@ -136,8 +136,8 @@ def test_one_program_for_one_shape(uncompiled):
 def needed(opt, sweeps):
     """As if steps of late had needed so many."""
     own = opt.estimator.compiled_steps
-    own.needed.clear()
-    own.needed.extend(sweeps)
+    own.recent_sweeps.clear()
+    own.recent_sweeps.extend(sweeps)
 
 
 def test_programs_are_made_for_few_numbers_of_sweeps(uncompiled):
@@ -170,14 +170,14 @@ def test_what_does_not_settle_is_done_without(uncompiled):
     for x, y in batches(6):
         for opt in (plain, quick):
             opt.step(x=x, target=y)
-    counted = len(quick.estimator.compiled_steps.needed)
+    counted = len(quick.estimator.compiled_steps.recent_sweeps)
     for beta in (0.5, 20.0):
         x, y = next(batches(7, count=1))
         for opt in (plain, quick):
             opt.estimator.beta = beta
             opt.step(x=x, target=y)
             assert opt.last.converged and opt.last.beta == beta
-        assert len(quick.estimator.compiled_steps.needed) == counted + 1, "a step that is made twice counts once"
+        assert len(quick.estimator.compiled_steps.recent_sweeps) == counted + 1, "a step that is made twice counts once"
         counted += 1
         assert plain.last.iterations == quick.last.iterations
         assert torch.equal(plain.last.counts, quick.last.counts)

@@ -1,6 +1,6 @@
 """Compiled steps: forward walk, a number of sweeps, and the contrast as one program that inductor fuses.
 
-A compiled step looks at no number before it is done. It sweeps as often as recent steps have needed, and returns the
+A compiled step branches on no number. It sweeps as often as recent steps have needed, and returns the
 residuals; if these are too large, or anything is out of the ordinary, its result is discarded and the step is repeated
 eagerly. So compiling does not change what a step means, only what it costs.
 
@@ -35,11 +35,11 @@ from mep.solvers.sweep import linear_response
 
 aten = torch.ops.aten
 _EAGER = 4
-"""So many steps of one shape are made without a program: they check the model, and tell how often it sweeps."""
+"""The first steps of a shape are eager: they prove the graph, and give the number of sweeps to compile for."""
 _KINDS = 64
-"""So many kinds of step, by shapes and plain inputs, are remembered."""
+"""Kinds of step, by shapes and plain inputs, that are remembered."""
 _RECENT = 64
-"""So many steps tell how often the next may have to sweep."""
+"""Recent steps from whose sweep counts that of the next is predicted."""
 _RARE = 10
 """Compile for the 90th percentile of recent sweep counts; a step that needs more is repeated without a program."""
 _SWEEPS = (1, 2, 3, 4, 6)
@@ -172,8 +172,8 @@ class CompiledSteps:
 
     def __init__(self, setting: CompileOptions, make_cost: Cost):
         self.setting, self.make_cost = setting, make_cost
-        self.needed: deque[int] = deque(maxlen=_RECENT)
-        """How many sweeps steps have needed."""
+        self.recent_sweeps: deque[int] = deque(maxlen=_RECENT)
+        """The number of sweeps of the latest steps."""
         self._at_least = 0
         """Lower bound on the sweeps, set when a compiled step did not converge."""
         self._seen: dict[Key, tuple[int, Tensor]] = {}
@@ -207,7 +207,7 @@ class CompiledSteps:
         if self.setting.solver.adaptive and found.worst > rounded(self.setting.solver.tol, found.residual.dtype):
             self._at_least = sweeps + 1
             return None
-        self.needed.append(found.sweeps)
+        self.recent_sweeps.append(found.sweeps)
         for buffer, value in found.buffers:
             buffer.copy_(value)
         return found
@@ -219,13 +219,13 @@ class CompiledSteps:
             self._seen[key] = steps + 1, torch.zeros_like(energy.output(settled.point))
             if len(self._seen) > _KINDS:
                 del self._seen[next(iter(self._seen))]
-        self.needed.append(max(settled.iterations, self._at_least))
+        self.recent_sweeps.append(max(settled.iterations, self._at_least))
         self._at_least = 0
 
     def _sweeps(self, graph: Graph) -> int | None:
         """How many to make: what steps of late have needed, but for a few. None if programs of so many are not made."""
         solver, most = self.setting.solver, min(MOST_SWEEPS, _MOST_VISITS // len(graph.nodes))
-        needed = _usual(self.needed) if solver.adaptive else solver.settle_steps
+        needed = _usual(self.recent_sweeps) if solver.adaptive else solver.settle_steps
         if needed > most:
             return None
         return min(_rounded(needed), most) if solver.adaptive else needed
