@@ -38,7 +38,7 @@ from mep.graph import Graph
 from mep.graph.inputs import check_mode, check_model, checked_batch
 from mep.graph.ops import Slot
 from mep.graph.step_context import StepContext
-from mep.guards import generators, region, set_generators, uninterrupted
+from mep.guards import Noise, generators, region, set_generators, uninterrupted
 from mep.layout import per_example
 from mep.settle import Result, Settled, Solver, rounded, settle
 from mep.solvers import Descent, Sweep
@@ -164,14 +164,17 @@ class EquilibriumPropagation:
             graph = self._graphs.of(x, target)
             if (found := self._compiled(graph, x, target)) is not None:
                 return found
-        noise = generators()
+        noise: Noise | None = generators()
         try:
             step = self._settled(x, target, batch, indices, graph)
             with region("contrast"):
                 gradients = finished(contrast(step.phases, batch))
-            self._finish(step, x, target, indices)
+            with uninterrupted():
+                self._finish(step, x, target, indices)
+                noise = None
         except BaseException:
-            set_generators(noise)
+            if noise is not None:  # after that all has moved, the noise included
+                set_generators(noise)
             raise
         return gradients, step.estimate
 
@@ -185,16 +188,19 @@ class EquilibriumPropagation:
         been made and found finite before, and dropped again. Never by a compiled program.
         """
         batch = self._check(x, target)
-        noise = generators()
+        noise: Noise | None = generators()
         try:
             step = self._settled(x, target, batch, indices, saves_memory=True)
             # Made twice: first to see that all are finite, since the first that is used changes a weight.
             deque(iter_gradients(step.phases, batch), maxlen=0)
             buffers = dict(step.energy.context.new_buffers)
             step.energy.context.new_buffers.clear()  # autograd has kept the old ones for the gradients still to be made
-            self._finish(step, x, target, indices)
+            with uninterrupted():
+                self._finish(step, x, target, indices)
+                noise = None
         except BaseException:
-            set_generators(noise)
+            if noise is not None:
+                set_generators(noise)
             raise
 
         def gradients() -> Iterator[Gradients]:
@@ -372,12 +378,9 @@ class EquilibriumPropagation:
     def _finish(self, step: _Step, x: Any, target: Tensor, indices: Tensor | None) -> None:
         """Everything that a step moves besides gradients, once these are there: factors, buffers, warm starts."""
         _, energy, last = step.phases[-1]
-        new_buffers = energy.context.new_buffers
-        if self.observe is not None or new_buffers:
-            with uninterrupted():
-                if self.observe is not None:
-                    self.observe(layer_statistics((e, settled) for _, e, settled in step.phases if e.nudge))
-                _write(new_buffers)
+        if self.observe is not None:
+            self.observe(layer_statistics((e, settled) for _, e, settled in step.phases if e.nudge))
+        _write(energy.context.new_buffers)
         if self.compiled_steps is not None:
             self.compiled_steps.keep(self._graphs.graphs)  # a graph that is new takes its first steps here
             self.compiled_steps.record_eager_step(x, target, energy, last)
