@@ -10,7 +10,7 @@ from functools import cache
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import COSTS, free_energy, mlp, settled
+from cases import COSTS, READINGS, free_energy, mlp, settled
 from dags import plans
 from equilibria import Written, distance
 from hypothesis import HealthCheck, Phase, given, settings
@@ -19,6 +19,7 @@ from reference import backprop, nudged_energy, predictions_of_graph, residual, s
 from torch import nn
 
 import mep
+from mep.capture.cache import Graphs
 from mep.cost import make_cost
 from mep.energy import nudge
 from mep.settle import Result, settle
@@ -44,6 +45,11 @@ def network(kind):
 
 
 @cache
+def graphs(kind):
+    return Graphs(network(kind)[0], (), *READINGS["hopfield" if kind == "hopfield" else "held"], "mse", "never")
+
+
+@cache
 def exact_gradient(kind, beta):
     return network(kind)[3].one_sided(beta)
 
@@ -58,6 +64,7 @@ def estimated(kind, solver, beta, **settings):
     model, x, target, _ = network(kind)
     energy = "hopfield" if kind == "hopfield" else "prediction"
     ep = mep.EquilibriumPropagation(model, "mse", beta, solver, energy, on_unsettled="ignore", **settings)
+    ep.share_graphs(graphs(kind))
     try:
         return ep.gradients(x, target)
     except mep.DivergedError:

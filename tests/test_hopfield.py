@@ -1,6 +1,7 @@
 """The Hopfield energy settles in its box, its contrast is the gradient of the free equilibrium's cost, it trains."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 
 import mep
 
-TIGHT = mep.Descent(2000, settle_lr=0.3, adaptive=True, tol=1e-13)
+TIGHT = mep.Descent(2000, settle_lr=0.3, adaptive=True, tol=1e-12)
 CLOSE = mep.Descent(2000, settle_lr=0.3, adaptive=True, tol=1e-8)
 """So that a nudge of 1e-3, too, stands out from the rounding of the states."""
 BOXES = {"relu": (nn.ReLU, (0, math.inf)), "clamp": (lambda: nn.Hardtanh(0.0, 0.6), (0, 0.6))}
@@ -79,7 +80,7 @@ def free_gradient(model, x, y, cost, boxes):
 def test_implicit_gradient_is_that_of_finite_differences(network):
     model, x, y, boxes = with_target(network, "mse")
     exact = free_gradient(model, x, y, "mse", boxes)
-    ep = mep.EquilibriumPropagation(model, "mse", energy="hopfield", solver=TIGHT)
+    ep = mep.EquilibriumPropagation(model, "mse", energy="hopfield", solver=replace(CLOSE, tol=1e-10))
     for p, g in zip(model.parameters(), exact, strict=True):
         costs = []
         for step in (1e-4, -2e-4):
@@ -151,7 +152,7 @@ def test_training_lowers_the_loss(make, shape):
 
 def test_prediction_is_the_output_of_the_free_equilibrium(network):
     model, x, y, _ = with_target(network, "mse")
-    ep = mep.EquilibriumPropagation(model, "mse", energy="hopfield", solver=TIGHT)
+    ep = mep.EquilibriumPropagation(model, "mse", energy="hopfield", solver=replace(CLOSE, tol=1e-10))
     _, found = settled(model, x, y, "mse", 0.0, TIGHT, "hopfield")
     torch.testing.assert_close(ep.predict(x), found.point.values["4"], rtol=1e-8, atol=1e-10)
     assert (ep.predict(x) - model(x)).norm() > 1e-2
