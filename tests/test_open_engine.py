@@ -13,7 +13,6 @@ from reference import backprop
 from torch import nn
 
 import mep
-from mep.settle import Iterate
 
 
 def example(activation=nn.Tanh, dtype=torch.float64, batch=3):
@@ -209,17 +208,7 @@ def test_what_is_seen_of_an_equilibrium_is_what_the_formulas_say(name):
         torch.testing.assert_close(eq.free.states[last], model(x).detach())
 
 
-# Of these the view shows the residual of a sweep, and the estimate that of every node's balance.
-OTHERS = {"affine", "affine, checkpointed", "kinks"}
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(n, marks=pytest.mark.xfail(reason="the view judges otherwise") if n in OTHERS else ())
-        for n in SETTINGS
-    ],
-)
+@pytest.mark.parametrize("name", SETTINGS)
 def test_the_residuals_that_are_seen_are_those_that_decide(name):
     activation, settings = SETTINGS[name]
     eq = looked_at(*example(activation), **settings)
@@ -372,7 +361,7 @@ class FiniteDifferences:
                     p.view(-1)[i] = kept + sign * step
                     g.view(-1)[i] += sign * self.cost(self.model(x), target) / (2 * step)
                 p.view(-1)[i] = kept
-        return found, mep.Estimate(self.cost(self.model(x), target), None, 0, mep.Result.BACKPROP)
+        return found, mep.Estimate.exact(self.cost(self.model(x), target), len(x))
 
     def predict(self, x):
         return self.model(x)

@@ -17,7 +17,7 @@ from .errors import (
 from .estimators import Backprop, Equilibrium, EquilibriumPropagation, Estimate
 from .optimizer import EPOptimizer
 from .presets import O1MemoryEPv2, eqprop, local_ep, muon_backprop, natural_ep, sdmep, smep, smep_fast
-from .settle import Result, Solver
+from .settle import Iterate, Result, Solver, Start
 from .solvers import Descent, Local, Sweep
 from .updates import Dion, Muon, NaturalGradient, orthogonalise, spectral_bound
 from .verification import verify
@@ -38,6 +38,7 @@ __all__ = [
     "Estimate",
     "GroupEnergy",
     "InputError",
+    "Iterate",
     "Local",
     "MepError",
     "Muon",
@@ -49,6 +50,7 @@ __all__ = [
     "ParameterError",
     "Result",
     "Solver",
+    "Start",
     "Sweep",
     "TraceError",
     "eqprop",

@@ -101,6 +101,7 @@ def _check_checkpoint(ep: Any) -> None:
     for name, asked in (
         (f"solver={ep.solver}", not ep.solver.checkpoints),
         ("branches='exact'", ep.branches == "exact"),
+        (f"energy={ep.node_energy.name!r}", not ep.node_energy.is_quadratic),
         ("compile=True", ep.compile),
         ("diagnostics=True", ep.diagnostics),
         ("observe=...", ep.observe is not None),

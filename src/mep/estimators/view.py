@@ -13,7 +13,7 @@ from mep.errors import ArgumentError
 from mep.estimators.contrast import SettledPhase
 from mep.estimators.estimate import Estimate
 from mep.graph import Point
-from mep.graph.node import expand_beta
+from mep.graph.node import Node, expand_beta
 from mep.settle import Iterate, Settled
 
 if TYPE_CHECKING:
@@ -112,7 +112,8 @@ class Recorder:
     def __call__(self, multiple: float, energy: Energy, iteration: int, iterate: Iterate) -> None:
         """Called by `settle` with every iterate."""
         point = _complete(energy, iterate.point, iterate.errors)
-        self.courses.setdefault(multiple, []).append(_residuals(energy, point, iterate.errors))
+        residuals = _residuals(energy, point, iterate.errors, iterate.turns is not None)
+        self.courses.setdefault(multiple, []).append(residuals)
 
 
 def view(
@@ -141,7 +142,8 @@ def _phase(energy: Energy, settled: Settled, multiple: float, course: Sequence[R
         name: energy.node_energy.energy(states[name], mu).reshape(energy.batch, -1).sum(1)
         for name, mu in point.predictions.items()
     }
-    residuals = _residuals(energy, point, settled.errors)
+    residuals = _residuals(energy, point, settled.errors, settled.turns is not None)
+    errors = {name: errors[name] for name in states}
     return PhaseView(multiple, states, dict(point.predictions), dict(errors), energies, residuals, tuple(course))
 
 
@@ -153,9 +155,21 @@ def _complete(energy: Energy, point: Point, errors: Mapping[str, Tensor] | None)
     return energy.free_point() if errors is None else energy.at_errors(dict(errors))
 
 
-def _residuals(energy: Energy, point: Point, errors: Mapping[str, Tensor] | None) -> Residuals:
-    """By node, [batch]: from the scaled errors where these are known, since differences of states have fewer digits."""
+def _residuals(energy: Energy, point: Point, errors: Mapping[str, Tensor] | None, is_local: bool) -> Residuals:
+    """By node, [batch]: from the scaled errors where these are known, since differences of states have fewer digits.
+
+    As the solver measures them: in general networks a sweep carries new errors back from the output, `S_n`; elsewhere
+    each node is compared with the errors that its children have now.
+    """
     if errors is None:
         return energy.residuals(point)
-    swept = energy.errors_back(point.saved, energy.wanted_error(point), point.predictions)
-    return {name: energy.relative(errors[name], swept[name]) for name in swept}
+    arriving: dict[str, Tensor | None] = {}
+
+    def transmit(node: Node, force: Tensor | None) -> Tensor | None:
+        return errors[node.name] if node.owns_state else force
+
+    is_local = is_local or energy.is_affine or bool(energy.kinks)
+    output = {energy.graph.output: energy.wanted_error(point)}
+    energy.graph.vjp_through(energy.graph.nodes, point.saved, dict(output), transmit if is_local else None, arriving)
+    sides = {name: errors[name].new_zeros(errors[name].shape) if f is None else f for name, f in arriving.items()}
+    return {node.name: energy.relative(errors[node.name], sides[node.name]) for node in energy.graph.states}
