@@ -297,7 +297,7 @@ class Plain(mep.Solver):
     lr: float = 0.25
 
     def measured(self, energy, point):
-        return Iterate(torch.stack(list(energy.residuals(point).values())).amax(0), point)
+        return mep.Iterate(torch.stack(list(energy.residuals(point).values())).amax(0), point)
 
     def init(self, energy, point, start):
         return self.measured(energy, point)
