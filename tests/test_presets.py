@@ -201,6 +201,15 @@ def test_every_singular_value_stays_below_gamma(preset, gamma):
                 assert torch.linalg.svdvals(p.detach().double().flatten(1))[0] <= gamma * (1 + 1e-3)
 
 
+class Inhibition(mep.GroupEnergy):
+    """Of the units of the first layer among each other."""
+
+    nodes = ("0",)
+
+    def energy(self, s):
+        return 0.01 * s.sum(1).square()
+
+
 # Keyword -> two values that must lead to different training, and what else to ask for so that they can.
 KEYWORDS = {
     "lr": ((0.01, 0.02), {}),
@@ -214,6 +223,7 @@ KEYWORDS = {
     "phases": (("one-sided", "centered"), {}),
     "branches": (("held", "exact"), {"beta": 1.0}),
     "leaves": (((), ("2",)), {}),
+    "groups": (((), (Inhibition(),)), {"settle_lr": 0.2, "lr": 1e-3}),
     "settle_steps": ((1, 2), {"tol": 1e-6}),
     "settle_lr": ((None, 0.2), {}),
     "adaptive": ((False, True), {"settle_steps": 10}),

@@ -161,6 +161,8 @@ class GroupEnergy(ABC):
         nodes: the names of the nodes (see `print(mep.trace(model, x))`) whose states it takes, in order.
 
     Example: units of one layer that inhibit each other, with symmetric weights that learn.
+        >>> import torch
+        >>> from torch import nn
         >>> class Lateral(nn.Module, GroupEnergy):
         ...     nodes = ("0",)
         ...     def __init__(self, width):
