@@ -170,8 +170,8 @@ class GroupEnergy(ABC):
         ...         self.weight = nn.Parameter(0.1 * torch.ones(width, width))
         ...     def energy(self, s):
         ...         return 0.25 * ((s @ (self.weight + self.weight.T)) * s).sum(1)
-        >>> Lateral(2).energy(torch.tensor([[1.0, 2.0]]))
-        tensor([0.4500], grad_fn=<SumBackward1>)
+        >>> Lateral(2).energy(torch.tensor([[1.0, 2.0]])).detach()
+        tensor([0.4500])
     """
 
     nodes: tuple[str, ...] = ()
