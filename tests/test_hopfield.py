@@ -137,9 +137,7 @@ def test_training_lowers_the_loss(make, shape):
     torch.manual_seed(0)
     model, x = make(), torch.rand(24, *shape)
     y = x.flatten(1)[:, :3].argmax(1)
-    ep = mep.EquilibriumPropagation(
-        model, energy="hopfield", beta=0.2, solver=mep.Descent(200, settle_lr=0.3, adaptive=True)
-    )
+    ep = mep.EquilibriumPropagation(model, energy="hopfield", beta=0.2)
     optimizer = torch.optim.Adam(model.parameters(), 0.02)
     losses = []
     for _ in range(20):

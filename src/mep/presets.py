@@ -25,13 +25,13 @@ from torch.optim.optimizer import ParamsT
 
 from mep.capture import Leaves
 from mep.cost import BatchCost, PerExample
-from mep.energy import NodeEnergy, make_node_energy
+from mep.energy import Hopfield, NodeEnergy, make_node_energy
 from mep.errors import A_FLAG, ArgumentError, ParameterError, RemovedArgumentError, require
 from mep.estimators import Backprop, EquilibriumPropagation
 from mep.estimators.checks import check_model
 from mep.optimizer import Constraint, EPOptimizer
 from mep.settle import Solver
-from mep.solvers import Descent, Local, Sweep
+from mep.solvers import Descent, Local, Relaxation, Sweep
 from mep.updates import Dion, Muon, NaturalGradient, spectral_bound
 
 if TYPE_CHECKING:
@@ -433,7 +433,8 @@ def _solver(settling: Settling) -> Solver:
     """Descent where a step size is given, else sweeps."""
     steps, settle_lr, adaptive, tol, patience = (settling[name] for name in _OF_SOLVER)  # type: ignore[literal-required]
     energy = make_node_energy(settling.get("energy", "prediction"))
-    if settle_lr is None and not energy.has_state:
+    is_hopfield = isinstance(energy, Hopfield)
+    if settle_lr is None and not (energy.has_state or is_hopfield):
         raise ArgumentError(f"energy={energy.name!r} settles by descent: give settle_lr, for instance settle_lr=0.3.")
     adaptive = bool(adaptive) if settle_lr is not None else adaptive is not False
     if not adaptive and patience != 1:
@@ -441,4 +442,4 @@ def _solver(settling: Settling) -> Solver:
     steps = (100 if adaptive and settle_lr is None else 30) if steps is None else steps
     if settle_lr is not None:
         return Descent(steps, tol, patience, adaptive, settle_lr)
-    return Sweep(steps, tol, patience, adaptive)
+    return Relaxation(steps, tol, patience, adaptive) if is_hopfield else Sweep(steps, tol, patience, adaptive)

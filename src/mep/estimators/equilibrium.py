@@ -15,7 +15,7 @@ from mep.capture import Leaves, check_leaves
 from mep.capture.cache import Graphs
 from mep.capture.state import check_state
 from mep.cost import BatchCost, PerExample, make_cost
-from mep.energy import Energy, NodeEnergy, make_node_energy
+from mep.energy import Energy, Hopfield, NodeEnergy, make_node_energy
 from mep.errors import ArgumentError, DivergedError, InputError, NotConvergedError, NotConvergedWarning, warn
 from mep.estimators.checks import check_mode, check_model, check_settings, check_solver, checked_batch
 from mep.estimators.compiled_step import CompiledSteps, CompileOptions
@@ -30,8 +30,8 @@ from mep.graph.ops import Slot
 from mep.graph.step_context import StepContext
 from mep.guards import generators, set_generators, uninterrupted
 from mep.layout import per_example
-from mep.settle import Result, Settled, Solver, rounded, settle
-from mep.solvers import Descent, Sweep
+from mep.settle import Result, Settled, Solver, Start, rounded, settle
+from mep.solvers import Descent, Relaxation, Sweep
 from mep.solvers.networks.checkpointed import CheckpointedPoint
 
 
@@ -49,7 +49,7 @@ class EquilibriumPropagation:
         beta: the nudging strength of every example in every phase. None: each example has one of its own, chosen before
             anything moves, so small that the gradient is biased by about 1%; see `mep.estimators.contrast`. The
             estimate has them as `betas`.
-        solver: `mep.Sweep(...)` (the default for "prediction") or `mep.Descent(...)` (for "hopfield").
+        solver: `mep.Sweep(...)` (the default for "prediction"), `mep.Relaxation(...)` (for "hopfield"), `mep.Descent(...)`.
         energy: "prediction", "hopfield", or an object derived from `mep.NodeEnergy`.
         phases: "one-sided" or "centered".
         branches: "held" keeps ReLU-like gates and max-pool winners as in the free equilibrium while the nudged one is
@@ -118,7 +118,7 @@ class EquilibriumPropagation:
         self.leaves = tuple(leaves)
         self.diagnostics = diagnostics
         self.observe = observe
-        self.solver = solver or (Sweep() if self.node_energy.has_state else _DESCENT)
+        self.solver = solver or default_solver(self.node_energy)
         check_solver(self.solver)
         self.beta = beta
         self.compile, self.checkpoint = compile, checkpoint
@@ -282,7 +282,7 @@ class EquilibriumPropagation:
         graph = graph or self._graphs.of(x, target, saves_memory=saves_memory or self.checkpoint)
         self._check_graph(graph)
         with region("free phase"):
-            energy, free = self._free(graph, x, batch, indices)
+            energy, free = self._free(graph, x, batch, indices, target)
         output = energy.output(free.point)
         if len(output) != batch:
             raise InputError(f"The output has {len(output)} rows for {batch} examples; dimension 0 is the batch.")
@@ -303,10 +303,12 @@ class EquilibriumPropagation:
             self._report(estimate, phases[-1][1], free)
         return _Step(energy, free, phases, estimate)
 
-    def _free(self, graph: Graph, x: Any, batch: int, indices: Tensor | None = None) -> tuple[Energy, Settled]:
+    def _free(
+        self, graph: Graph, x: Any, batch: int, indices: Tensor | None = None, target: Any = None
+    ) -> tuple[Energy, Settled]:
         """The free equilibrium, and the energy as the nudged phases are to have it."""
         freeze, is_forward = self.branches == "held", self.node_energy.is_forward
-        context = StepContext(freeze_branches=freeze and is_forward)
+        context = StepContext(freeze_branches=freeze and (is_forward or self.solver.holds_branches))
         energy = Energy(graph, self.node_energy, graph.bind(x), context, batch)
         if self.checkpoint:
             point: Any = CheckpointedPoint(energy)
@@ -324,8 +326,14 @@ class EquilibriumPropagation:
         if indices is not None:
             states, seen = self._cache.of(indices, energy.state(point))
             point = energy.at({n: torch.where(per_example(seen, s), s, point.values[n]) for n, s in states.items()})
-        free = settle(energy, point, replace(self.solver, tol=self.solver.tol / _FREE))
-        if freeze:
+        cost = None
+        if target is not None:  # how well the free phase has to settle depends on the nudge
+            cost = self._graphs.cost_of(graph, self._cost, energy.inputs, energy.output(point), target)
+        free = settle(energy, point, self.solver.for_free_phase(), Start(cost=cost))
+        if free.result is Result.DIVERGED:
+            hint = self.solver.failure_hint(energy, point)
+            raise DivergedError(f"The free phase diverged with {self.solver}. Nothing was changed. Way out: {hint}")
+        if freeze and not context.freeze_branches:
             energy = replace(energy, context=replace(context, freeze_branches=True))
             free = replace(free, point=energy.at(energy.state(free.point)))
         return energy, free
@@ -441,6 +449,13 @@ class EquilibriumPropagation:
         return found.gradients, estimate
 
 
+def default_solver(energy: NodeEnergy) -> Solver:
+    """The solver of an energy, where none is named."""
+    if energy.has_state:
+        return Sweep()
+    return Relaxation() if isinstance(energy, Hopfield) else _DESCENT
+
+
 @dataclass(frozen=True)
 class _Step:
     """A step whose equilibria have been found: the energy without its nudge and where it is least, and the phases."""
@@ -460,6 +475,4 @@ def _write(new_buffers: Mapping[Slot, Tensor]) -> None:
                 buffer.copy_(value)
 
 
-_FREE = 100
-"""The free phase is settled so many times better than the nudged ones, whose residuals count what it leaves."""
 _DESCENT = Descent(settle_steps=500, settle_lr=0.3, adaptive=True, tol=1e-4)

@@ -1,0 +1,589 @@
+r"""Block relaxation: the equilibria of a Hopfield network, layer by layer.
+
+    E(s) = sum_n 1/2 |s_n|^2 - <s_n, mu_n(parents)>,      s_n in its box
+
+With its neighbours fixed, the best state of a layer is known: its prediction and what its children c send back,
+
+    pull_n = mu_n + sum_c J_c^T s_c,        s_n <- box((1 - omega) s_n + omega pull_n)
+
+**Free phase.** A forward pass, then one backward walk for the messages J_c^T s_c and one forward walk that places the
+layers in turn: projected successive over-relaxation. On a chain of layers Young's relation turns the rate of
+convergence into the largest eigenvalue mu of the coupling, and that into the best omega:
+
+    (rate + omega - 1)^2 = rate omega^2 mu^2,        omega = 2 / (1 + sqrt(1 - mu^2))
+
+**Nudged phase.** For the displacement `delta = (s_beta - s_free) / beta`, not for the states: no beta is too small for
+its digits. Where no Jacobian J changes, the force that the free phase has left cancels, and
+
+    delta_n = hold(sum_p J_n delta_p + sum_c J_c^T delta_c - [n is the output] dC/ds(s_free + beta delta_n))
+
+`hold` keeps units on a face of their box there, delta = 0, and leaves the others free (`branches="held"`); or it clamps
+to the box, [(low - s) / beta, (high - s) / beta], the outward pull of a unit on a face added (`"exact"`). A sweep goes
+backward first: the first is backpropagation's signal. Then the same relaxation. It converges to a minimum or not at all
+(Ostrowski and Reich): where the curvature is indefinite, displacements grow, and are given up.
+
+**Gradient.** Without a difference of nearly equal numbers: with the weighted input h and its displacement dh,
+
+    (dE/dW(s_beta) - dE/dW(s_free)) / beta = -(delta h^T + s_beta dh^T)
+
+Graphs whose Jacobians change (a product of states, max pooling whose winners are free) relax their states themselves.
+
+Sources: Scellier and Bengio 2017, arXiv:1602.05179; Young 1954, https://doi.org/10.2307/1990745.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from mep.cost import BatchCost, SquaredError
+from mep.energy import Energy, Hopfield, NodeEnergy, State, example_norm
+from mep.errors import ArgumentError, require
+from mep.graph import Graph, Point
+from mep.graph.node import Beta, Node, expand_beta
+from mep.layout import per_example
+from mep.settle import Iterate, Solver, Start
+
+aten = torch.ops.aten
+
+_FREE_SHARE = 0.5
+"""Of the tolerance: what the free phase may leave; the nudged phase has the rest."""
+_BY_STATE = 50
+"""Where the size of displacements is not known yet, what is left is measured against the state over this."""
+_ROUNDING = 4
+"""What is left is rounding up to this many units in the last place of the state."""
+_RUNAWAY = 1e2
+"""Displacements this many times those of the first sweep: the coupling is indefinite, there is no equilibrium."""
+_UNSETTLED = 1e1
+"""What has not settled in the end may be this many times as large; else it is what the first sweep found."""
+_PATIENT = 8
+"""After so many sweeps it is looked for runaways, and for residuals that do not fall any more."""
+_LOWEST, _HIGHEST = 1.0, 1.5
+"""The range of omega: beyond it a sweep of a projected problem may lose what it gains."""
+
+
+class Memory:
+    """What is carried from batch to batch: it decides how soon settling ends, not where. A copy starts without it.
+
+    Attributes:
+        omega: the relaxation factor.
+        gains: by state, how large displacements are beside dC/ds at the output (0-dim): a tenth of them is smaller.
+        free_from, nudged_from: before these sweeps no residual needs to be measured.
+    """
+
+    def __init__(self) -> None:
+        self.omega = 1.0
+        self.gains: dict[str, Tensor] = {}
+        self.free_from = self.nudged_from = 0
+
+    def learn(self, course: list[tuple[int, float]]) -> None:
+        """Turn the rate of the last sweeps, (how many, the worst residual then), into the next omega."""
+        if len(course) < 2:
+            return
+        (first, before), (last, after) = course[-2:]
+        if 0 < after < before < math.inf:
+            self.omega = next_omega(self.omega, (after / before) ** (1 / (last - first)))
+
+    def __reduce__(self) -> tuple[type[Memory], tuple[()]]:
+        return Memory, ()
+
+
+@dataclass(frozen=True)
+class Relaxation(Solver):
+    """Sweeps that minimise one layer after the other, for `energy="hopfield"`; nothing has to be tuned.
+
+    Args:
+        settle_steps: the largest number of sweeps of a phase, or with `adaptive=False` the exact one.
+        tol: residual at which an example has settled, in units of the nudge.
+        patience: consecutive sweeps at or below `tol`.
+        adaptive: stop when every example has settled.
+        omega: how far a layer moves toward its minimum, in (0, 2); None measures the best one from batch to batch.
+
+    Example:
+        >>> import torch, mep
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Hardtanh(0, 1), torch.nn.Linear(8, 3))
+        >>> ep = mep.EquilibriumPropagation(net, energy="hopfield", solver=mep.Relaxation(tol=1e-3))
+        >>> ep(torch.rand(5, 4), torch.tensor([0, 1, 2, 0, 1])).converged
+        True
+    """
+
+    settle_steps: int = 100
+    tol: float = 1e-2
+    patience: int = 1
+    adaptive: bool = True
+    omega: float | None = None
+    memory: Memory = field(default_factory=Memory, compare=False, repr=False)
+
+    carries_errors = True
+    holds_branches = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.omega is not None:
+            require("Relaxation", "omega", self.omega, lambda w: 0 < w < 2, "between 0 and 2, or None to measure it")
+
+    def check(self, node_energy: NodeEnergy) -> None:
+        if not isinstance(node_energy, Hopfield):
+            raise ArgumentError(
+                f"{type(self).__name__} does not settle energy={node_energy.name!r}: it minimises the Hopfield energy "
+                "layer by layer. Use solver=mep.Sweep(...), or mep.Descent(...)."
+            )
+
+    @property
+    def factor(self) -> float:
+        """The omega of the next sweep."""
+        return self.memory.omega if self.omega is None else self.omega
+
+    def init(self, energy: Energy, point: Point, start: Start) -> Iterate:
+        """The forward pass, or the free equilibrium without any displacement."""
+        if energy.nudge is not None and has_constant_jacobians(energy, point):
+            nudged = Displacement(energy, point)
+            return Iterate(nudged.ones, point, exact=False, state=nudged)
+        states = Relaxed(energy, point, start.cost, self.memory)
+        measured = energy.nudge is not None or self.memory.free_from == 0 or not self.adaptive
+        return Iterate(states.residual() if measured else states.ones, states.point, exact=measured, state=states)
+
+    def step(self, energy: Energy, iterate: Iterate, active: Tensor | None) -> Iterate:
+        """One sweep over all layers."""
+        current: Displacement | Relaxed = iterate.state
+        current.sweep(self.factor)
+        free = isinstance(current, Relaxed)
+        due = current.sweeps >= (self.memory.free_from if free else self.memory.nudged_from) or not self.adaptive
+        residual = current.residual() if due else current.ones
+        stuck = False
+        if due:
+            current.course.append((current.sweeps, float(residual.max())))
+            self.memory.learn(current.course)
+            stuck = current.sweeps > _PATIENT and self.adaptive and _is_stuck(current.totals, residual)
+        return Iterate(residual, current.point, diverging=current.diverging, exact=due, stuck=stuck, state=current)
+
+    def finalize(self, energy: Energy, iterate: Iterate) -> Iterate:
+        """With the exact residual; what the next batch begins with is noted."""
+        current: Displacement | Relaxed = iterate.state
+        residual = iterate.residual if iterate.exact else current.residual()
+        if isinstance(current, Displacement):
+            residual = current.bounded(residual, self.tol)
+        if self.adaptive:
+            current.note(self.memory)
+        return replace(iterate, residual=residual, exact=True, point=current.point)
+
+    def for_free_phase(self) -> Solver:
+        """The same: its free phase is measured in units of the nudge, too."""
+        return self
+
+    def failure_hint(self, energy: Energy, point: Point) -> str:
+        return (
+            "smaller weights (a smaller learning rate, weight decay, mep.smep with a smaller gamma): strong couplings "
+            "have several equilibria; or more settle_steps."
+        )
+
+
+class FreePoint(Point):
+    """Where a free phase has ended: `arriving`, the messages of the children; `left`, the norms of what is left."""
+
+    arriving: dict[str, Tensor]
+    left: dict[str, Tensor]
+
+    def forces(self) -> State:
+        """dE/ds of every state."""
+        found = {}
+        for name, mu in self.predictions.items():
+            pull = mu + self.arriving[name] if name in self.arriving else mu
+            found[name] = self.values[name] - pull
+        return found
+
+
+class Relaxed:
+    """States that are relaxed themselves: the free phase, and nudged ones of graphs whose Jacobians change."""
+
+    def __init__(self, energy: Energy, point: Point, cost: BatchCost | None, memory: Memory):
+        self.energy, self.cost, self.memory = energy, cost, memory
+        self.sweeps, self.diverging = 0, False
+        self.course: list[tuple[int, float]] = []
+        self.totals: list[float] = []
+        self.is_free = energy.nudge is None
+        output = energy.output(point)
+        dtype = torch.promote_types(output.dtype, torch.float32)
+        self.ones = torch.ones(energy.batch, dtype=dtype, device=output.device)
+        self._arrive(point)
+        self.sizes: State = {}
+        """Of the states of the forward pass that a sweep may move."""
+        for node in energy.graph.states:
+            if node.name in self.arriving or not node.clamped:
+                self.sizes[node.name] = example_norm(point.values[node.name], energy.batch)
+
+    @property
+    def point(self) -> Point:
+        """Where the states are."""
+        found = FreePoint(self._point.values, self._point.predictions, self._point.saved)
+        found.arriving, found.left = self.arriving, self.left
+        return found
+
+    def sweep(self, omega: float) -> None:
+        """Place the layers in turn, from the messages that arrived before."""
+        energy, arriving, before = self.energy, self.arriving, self._point.values
+        if self.is_free:
+            energy.context.branches.clear()  # those of the last evaluation are kept
+
+        def place(node: Node, mu: Tensor) -> Tensor:
+            name = node.name
+            s, message, free = before[name], arriving.get(name), energy.free_of(name)
+            pull = mu if message is None else mu + message
+            if free is not None:
+                pull = pull + free.leftover
+            if name == energy.graph.output and not self.is_free:
+                pull = self._nudged(pull, s)
+            if omega != 1 and name in self.sizes:
+                pull = torch.lerp(s, pull, omega)
+            return energy.in_box(node, pull)
+
+        self._arrive(energy.graph.evaluate(energy.inputs, energy.context, place))
+        self.sweeps += 1
+
+    def residual(self) -> Tensor:
+        """Of the worst layer of every example; in a free phase in units of the nudge that follows: [batch]."""
+        energy = self.energy
+        if not self.is_free:
+            found = torch.stack(list(energy.residuals(self._point).values())).amax(0)
+            self.diverging = bool((found.isnan()).any())
+            return found
+        worst = None
+        size = None if self.cost is None else example_norm(self.cost.gradient(energy.output(self._point)), energy.batch)
+        for name in self.sizes:
+            s, mu, message = self._point.values[name], self._point.predictions[name], self.arriving.get(name)
+            gap = energy.in_box(energy.graph.by_name[name], mu if message is None else mu + message) - s
+            rounding = _ROUNDING * torch.finfo(s.dtype).eps
+            left = example_norm(gap, energy.batch).sub_(self.sizes[name], alpha=rounding).clamp_(min=0)
+            self.left[name] = left
+            gain = self.memory.gains.get(name)
+            if size is None or gain is None:
+                unit = self.sizes[name] / _BY_STATE
+            else:
+                unit = torch.maximum(size * gain, self.sizes[name] * (8 * rounding))
+            ratio = left / unit.mul_(_FREE_SHARE).add_(torch.finfo(unit.dtype).tiny)
+            worst = ratio if worst is None else torch.maximum(worst, ratio)
+        worst = self.ones - 1 if worst is None else worst
+        if self.sweeps > _PATIENT:
+            for name, size in self.sizes.items():
+                grown = example_norm(self._point.values[name], energy.batch) > _RUNAWAY * (size + size.mean())
+                self.diverging |= bool(grown.any())
+        return worst
+
+    def note(self, memory: Memory) -> None:
+        """How many sweeps were needed."""
+        if self.is_free:
+            memory.free_from = max(0, self.sweeps - 1)
+
+    def _arrive(self, point: Point) -> None:
+        """The messages of all children at a point."""
+        arriving: dict[str, Tensor] = {}
+
+        def transmit(node: Node, force: Tensor | None) -> Tensor | None:
+            if not node.owns_state:
+                return force
+            if force is not None:
+                arriving[node.name] = force
+            s: Tensor = point.values[node.name]
+            return s
+
+        self.energy.graph.vjp(point.saved, None, transmit)
+        self._point, self.arriving, self.left = point, arriving, {}
+
+    def _nudged(self, pull: Tensor, s: Tensor) -> Tensor:
+        """The output's minimum, `s + beta dC/ds(s) = pull`, by a step with the cost's curvature."""
+        energy = self.energy
+        assert energy.nudge is not None
+        gradient = energy.nudge.cost.gradient(s)
+        curvature = cost_curvature(energy, s, gradient)
+        return (pull + curvature * s - gradient * expand_beta(energy.beta, s)) / (1 + curvature)
+
+
+class Displacement:
+    """The displacements `delta` of a nudged phase, where no Jacobian changes: relaxed from none at all.
+
+    `tangents` are how far values move by them, over beta, `dmu` predictions, and `inputs` what weights are applied to.
+    `arriving` are the messages of the children, `J_c^T delta_c`.
+    """
+
+    def __init__(self, energy: Energy, free: Point):
+        assert energy.nudge is not None and energy.nudge.free is not None
+        self.energy, self.free, self.cost = energy, free, energy.nudge.cost
+        output = energy.output(free)
+        self.dtype = torch.promote_types(output.dtype, torch.float32)
+        self.ones = torch.ones(energy.batch, dtype=self.dtype, device=output.device)
+        self.gradient = self.cost.gradient(output)  # dC/ds where the output is now
+        self.free_gradient, self.curvature = self.gradient, cost_curvature(energy, output, self.gradient)
+        self.delta: State = {}
+        self.dmu: State = {}
+        self.tangents: State = {}
+        self.inputs: dict[str, Any] = {}
+        self.arriving: State = {}
+        self.first: State = {}
+        self.sizes: State = {}
+        self.sweeps, self.diverging = 0, False
+        self.course: list[tuple[int, float]] = []
+        self.totals: list[float] = []
+        share = torch.as_tensor(energy.beta).abs()
+        share = 1 / share.clamp(min=1) if float(share.max()) > 1 else None
+        left = free.left if isinstance(free, FreePoint) else {}
+        self.left = {name: norm if share is None else norm * share for name, norm in left.items()}
+
+    @property
+    def point(self) -> Displaced:
+        """Where the states are."""
+        return Displaced(self)
+
+    def sweep(self, omega: float) -> None:
+        """Every layer is minimised given its neighbours, the output first; then what the displacements lead to."""
+        delta, dmu, arriving = self.delta, self.dmu, self.arriving
+        before, output = dict(delta), self.energy.graph.output
+        if self.sweeps == 1:
+            self.first = before
+        arriving.clear()
+
+        def transmit(node: Node, force: Tensor | None) -> Tensor | None:
+            name = node.name
+            if not node.owns_state:
+                return force
+            if force is not None:
+                arriving[name] = force
+            pull, old = _sum(dmu.get(name), force), before.get(name)
+            if name == output:
+                pull = self._nudged(pull, old)
+            if pull is None:
+                return None
+            if old is not None and omega != 1:
+                pull = torch.lerp(old, pull, omega)
+            delta[name] = self._hold(node, pull)
+            return delta[name]
+
+        self.energy.graph.vjp(self.free.saved, None, transmit)
+        self._move()
+        self.gradient = self.cost.gradient(self._output(delta[output]))
+        self.sweeps += 1
+
+    def residuals(self) -> State:
+        """Of every layer: `Energy.residuals` of the point, from the displacements."""
+        found, output = {}, self.energy.graph.output
+        for node in self.energy.graph.states:
+            name = node.name
+            if (side := self.delta.get(name)) is None:
+                found[name] = self.ones if name == output else torch.zeros_like(self.ones)
+                continue
+            pull = _sum(self.dmu.get(name), self.arriving.get(name))
+            if name == output:
+                pull = -self.gradient if pull is None else pull - self.gradient
+            assert pull is not None
+            other = self._hold(node, pull)
+            violated, one, two = (example_norm(t, self.energy.batch) for t in (side - other, side, other))
+            self.sizes[name] = one
+            larger = torch.maximum(one, two)
+            left = self.left.get(name)
+            if left is not None:
+                violated, larger = violated + left, larger + left
+            found[name] = violated.div_(larger.add_(torch.finfo(larger.dtype).tiny))
+        return found
+
+    def residual(self) -> Tensor:
+        """Of the worst layer of every example, [batch]."""
+        found = list(self.residuals().values())
+        worst = found[0] if len(found) == 1 else torch.stack(found).amax(0)
+        return worst if self.sweeps <= _PATIENT else self.without_runaways(worst, _RUNAWAY)
+
+    def bounded(self, residual: Tensor, tol: float) -> Tensor:
+        """The residuals, after examples that have not settled were given up if they have grown much."""
+        unsettled = ~(residual <= tol)
+        return self.without_runaways(residual, _UNSETTLED, unsettled) if self.first and unsettled.any() else residual
+
+    def note(self, memory: Memory) -> None:
+        """How many sweeps were needed, and how large displacements were."""
+        if not self.sweeps:
+            return
+        memory.nudged_from = max(1, self.sweeps - 1)
+        size = example_norm(self.free_gradient, self.energy.batch)
+        for name in self.left:
+            share = (self.sizes[name] / size).nan_to_num(math.inf, math.inf).kthvalue(1 + len(size) // 10).values
+            known = memory.gains.get(name)
+            memory.gains[name] = share if known is None else torch.lerp(known, share, 0.3)
+
+    def contrast(self, weight: float, nodes: Sequence[Node]) -> dict[Any, Tensor]:
+        """`weight (dE/dtheta(s_beta) - dE/dtheta(s_free)) / beta` of these nodes, without a small difference."""
+        total: dict[Any, Tensor] = {}
+        values = self.point.values
+        for node in nodes:
+            if not node.parameters:
+                continue
+            saved, name = self.free.saved[node.name], node.name
+            delta = self.delta.get(name)
+            delta = torch.zeros_like(self.free.values[name]) if delta is None else delta
+            pairs = [node.param_vjp(saved, delta, -weight)]
+            if self.inputs.get(name) is not None:
+                pairs.append(node.param_vjp_along(saved, self.inputs[name], values[name], -weight))
+            for found in pairs:
+                for p, g in zip(node.parameters, found, strict=True):
+                    if g is not None:
+                        total[p] = total[p].add_(g) if p in total else g
+        return total
+
+    def _move(self) -> None:
+        """How far all that follows moves with the displacements."""
+        tangents = self.tangents
+        for node in self.energy.graph.nodes:
+            if node.clamped:
+                t = None
+            else:
+                t, self.inputs[node.name] = node.jvp(
+                    self.free.saved[node.name], [tangents.get(p) for p in node.parents]
+                )
+            if node.owns_state:
+                if t is not None:
+                    self.dmu[node.name] = t
+                t = self.delta.get(node.name)
+            if t is not None:
+                tangents[node.name] = t
+
+    def _hold(self, node: Node, pull: Tensor) -> Tensor:
+        """The displacement that is allowed: none on a face of the box, any elsewhere; or in the box itself."""
+        low, high = self.energy.box_of(node)
+        if low == -math.inf and high == math.inf:
+            return pull
+        s = self.free.values[node.name]
+        if self.energy.context.freeze_branches:
+            held: Tensor = aten.hardtanh_backward(pull, s, low, high)
+            return held
+        beta = expand_beta(self.energy.beta, s)
+        excess = self._excess(node.name)
+        one, two = (low - s) / beta, (high - s) / beta
+        return (pull + excess / beta).clamp(torch.minimum(one, two), torch.maximum(one, two))
+
+    def _excess(self, name: str) -> Tensor:
+        """The outward pull on units on a face at the free equilibrium, 0 elsewhere."""
+        assert isinstance(self.free, FreePoint) and self.energy.nudge is not None and self.energy.nudge.free is not None
+        return self.energy.nudge.free[name].leftover - self.free.forces()[name]
+
+    def _nudged(self, pull: Tensor | None, old: Tensor | None) -> Tensor:
+        """The minimum over the output, `delta + dC/ds(s + beta delta) = pull`: a step with the cost's curvature."""
+        right = -self.gradient if pull is None else pull - self.gradient
+        if old is not None:
+            right = right + self.curvature * old
+        return right / (1 + self.curvature)
+
+    def _output(self, delta: Tensor | None) -> Tensor:
+        """The output, displaced."""
+        s = self.energy.output(self.free)
+        return s if delta is None else s + delta * expand_beta(self.energy.beta, delta)
+
+    def without_runaways(self, residual: Tensor, limit: float, among: Tensor | None = None) -> Tensor:
+        """Examples whose displacements have grown beyond a limit are given up: back to those of the first sweep."""
+        grown = torch.zeros_like(residual, dtype=torch.bool)
+        for name, first in self.first.items():
+            grown |= ~(self.sizes[name] <= limit * example_norm(first, self.energy.batch))
+        grown = grown if among is None else grown & among
+        if not grown.any():
+            return residual
+        for name, first in self.first.items():
+            self.delta[name] = torch.where(per_example(grown, first), first, self.delta[name])
+        self._move()
+        self.gradient = self.cost.gradient(self._output(self.delta[self.energy.graph.output]))
+        return residual.masked_fill(grown, 1.0)
+
+
+class Displaced(Point):
+    """A nudged point: the free one and the displacements from it. Its values are computed when they are first read."""
+
+    def __init__(self, displacement: Displacement):
+        self.saved, self.displacement = displacement.free.saved, displacement
+
+    def __getattr__(self, name: str) -> Any:
+        by: Displacement = self.__dict__["displacement"]
+        if name not in ("values", "predictions"):
+            raise AttributeError(name)
+        before, moves = (by.free.values, by.tangents) if name == "values" else (by.free.predictions, by.dmu)
+        found = {n: _moved(value, moves.get(n), by.energy.beta) for n, value in before.items()}
+        setattr(self, name, found)
+        return found
+
+
+def _moved(value: Any, tangent: Tensor | None, beta: Beta) -> Any:
+    return value if tangent is None else value + tangent * expand_beta(beta, tangent)
+
+
+def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return b if a is None else a if b is None else a + b
+
+
+def cost_curvature(energy: Energy, output: Tensor, gradient: Tensor) -> Beta:
+    """beta times the largest curvature of the cost at the output, exact for the squared error; 0 to go without it."""
+    assert energy.nudge is not None
+    beta, cost = energy.beta, energy.nudge.cost
+    smoothness = cost.smoothness
+    if smoothness is None:  # measured along the gradient
+        size = example_norm(gradient, energy.batch)
+        step = 0.01 / size.clamp(min=torch.finfo(size.dtype).eps)
+        near = cost.gradient(output - gradient * per_example(step, gradient).to(gradient.dtype))
+        smoothness = (example_norm(near - gradient, energy.batch) / (step * size)).nan_to_num(0.0).max()
+    curvature = beta * smoothness
+    away = bool((curvature < 0).any()) if isinstance(curvature, Tensor) else curvature < 0
+    if away and not isinstance(cost, SquaredError):
+        return 0.0  # a step with the least curvature that there may be would be too long
+    return expand_beta(curvature, output)
+
+
+def _is_stuck(totals: list[float], residual: Tensor) -> bool:
+    """Whether residuals have hardly fallen in four sweeps."""
+    totals.append(float(residual.clamp(max=1).sum()))
+    return len(totals) > 4 and not totals[-1] < 0.99 * totals[-5]
+
+
+def next_omega(omega: float, rate: float) -> float:
+    """The next relaxation factor: 0.3 of the way to Young's optimum at a rate of convergence.
+
+    A rate close to omega - 1 means that omega is too large, and shows nothing of the coupling.
+    """
+    best = omega - 0.05
+    if rate > omega - 0.98:
+        coupling = min((rate + omega - 1) ** 2 / (rate * omega**2), 0.99)
+        best = 2 / (1 + math.sqrt(1 - coupling))
+    return min(max(omega + 0.3 * (best - omega), _LOWEST), _HIGHEST)
+
+
+_CONSTANT: WeakKeyDictionary[Graph, bool] = WeakKeyDictionary()
+
+
+def has_constant_jacobians(energy: Energy, point: Point) -> bool:
+    """Whether predictions are affine in the states while branches are held; nodes without a closed form are tried."""
+    graph = energy.graph
+    kinked = any(op.piece is not None for node in graph.nodes if not node.clamped for op in node.program)
+    if kinked and not energy.context.freeze_branches:
+        return False
+    if graph not in _CONSTANT:
+        _CONSTANT[graph] = all(n.clamped or n.is_affine_when_held or _is_affine(n, energy, point) for n in graph.nodes)
+    return _CONSTANT[graph]
+
+
+def _is_affine(node: Node, energy: Energy, point: Point) -> bool:
+    """Whether equal steps of the parents lead to equal steps of the prediction."""
+    if node.writes:
+        return False
+    parents = [point.values[p] for p in node.parents]
+    ways = [_pattern(p) if flows else None for p, flows in zip(parents, node.flows, strict=True)]
+
+    def at(t: float) -> Tensor:
+        moved = [p if way is None else p + t * way for p, way in zip(parents, ways, strict=True)]
+        return node.predict(moved, energy.context)[0]
+
+    zero, one, two = at(0.0), at(1.0), at(2.0)
+    bend = (two - 2 * one + zero).abs().max()
+    return bool(bend <= 100 * torch.finfo(zero.dtype).eps * torch.stack([zero, one, two]).abs().max())
+
+
+def _pattern(like: Tensor) -> Tensor:
+    """Numbers of the size of a tensor's, in no particular order, and without a random number generator."""
+    waves = torch.arange(like.numel(), device=like.device).mul(1.7).cos().to(like.dtype)
+    return waves.view(like.shape) * (1 + like.abs())
