@@ -207,6 +207,10 @@ class Solver(ABC):
         """The same iterate with its point, its errors and its exact residual, where `step` was content with less."""
         return iterate
 
+    def diagnosis(self) -> tuple[float | None, float | None]:
+        """As last measured: the fraction of states inside their boxes, and the coupling's largest eigenvalue."""
+        return None, None
+
     def for_free_phase(self) -> Solver:
         """For a free phase that has to settle: nudged phases count what it leaves."""
         return replace(self, tol=self.tol / _FREE)

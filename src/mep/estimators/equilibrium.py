@@ -123,6 +123,7 @@ class EquilibriumPropagation:
         self.beta = beta
         self.compile, self.checkpoint = compile, checkpoint
         self.on_unsettled, self._has_warned, self._has_warned_of_softmax = on_unsettled, False, False
+        self._has_warned_of_coupling = False
         self.proof = proof
         check_settings(self)
         self._cache = EquilibriumCache()
@@ -299,6 +300,8 @@ class EquilibriumPropagation:
         with region("settling"):
             phases = settle_phases(energy, free, cost, self.solver, self.phases, self.beta, errors, watch)
         estimate = self._estimate(loss, free, phases, graph)
+        if estimate.coupling is not None:
+            self._check_coupling(estimate)
         if estimate.result is not Result.CONVERGED and self.on_unsettled != "ignore":
             self._report(estimate, phases[-1][1], free)
         return _Step(energy, free, phases, estimate)
@@ -360,6 +363,7 @@ class EquilibriumPropagation:
             max(e.left_branch(settled.point) for _, e, settled in phases) if self.diagnostics else None,
             last.turns,
             graph.share_kept,
+            *self.solver.diagnosis(),
         )
 
     def _finish(self, step: _Step, x: Any, target: Tensor, indices: Tensor | None) -> None:
@@ -396,6 +400,20 @@ class EquilibriumPropagation:
                 "them train slowly, and never to certainty. Let the model return what it gives to its softmax.",
                 UserWarning,
             )
+
+    def _check_coupling(self, estimate: Estimate) -> None:
+        """Warn, once, of a Hopfield network whose equilibrium is about to be one of several, or cannot respond."""
+        assert estimate.coupling is not None and estimate.inside is not None
+        if self._has_warned_of_coupling or not (estimate.coupling > 0.98 or estimate.inside < 0.02):
+            return
+        self._has_warned_of_coupling = True
+        warn(
+            f"The Hopfield network is close to having several equilibria: the largest eigenvalue of its coupling is "
+            f"about {estimate.coupling:.2f} (one equilibrium below 1), and {estimate.inside:.0%} of its states are "
+            "inside their boxes (others do not respond to the nudge). Smaller weights help: a smaller learning rate, "
+            "weight_decay, mep.smep with a smaller gamma; or cost='mse', whose targets are bounded.",
+            UserWarning,
+        )
 
     def _report(self, estimate: Estimate, energy: Energy, free: Settled) -> None:
         """Warn of examples that have not settled, or raise, as `on_unsettled` is set."""

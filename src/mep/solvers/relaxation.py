@@ -43,7 +43,7 @@ import torch
 from torch import Tensor
 
 from mep.cost import BatchCost, SquaredError
-from mep.energy import Energy, Hopfield, NodeEnergy, State, example_norm
+from mep.energy import FREE, Energy, Hopfield, NodeEnergy, State, example_norm
 from mep.errors import ArgumentError, require
 from mep.graph import Graph, Point
 from mep.graph.node import Beta, Node, expand_beta
@@ -64,6 +64,12 @@ _UNSETTLED = 1e1
 """What has not settled in the end may be this many times as large; else it is what the first sweep found."""
 _PATIENT = 8
 """After so many sweeps it is looked for runaways, and for residuals that do not fall any more."""
+_WINNERS_MOVE = 6
+"""Sweeps of a free phase after which held winners of max pooling stay: two that push each other down alternate."""
+_MEASURED_EVERY = 16
+"""So many batches have one measurement of their boxes and coupling, which costs as much as a few sweeps."""
+_POWER_ITERATIONS = 6
+"""From displacements, in which strong couplings show: a lower bound of the largest eigenvalue, within some percent."""
 _LOWEST, _HIGHEST = 1.0, 1.5
 """The range of omega: beyond it a sweep of a projected problem may lose what it gains."""
 
@@ -75,10 +81,13 @@ class Memory:
         omega: the relaxation factor.
         gains: by state, how large displacements are beside dC/ds at the output (0-dim): a tenth of them is smaller.
         free_from, nudged_from: before these sweeps no residual needs to be measured.
+        inside, coupling: see `Estimate`; measured in the first of every 16 batches.
     """
 
     def __init__(self) -> None:
-        self.omega = 1.0
+        self.omega, self.batches = 1.0, 0
+        self.inside: float | None = None
+        self.coupling: float | None = None
         self.gains: dict[str, Tensor] = {}
         self.free_from = self.nudged_from = 0
 
@@ -161,6 +170,7 @@ class Relaxation(Solver):
             current.course.append((current.sweeps, float(residual.max())))
             self.memory.learn(current.course)
             stuck = current.sweeps > _PATIENT and self.adaptive and _is_stuck(current.totals, residual)
+            stuck |= not current.has_minimum
         return Iterate(residual, current.point, diverging=current.diverging, exact=due, stuck=stuck, state=current)
 
     def finalize(self, energy: Energy, iterate: Iterate) -> Iterate:
@@ -171,7 +181,14 @@ class Relaxation(Solver):
             residual = current.bounded(residual, self.tol)
         if self.adaptive:
             current.note(self.memory)
+        if isinstance(current, Displacement) and current.sweeps:
+            if self.memory.batches % _MEASURED_EVERY == 0:
+                self.memory.inside, self.memory.coupling = current.inside(), current.coupling()
+            self.memory.batches += 1
         return replace(iterate, residual=residual, exact=True, point=current.point)
+
+    def diagnosis(self) -> tuple[float | None, float | None]:
+        return self.memory.inside, self.memory.coupling
 
     def for_free_phase(self) -> Solver:
         """The same: its free phase is measured in units of the nudge, too."""
@@ -207,13 +224,13 @@ class Relaxed:
         self.sweeps, self.diverging = 0, False
         self.course: list[tuple[int, float]] = []
         self.totals: list[float] = []
-        self.is_free = energy.nudge is None
+        self.is_free, self.has_minimum = energy.nudge is None, True
         output = energy.output(point)
         dtype = torch.promote_types(output.dtype, torch.float32)
         self.ones = torch.ones(energy.batch, dtype=dtype, device=output.device)
         self._arrive(point)
         self.sizes: State = {}
-        """Of the states of the forward pass that a sweep may move."""
+        """Of the states that a sweep may move, as they were first."""
         for node in energy.graph.states:
             if node.name in self.arriving or not node.clamped:
                 self.sizes[node.name] = example_norm(point.values[node.name], energy.batch)
@@ -228,7 +245,7 @@ class Relaxed:
     def sweep(self, omega: float) -> None:
         """Place the layers in turn, from the messages that arrived before."""
         energy, arriving, before = self.energy, self.arriving, self._point.values
-        if self.is_free:
+        if self.is_free and self.sweeps < _WINNERS_MOVE:
             energy.context.branches.clear()  # those of the last evaluation are kept
 
         def place(node: Node, mu: Tensor) -> Tensor:
@@ -259,14 +276,17 @@ class Relaxed:
             s, mu, message = self._point.values[name], self._point.predictions[name], self.arriving.get(name)
             gap = energy.in_box(energy.graph.by_name[name], mu if message is None else mu + message) - s
             rounding = _ROUNDING * torch.finfo(s.dtype).eps
+            gain = self.memory.gains.get(name)
+            if self.sweeps < 3 or gain is None:
+                self.sizes[name] = example_norm(s, energy.batch)
             left = example_norm(gap, energy.batch).sub_(self.sizes[name], alpha=rounding).clamp_(min=0)
             self.left[name] = left
-            gain = self.memory.gains.get(name)
             if size is None or gain is None:
                 unit = self.sizes[name] / _BY_STATE
             else:
                 unit = torch.maximum(size * gain, self.sizes[name] * (8 * rounding))
             ratio = left / unit.mul_(_FREE_SHARE).add_(torch.finfo(unit.dtype).tiny)
+            ratio = ratio.clamp_(max=1 / torch.finfo(ratio.dtype).eps)
             worst = ratio if worst is None else torch.maximum(worst, ratio)
         worst = self.ones - 1 if worst is None else worst
         if self.sweeps > _PATIENT:
@@ -319,6 +339,8 @@ class Displacement:
         self.ones = torch.ones(energy.batch, dtype=self.dtype, device=output.device)
         self.gradient = self.cost.gradient(output)  # dC/ds where the output is now
         self.free_gradient, self.curvature = self.gradient, cost_curvature(energy, output, self.gradient)
+        self.has_minimum = not isinstance(self.cost, SquaredError) or bool(torch.as_tensor(self.curvature > -1).all())
+        """Over the output alone: not where the nudge leads away from the target by more than the energy holds back."""
         self.delta: State = {}
         self.dmu: State = {}
         self.tangents: State = {}
@@ -394,6 +416,8 @@ class Displacement:
         """Of the worst layer of every example, [batch]."""
         found = list(self.residuals().values())
         worst = found[0] if len(found) == 1 else torch.stack(found).amax(0)
+        if not self.has_minimum:
+            return self.ones
         return worst if self.sweeps <= _PATIENT else self.without_runaways(worst, _RUNAWAY)
 
     def bounded(self, residual: Tensor, tol: float) -> Tensor:
@@ -431,22 +455,55 @@ class Displacement:
                         total[p] = total[p].add_(g) if p in total else g
         return total
 
+    def inside(self) -> float:
+        """The fraction of states behind activations that are inside their boxes; 1 if there are none."""
+        count, every = 0, 0
+        for node in self.energy.graph.states:
+            low, high = self.energy.box_of(node)
+            if (low, high) != FREE:
+                s = self.free.values[node.name]
+                count, every = count + int(((s > low) & (s < high)).sum()), every + s.numel()
+        return count / every if every else 1.0
+
+    def coupling(self) -> float:
+        """The largest eigenvalue of the coupling, faces held, of any example: |W v| / |v|, `v <- W v` from delta."""
+        v, batch, largest = dict(self.delta), self.energy.batch, self.ones
+        for _ in range(_POWER_ITERATIONS):
+            size = _size(v, batch)
+            unit = {n: t / per_example(size, t).to(t.dtype) for n, t in v.items()}
+            arriving: dict[str, Tensor | None] = {}
+            self.energy.graph.vjp(
+                self.free.saved, None, lambda n, f: unit.get(n.name) if n.owns_state else f, arriving
+            )
+            predicted = self._follow(unit)[1]
+            v = {}
+            for node in self.energy.graph.states:
+                if (pull := _sum(predicted.get(node.name), arriving.get(node.name))) is not None:
+                    s, (low, high) = self.free.values[node.name], self.energy.box_of(node)
+                    v[node.name] = aten.hardtanh_backward(pull, s, low, high)
+            largest = _size(v, batch)
+        return float(largest.nan_to_num(0.0).max())
+
     def _move(self) -> None:
         """How far all that follows moves with the displacements."""
-        tangents = self.tangents
+        self.tangents, self.dmu, self.inputs = self._follow(self.delta)
+
+    def _follow(self, delta: State) -> tuple[State, State, dict[str, Any]]:
+        """How far all values, predictions, and what weights are applied to move, when states move by `delta`."""
+        tangents: State = {}
+        dmu: State = {}
+        inputs: dict[str, Any] = {}
         for node in self.energy.graph.nodes:
-            if node.clamped:
-                t = None
-            else:
-                t, self.inputs[node.name] = node.jvp(
-                    self.free.saved[node.name], [tangents.get(p) for p in node.parents]
-                )
+            name, t = node.name, None
+            if not node.clamped:
+                t, inputs[name] = node.jvp(self.free.saved[name], [tangents.get(p) for p in node.parents])
             if node.owns_state:
                 if t is not None:
-                    self.dmu[node.name] = t
-                t = self.delta.get(node.name)
+                    dmu[name] = t
+                t = delta.get(name)
             if t is not None:
-                tangents[node.name] = t
+                tangents[name] = t
+        return tangents, dmu, inputs
 
     def _hold(self, node: Node, pull: Tensor) -> Tensor:
         """The displacement that is allowed: none on a face of the box, any elsewhere; or in the box itself."""
@@ -472,7 +529,7 @@ class Displacement:
         right = -self.gradient if pull is None else pull - self.gradient
         if old is not None:
             right = right + self.curvature * old
-        return right / (1 + self.curvature)
+        return right / (1 + self.curvature) if self.has_minimum else right
 
     def _output(self, delta: Tensor | None) -> Tensor:
         """The output, displaced."""
@@ -512,6 +569,12 @@ class Displaced(Point):
 
 def _moved(value: Any, tangent: Tensor | None, beta: Beta) -> Any:
     return value if tangent is None else value + tangent * expand_beta(beta, tangent)
+
+
+def _size(state: State, batch: int) -> Tensor:
+    """The norm of all states of an example together, [batch], never zero."""
+    size = torch.stack([example_norm(t, batch) for t in state.values()]).norm(dim=0)
+    return size.clamp_(min=torch.finfo(size.dtype).tiny)
 
 
 def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
