@@ -59,7 +59,8 @@ def test_reported_residual_is_that_of_the_projected_force(network, steps):
     free = settled(model, x, y, "cross_entropy", 0.0, solver, "hopfield")[0].nudge.free
     leftovers, free = {n: f.leftover for n, f in free.items()}, {n: f.state for n, f in free.items()}
     with_leftovers = lambda s: total(s) - sum((leftovers[n] * s[n]).sum(1) for n in s)  # noqa: E731
-    true = residual_in_boxes(with_leftovers, states_of(found), free, leftovers, 0.5, boxes)
+    # half of it for beta, and a half of that since no eigenvalue of the cost is larger
+    true = residual_in_boxes(with_leftovers, states_of(found), free, leftovers, 0.25, boxes)
     torch.testing.assert_close(found.residual, true)
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from cases import COSTS, free_energy, mlp
 from reference import energy as energy_of
-from reference import forces, implicit_gradient, nudged_energy, predictions_of_graph
+from reference import forces, implicit_gradient, predictions_of_graph
 from torch import nn
 
 import mep
@@ -290,7 +290,7 @@ def test_residual_in_displacements_is_that_of_the_energy(branches, sweeps):
             moved.sweep(1.1)
         assert moved.residuals().keys() == noted.keys()
         of_states = nudged.residuals(energy.at(energy.state(moved.point)))
-        moved.left = {n: min(1, 1 / beta) * f.leftover.norm(dim=1) for n, f in noted.items()}
+        moved.left = {n: nudged.free_share / beta * f.leftover.norm(dim=1) for n, f in noted.items()}
         for name, r in moved.residuals().items():
             torch.testing.assert_close(r, of_states[name], rtol=1e-5, atol=1e-9)
 
@@ -332,7 +332,10 @@ def test_the_coupling_and_the_boxes_are_reported_and_warned_of():
     share = sum(int(m.sum()) for m in count) / sum(m.numel() for m in count)
     assert math.isclose(estimate.inside, share)
     flat = torch.cat([s.flatten() for s in written.free.values()])
-    sizes, inside = [s.numel() for s in written.free.values()], torch.cat([m.flatten() for m in written.inside.values()])
+    sizes, inside = (
+        [s.numel() for s in written.free.values()],
+        torch.cat([m.flatten() for m in written.inside.values()]),
+    )
     unpack = lambda f: {n: v.view_as(s) for (n, s), v in zip(written.free.items(), f.split(sizes), strict=True)}  # noqa: E731
     summed = lambda f: written.free_energy(unpack(f)).sum()  # noqa: E731
     hessian = torch.autograd.functional.hessian(summed, flat)[inside][:, inside]

@@ -67,21 +67,15 @@ class BatchCost(ABC):
 
 
 class SquaredError(BatchCost):
-    """`mean_j (s_j - y_j)^2` over the features j of an example: its mean over the batch is `F.mse_loss`.
-
-    Class labels, integers [batch] for outputs [batch, classes], stand for one-hot vectors.
-    """
+    """`mean_j (s_j - y_j)^2` over the features j of an example: its mean over the batch is `F.mse_loss`."""
 
     def __init__(self, output: Tensor, target: Tensor):
-        is_labels = target.dtype is torch.long and target.ndim == 1 and output.ndim == 2 and output.shape[1] > 1
-        if is_labels and len(target) == len(output):
-            target = torch.zeros_like(output).scatter_(1, _checked_labels(output, target), 1.0)
         if target.shape != output.shape:
             missing = (*target.shape, 1) == tuple(output.shape)
             hint = "target[:, None] has that shape. " if missing and target.ndim == 1 else ""
             raise InputError(
                 f"mse: the target has shape {tuple(target.shape)} and the output {tuple(output.shape)}; they must be "
-                f"equal. {hint}Class labels must be torch.long, one an example; or use cost='cross_entropy'."
+                f"equal. {hint}For class labels pass F.one_hot(labels, classes).float(), or use cost='cross_entropy'."
             )
         self.target = target.to(output.dtype)
         self.features = output.numel() // len(output)
@@ -99,6 +93,15 @@ class SquaredError(BatchCost):
 
     def of(self, rows: Tensor) -> BatchCost:
         return _copy(self, target=self.target.index_select(0, rows))
+
+
+class OneHotSquaredError(SquaredError):
+    """The squared error, for which class labels (integers, classes along dimension 1) stand for one-hot vectors."""
+
+    def __init__(self, output: Tensor, target: Tensor):
+        if not target.is_floating_point() and output.ndim > 1:
+            target = torch.zeros_like(output).scatter_(1, _checked_labels(output, target), 1.0)
+        super().__init__(output, target)
 
 
 class CrossEntropy(BatchCost):
@@ -191,7 +194,11 @@ class Custom(BatchCost):
 Cost = Callable[[Tensor, Tensor], BatchCost]
 """From the output and the target of a batch to its cost."""
 
-NAMED: dict[str, Cost] = {"cross_entropy": CrossEntropy, "mse": SquaredError}
+NAMED: dict[str, Cost] = {
+    "cross_entropy": CrossEntropy,
+    "mse": SquaredError,
+    "one_hot_mse": OneHotSquaredError,
+}
 
 
 def make_cost(cost: str | PerExample | type[BatchCost]) -> Cost:

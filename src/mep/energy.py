@@ -354,8 +354,9 @@ class Energy:
     def residual(self, name: str, s: Tensor, mu: Tensor, incoming: Tensor) -> Tensor:
         """That of one state, with what is uncertain in it: the rounding of the state, and what the free phase left.
 
-        The leftover shifts both equilibria: alike for a weak nudge, so that it counts beside the response to the whole
-        of dC/ds, and enters here times beta; but the free one alone where a strong nudge fixes the other.
+        The leftover shifts both equilibria: alike for a weak nudge, so that it counts by how much it changes dC/ds,
+        and enters here times beta and the cost's smoothness; but the free one alone where a strong nudge fixes the
+        other.
         """
         free, batch = self.free_of(name), self.batch
         if self.node_energy.is_forward:
@@ -372,9 +373,16 @@ class Energy:
         rounded = rounding(s, batch)
         unknown = rounded
         if free is not None:
-            share = torch.as_tensor(self.beta).abs().clamp(max=1)
-            unknown = unknown + share * example_norm(free.leftover, batch)
+            unknown = unknown + self.free_share * example_norm(free.leftover, batch)
         return relative_residual(side, other, batch, unknown, 10 * rounded)
+
+    @property
+    def free_share(self) -> Tensor:
+        """The share of the force that the free phase has left in what is unknown of the nudged one, see `residual`."""
+        assert self.nudge is not None
+        smoothness = self.nudge.cost.smoothness
+        weak = torch.as_tensor(self.beta).abs()
+        return (weak if smoothness is None else weak * smoothness).clamp(max=1)
 
     def relative(self, side: Tensor, other: Tensor) -> Tensor:
         """`relative_residual` of two sides of a balance: [batch]."""

@@ -11,9 +11,9 @@ these arguments:
 - `on_unsettled`: what a step does if some example did not settle, see `mep.EquilibriumPropagation`.
 
 With `energy="hopfield"` and no `settle_lr` the states settle by `mep.Relaxation`, whose iterations are sweeps, too.
-Large weights give such a network several equilibria, and cross entropy is never done with enlarging them: `cost` is then
-"mse" by default (class labels stand for one-hot vectors), and `eqprop` has another `lr` and `momentum`, see
-`HOPFIELD_DEFAULTS`.
+Large weights give such a network several equilibria, and cross entropy is never done with enlarging them: `cost` is
+then "one_hot_mse" by default (the squared error; class labels stand for one-hot vectors), and `eqprop` has another `lr`
+and `momentum`, see `HOPFIELD_DEFAULTS`.
 """
 
 from __future__ import annotations
@@ -71,8 +71,8 @@ _DEFAULTS: dict[str, Any] = {
     "leaves": (), "settle_steps": None, "settle_lr": None, "adaptive": None, "tol": 1e-2, "patience": 1,
     "on_unsettled": "warn", "proof": "amortised", "compile": False, "checkpoint": False, "low_memory": False,
 }  # fmt: skip
-HOPFIELD_DEFAULTS: dict[str, dict[str, Any]] = {"eqprop": {"lr": 0.5, "momentum": 0.5}}
-"""What a preset has instead of its defaults with `energy="hopfield"`, beside the cost "mse"."""
+HOPFIELD_DEFAULTS: dict[str, dict[str, Any]] = {"eqprop": {"lr": 0.2, "momentum": 0.5}}
+"""What a preset has instead of its defaults with `energy="hopfield"`, beside the cost "one_hot_mse"."""
 _REMOVED = {"strength": "No nudge is weakened any more: beta is used as given. beta=None chooses one for each example."}
 
 
@@ -98,7 +98,7 @@ def _settles(*without: str, **changed: Any) -> Callable[[Callable[_Given, EPOpti
             every: Any = defaults | given
             energy = given.get("energy")
             if energy == "hopfield" or isinstance(energy, Hopfield):
-                every = defaults | {"cost": "mse"} | HOPFIELD_DEFAULTS.get(recipe.__name__, {}) | given
+                every = defaults | {"cost": "one_hot_mse"} | HOPFIELD_DEFAULTS.get(recipe.__name__, {}) | given
             return recipe(*args, **every)
 
         kind = inspect.Parameter.KEYWORD_ONLY

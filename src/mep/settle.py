@@ -21,7 +21,6 @@ from mep.energy import Energy, NodeEnergy, State, example_dot, example_norm
 from mep.errors import A_FLAG, require, whole_number
 from mep.graph import Point
 
-
 _FREE = 100
 """The free phase is settled so many times better than the nudged ones, whose residuals count what it leaves."""
 

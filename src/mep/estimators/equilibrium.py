@@ -49,7 +49,8 @@ class EquilibriumPropagation:
         beta: the nudging strength of every example in every phase. None: each example has one of its own, chosen before
             anything moves, so small that the gradient is biased by about 1%; see `mep.estimators.contrast`. The
             estimate has them as `betas`.
-        solver: `mep.Sweep(...)` (the default for "prediction"), `mep.Relaxation(...)` (for "hopfield"), `mep.Descent(...)`.
+        solver: `mep.Sweep(...)` (the default for "prediction"), `mep.Relaxation(...)` (for "hopfield"), or
+            `mep.Descent(...)`.
         energy: "prediction", "hopfield", or an object derived from `mep.NodeEnergy`.
         phases: "one-sided" or "centered".
         branches: "held" keeps ReLU-like gates and max-pool winners as in the free equilibrium while the nudged one is

@@ -162,7 +162,6 @@ class AutogradNode(Node):
             found = dict(zip(wanted, _grad(mu, wanted, as_laid_out(force, mu)), strict=True))
         return [None if (g := found.get(p)) is None else g.to_dense() * weight for p in self.parameters]
 
-
     def jvp(self, saved: Any, tangents: Sequence[Tensor | None]) -> tuple[Tensor | None, Any]:
         """By two backward passes: `J t` is the derivative along t of `J^T u`, which is linear in u."""
         inputs, mu, _ = saved

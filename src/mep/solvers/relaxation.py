@@ -7,10 +7,10 @@ With its neighbours fixed, the best state of a layer is known: its prediction an
     pull_n = mu_n + sum_c J_c^T s_c,        s_n <- box((1 - omega) s_n + omega pull_n)
 
 **Free phase.** A forward pass, then one backward walk for the messages J_c^T s_c and one forward walk that places the
-layers in turn: projected successive over-relaxation. On a chain of layers Young's relation turns the rate of
-convergence into the largest eigenvalue mu of the coupling, and that into the best omega:
+layers in turn: projected successive over-relaxation. On a chain of layers the best omega follows from the largest
+eigenvalue mu of the coupling (Young), which is measured in one of 16 batches:
 
-    (rate + omega - 1)^2 = rate omega^2 mu^2,        omega = 2 / (1 + sqrt(1 - mu^2))
+    omega = 2 / (1 + sqrt(1 - mu^2)),        then errors fall to a fraction omega - 1 in a sweep
 
 **Nudged phase.** For the displacement `delta = (s_beta - s_free) / beta`, not for the states: no beta is too small for
 its digits. Where no Jacobian J changes, the force that the free phase has left cancels, and
@@ -34,16 +34,16 @@ Sources: Scellier and Bengio 2017, arXiv:1602.05179; Young 1954, https://doi.org
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from mep.cost import BatchCost, SquaredError
-from mep.energy import FREE, Energy, Hopfield, NodeEnergy, State, example_norm
+from mep.energy import FREE, Energy, Hopfield, NodeEnergy, State, example_dot, example_norm
 from mep.errors import ArgumentError, require
 from mep.graph import Graph, Point
 from mep.graph.node import Beta, Node, expand_beta
@@ -66,38 +66,34 @@ _PATIENT = 8
 """After so many sweeps it is looked for runaways, and for residuals that do not fall any more."""
 _WINNERS_MOVE = 6
 """Sweeps of a free phase after which held winners of max pooling stay: two that push each other down alternate."""
+_STRONG = 0.75
+"""From this coupling on conjugate gradients need fewer sweeps than relaxation does."""
 _MEASURED_EVERY = 16
 """So many batches have one measurement of their boxes and coupling, which costs as much as a few sweeps."""
 _POWER_ITERATIONS = 6
 """From displacements, in which strong couplings show: a lower bound of the largest eigenvalue, within some percent."""
-_LOWEST, _HIGHEST = 1.0, 1.5
-"""The range of omega: beyond it a sweep of a projected problem may lose what it gains."""
+_HIGHEST = 1.6
+"""The largest omega that is chosen: beyond it a sweep of a projected problem may lose what it gains."""
 
 
 class Memory:
     """What is carried from batch to batch: it decides how soon settling ends, not where. A copy starts without it.
 
     Attributes:
-        omega: the relaxation factor.
+        batches: how many nudged phases have ended.
         gains: by state, how large displacements are beside dC/ds at the output (0-dim): a tenth of them is smaller.
         free_from, nudged_from: before these sweeps no residual needs to be measured.
         inside, coupling: see `Estimate`; measured in the first of every 16 batches.
+        strongest: the largest coupling of late.
     """
 
     def __init__(self) -> None:
-        self.omega, self.batches = 1.0, 0
+        self.batches = 0
+        self.strongest = 0.0
         self.inside: float | None = None
         self.coupling: float | None = None
         self.gains: dict[str, Tensor] = {}
         self.free_from = self.nudged_from = 0
-
-    def learn(self, course: list[tuple[int, float]]) -> None:
-        """Turn the rate of the last sweeps, (how many, the worst residual then), into the next omega."""
-        if len(course) < 2:
-            return
-        (first, before), (last, after) = course[-2:]
-        if 0 < after < before < math.inf:
-            self.omega = next_omega(self.omega, (after / before) ** (1 / (last - first)))
 
     def __reduce__(self) -> tuple[type[Memory], tuple[()]]:
         return Memory, ()
@@ -146,17 +142,29 @@ class Relaxation(Solver):
 
     @property
     def factor(self) -> float:
-        """The omega of the next sweep."""
-        return self.memory.omega if self.omega is None else self.omega
+        """The omega of the next sweep: Young's, for the coupling that was measured last."""
+        if self.omega is not None:
+            return self.omega
+        coupling = min(self.memory.strongest or 0.5, 1.0)
+        return min(2 / (1 + math.sqrt(1 - coupling**2)), _HIGHEST)
 
     def init(self, energy: Energy, point: Point, start: Start) -> Iterate:
         """The forward pass, or the free equilibrium without any displacement."""
         if energy.nudge is not None and has_constant_jacobians(energy, point):
-            nudged = Displacement(energy, point)
+            nudged = self._displacement(energy, point)
             return Iterate(nudged.ones, point, exact=False, state=nudged)
         states = Relaxed(energy, point, start.cost, self.memory)
         measured = energy.nudge is not None or self.memory.free_from == 0 or not self.adaptive
         return Iterate(states.residual() if measured else states.ones, states.point, exact=measured, state=states)
+
+    def _displacement(self, energy: Energy, free: Point) -> Displacement:
+        """By conjugate gradients where that pays: strong couplings between two colours of layers, held faces."""
+        colours = None
+        if self.omega is None and energy.context.freeze_branches and self.memory.strongest > _STRONG:
+            colours = two_colours(energy.graph)
+        if colours is not None:
+            return ConjugateGradients(energy, free, colours, self.tol)
+        return Displacement(energy, free)
 
     def step(self, energy: Energy, iterate: Iterate, active: Tensor | None) -> Iterate:
         """One sweep over all layers."""
@@ -164,11 +172,10 @@ class Relaxation(Solver):
         current.sweep(self.factor)
         free = isinstance(current, Relaxed)
         due = current.sweeps >= (self.memory.free_from if free else self.memory.nudged_from) or not self.adaptive
+        due |= isinstance(current, ConjugateGradients)
         residual = current.residual() if due else current.ones
         stuck = False
         if due:
-            current.course.append((current.sweeps, float(residual.max())))
-            self.memory.learn(current.course)
             stuck = current.sweeps > _PATIENT and self.adaptive and _is_stuck(current.totals, residual)
             stuck |= not current.has_minimum
         return Iterate(residual, current.point, diverging=current.diverging, exact=due, stuck=stuck, state=current)
@@ -177,6 +184,8 @@ class Relaxation(Solver):
         """With the exact residual; what the next batch begins with is noted."""
         current: Displacement | Relaxed = iterate.state
         residual = iterate.residual if iterate.exact else current.residual()
+        if isinstance(current, ConjugateGradients):
+            residual = current.completed()
         if isinstance(current, Displacement):
             residual = current.bounded(residual, self.tol)
         if self.adaptive:
@@ -184,6 +193,7 @@ class Relaxation(Solver):
         if isinstance(current, Displacement) and current.sweeps:
             if self.memory.batches % _MEASURED_EVERY == 0:
                 self.memory.inside, self.memory.coupling = current.inside(), current.coupling()
+                self.memory.strongest = max(self.memory.coupling, self.memory.strongest - 0.01)
             self.memory.batches += 1
         return replace(iterate, residual=residual, exact=True, point=current.point)
 
@@ -222,7 +232,6 @@ class Relaxed:
     def __init__(self, energy: Energy, point: Point, cost: BatchCost | None, memory: Memory):
         self.energy, self.cost, self.memory = energy, cost, memory
         self.sweeps, self.diverging = 0, False
-        self.course: list[tuple[int, float]] = []
         self.totals: list[float] = []
         self.is_free, self.has_minimum = energy.nudge is None, True
         output = energy.output(point)
@@ -270,8 +279,11 @@ class Relaxed:
             found = torch.stack(list(energy.residuals(self._point).values())).amax(0)
             self.diverging = bool((found.isnan()).any())
             return found
-        worst = None
-        size = None if self.cost is None else example_norm(self.cost.gradient(energy.output(self._point)), energy.batch)
+        worst, size = None, None
+        if self.cost is not None:  # what displacements are like, over the share of what is left that counts
+            size = example_norm(self.cost.gradient(energy.output(self._point)), energy.batch)
+            smoothness = self.cost.smoothness
+            size = size if smoothness is None else size / smoothness
         for name in self.sizes:
             s, mu, message = self._point.values[name], self._point.predictions[name], self.arriving.get(name)
             gap = energy.in_box(energy.graph.by_name[name], mu if message is None else mu + message) - s
@@ -298,7 +310,7 @@ class Relaxed:
     def note(self, memory: Memory) -> None:
         """How many sweeps were needed."""
         if self.is_free:
-            memory.free_from = max(0, self.sweeps - 1)
+            memory.free_from = _look_from(self.sweeps)
 
     def _arrive(self, point: Point) -> None:
         """The messages of all children at a point."""
@@ -313,7 +325,8 @@ class Relaxed:
             return s
 
         self.energy.graph.vjp(point.saved, None, transmit)
-        self._point, self.arriving, self.left = point, arriving, {}
+        self._point, self.arriving = point, arriving
+        self.left: State = {}
 
     def _nudged(self, pull: Tensor, s: Tensor) -> Tensor:
         """The output's minimum, `s + beta dC/ds(s) = pull`, by a step with the cost's curvature."""
@@ -349,12 +362,10 @@ class Displacement:
         self.first: State = {}
         self.sizes: State = {}
         self.sweeps, self.diverging = 0, False
-        self.course: list[tuple[int, float]] = []
         self.totals: list[float] = []
-        share = torch.as_tensor(energy.beta).abs()
-        share = 1 / share.clamp(min=1) if float(share.max()) > 1 else None
-        left = free.left if isinstance(free, FreePoint) else {}
-        self.left = {name: norm if share is None else norm * share for name, norm in left.items()}
+        share = energy.free_share / torch.as_tensor(energy.beta).abs()
+        left: Mapping[str, Tensor] = free.left if isinstance(free, FreePoint) else {}
+        self.left = {name: norm * share for name, norm in left.items()}
 
     @property
     def point(self) -> Displaced:
@@ -429,7 +440,7 @@ class Displacement:
         """How many sweeps were needed, and how large displacements were."""
         if not self.sweeps:
             return
-        memory.nudged_from = max(1, self.sweeps - 1)
+        memory.nudged_from = max(1, _look_from(self.sweeps))
         size = example_norm(self.free_gradient, self.energy.batch)
         for name in self.left:
             share = (self.sizes[name] / size).nan_to_num(math.inf, math.inf).kthvalue(1 + len(size) // 10).values
@@ -470,19 +481,31 @@ class Displacement:
         v, batch, largest = dict(self.delta), self.energy.batch, self.ones
         for _ in range(_POWER_ITERATIONS):
             size = _size(v, batch)
-            unit = {n: t / per_example(size, t).to(t.dtype) for n, t in v.items()}
-            arriving: dict[str, Tensor | None] = {}
-            self.energy.graph.vjp(
-                self.free.saved, None, lambda n, f: unit.get(n.name) if n.owns_state else f, arriving
-            )
-            predicted = self._follow(unit)[1]
+            pulls = self._messages({n: t / per_example(size, t).to(t.dtype) for n, t in v.items()}).pulls
             v = {}
-            for node in self.energy.graph.states:
-                if (pull := _sum(predicted.get(node.name), arriving.get(node.name))) is not None:
-                    s, (low, high) = self.free.values[node.name], self.energy.box_of(node)
-                    v[node.name] = aten.hardtanh_backward(pull, s, low, high)
+            for name, pull in pulls.items():
+                low, high = self.energy.box_of(self.energy.graph.by_name[name])
+                v[name] = aten.hardtanh_backward(pull, self.free.values[name], low, high)
+            if not v:
+                return 0.0
             largest = _size(v, batch)
         return float(largest.nan_to_num(0.0).max())
+
+    def _messages(self, delta: State) -> Messages:
+        """What displacements of some states send to their children and parents."""
+        arriving: dict[str, Tensor] = {}
+
+        def transmit(node: Node, force: Tensor | None) -> Tensor | None:
+            if not node.owns_state:
+                return force
+            if force is not None:
+                arriving[node.name] = force
+            return delta.get(node.name)
+
+        self.energy.graph.vjp(self.free.saved, None, transmit)
+        tangents, dmu, inputs = self._follow(delta)
+        pulls = {n: p for n in arriving.keys() | dmu.keys() if (p := _sum(dmu.get(n), arriving.get(n))) is not None}
+        return Messages(pulls, arriving, tangents, dmu, inputs)
 
     def _move(self) -> None:
         """How far all that follows moves with the displacements."""
@@ -542,13 +565,178 @@ class Displacement:
         for name, first in self.first.items():
             grown |= ~(self.sizes[name] <= limit * example_norm(first, self.energy.batch))
         grown = grown if among is None else grown & among
-        if not grown.any():
-            return residual
+        return self.give_up(grown, residual) if grown.any() else residual
+
+    def give_up(self, which: Tensor, residual: Tensor) -> Tensor:
+        """Take some examples back to the displacements of the first sweep: they have not settled."""
         for name, first in self.first.items():
-            self.delta[name] = torch.where(per_example(grown, first), first, self.delta[name])
+            self.delta[name] = torch.where(per_example(which, first), first, self.delta[name])
         self._move()
         self.gradient = self.cost.gradient(self._output(self.delta[self.energy.graph.output]))
-        return residual.masked_fill(grown, 1.0)
+        return residual.masked_fill(which, 1.0)
+
+
+class Messages(NamedTuple):
+    """What arrives at states: all of it, `pulls`, from children, `arriving`, and from parents, `dmu`; see above."""
+
+    pulls: State
+    arriving: State
+    tangents: State
+    dmu: State
+    inputs: dict[str, Any]
+
+
+class ConjugateGradients(Displacement):
+    """The same displacements by conjugate gradients (Hestenes and Stiefel), each example with its own steps.
+
+    Layers have two colours, and neighbours different ones. With the black ones at their minimum given the red ones x,
+
+        A x = b,        A = D - W_rb D_b^-1 W_br,        r = b - A x
+
+    is symmetric, and `r` is the residual of the red layers, that of the black ones being 0. D is 1, at the output
+    1 + beta C''; what the cost's gradient is off that line is put into b when r has become small, and settled again.
+    Where `<p, A p>` is not positive the curvature is negative: there is no minimum, and the example is given up.
+    """
+
+    def __init__(self, energy: Energy, free: Point, colours: tuple[frozenset[str], frozenset[str]], tol: float):
+        super().__init__(energy, free)
+        sizes = [sum(free.values[name].numel() for name in colour) for colour in colours]
+        self.red = colours[0] if sizes[0] <= sizes[1] else colours[1]
+        self.tol, self.is_complete = tol, False
+        self.x: State = {}
+        self.r: State = {}
+        self.p: State = {}
+        self.rr = self.ones
+        self.indefinite = torch.zeros_like(self.ones, dtype=torch.bool)
+
+    def sweep(self, omega: float) -> None:
+        if self.sweeps == 0:
+            super().sweep(1.0)
+            self.first = dict(self.delta)
+            self._begin()
+            return
+        self.sweeps += 1
+        if self.is_complete:  # settled but for the cost, which is no parabola
+            self._begin()
+        self.is_complete = False
+        # A p: the black layers follow, and pull on the red ones
+        black = self._minimum(self._messages(self.p).pulls, black=True)
+        pulls = self._minimum(self._messages(black).pulls, black=False)
+        Ap = {n: p * self._diagonal(n) - pulls[n] if n in pulls else p * self._diagonal(n) for n, p in self.p.items()}
+        curvature = self._dot(self.p, Ap)
+        self.indefinite |= (curvature <= 0) & (self.rr > 0)
+        step = torch.where(curvature > 0, self.rr / curvature, 0)
+        before = self.rr
+        for name, p in self.p.items():
+            along = per_example(step, p).to(p.dtype)
+            self.x[name] = torch.addcmul(self.x[name], p, along)
+            self.r[name] = torch.addcmul(self.r[name], Ap[name], along, value=-1)
+        self.rr = self._dot(self.r, self.r)
+        ratio = torch.where(before > 0, self.rr / before, 0)
+        self.p = {n: torch.addcmul(self.r[n], p, per_example(ratio, p).to(p.dtype)) for n, p in self.p.items()}
+
+    def residual(self) -> Tensor:
+        """Of the red layers, as long as one of them has not settled; then of all."""
+        worst = None
+        for name, r in self.r.items():
+            size = example_norm(self.x[name], self.energy.batch)
+            found = example_norm(r, self.energy.batch)
+            if (left := self.left.get(name)) is not None:
+                found, size = found + left, size + left
+            found = found / size.add_(torch.finfo(size.dtype).tiny)
+            worst = found if worst is None else torch.maximum(worst, found)
+        worst = self.ones if worst is None else worst.masked_fill(self.indefinite, 1.0)
+        return self.completed() if bool((worst <= self.tol).all()) else worst
+
+    def completed(self) -> Tensor:
+        """The black layers follow the red ones for good; the residuals of all."""
+        if not self.is_complete and self.sweeps:
+            to_black = self._messages(self.x)
+            black = self._minimum(to_black.pulls, black=True, with_cost=True)
+            to_red = self._messages(black)
+            self.delta = {**self.delta, **self.x, **black}
+            self.arriving = {**to_black.arriving, **to_red.arriving}
+            self.tangents = {**to_black.tangents, **to_red.tangents}
+            self.dmu = {**to_black.dmu, **to_red.dmu}
+            self.inputs = {n: to_red.inputs.get(n) if h is None else h for n, h in to_black.inputs.items()}
+            self.gradient = self.cost.gradient(self._output(self.delta[self.energy.graph.output]))
+            self.is_complete = True
+        residual = super().residual()
+        if self.indefinite.any():
+            residual = self.give_up(self.indefinite, residual)
+        return residual
+
+    def _begin(self) -> None:
+        """From the displacements so far: the black layers at their minimum, and the residual of the red ones."""
+        output, delta = self.energy.graph.output, self.delta
+        # The cost's gradient on a line: what it is without D's part.
+        self.constant = self.gradient - self.curvature * delta[output]
+        self.x = {n: d for n, d in delta.items() if n in self.red}
+        pulls = {n: p for n in delta if (p := _sum(self.dmu.get(n), self.arriving.get(n))) is not None}
+        black = self._minimum(pulls, black=True, with_cost=True)
+        pulls = self._minimum(self._messages(black).pulls, black=False, with_cost=True)
+        self.r = {}
+        for name, x in self.x.items():
+            ax = x * self._diagonal(name)
+            self.r[name] = pulls[name] - ax if name in pulls else -ax
+        self.p = dict(self.r)
+        self.rr = self._dot(self.r, self.r)
+
+    def _minimum(self, pulls: State, black: bool, with_cost: bool = False) -> State:
+        """What layers of one colour are drawn to; the black ones go there, so D is divided out."""
+        found, output = {}, self.energy.graph.output
+        for name in self.delta:
+            if (name in self.red) == black:
+                continue
+            pull = pulls.get(name)
+            if with_cost and name == output:
+                pull = -self.constant if pull is None else pull - self.constant
+            if pull is not None:
+                pull = self._hold(self.energy.graph.by_name[name], pull)
+                found[name] = pull / self._diagonal(name) if black and name == output else pull
+        return found
+
+    def _diagonal(self, name: str) -> Beta:
+        return 1 + self.curvature if name == self.energy.graph.output else 1.0
+
+    def _dot(self, a: State, b: State) -> Tensor:
+        products = [example_dot(t, b[name], self.energy.batch) for name, t in a.items()]
+        return products[0] if len(products) == 1 else torch.stack(products).sum(0)
+
+
+_COLOURS: WeakKeyDictionary[Graph, tuple[frozenset[str], frozenset[str]] | None] = WeakKeyDictionary()
+
+
+def two_colours(graph: Graph) -> tuple[frozenset[str], frozenset[str]] | None:
+    """The states in two parts such that none reads one of its own; None if there are no two such parts."""
+    if graph not in _COLOURS:
+        _COLOURS[graph] = _coloured(graph)
+    return _COLOURS[graph]
+
+
+def _coloured(graph: Graph) -> tuple[frozenset[str], frozenset[str]] | None:
+    above: dict[str, set[str]] = {}  # node -> the states that its value depends on, not beyond them
+    neighbours: dict[str, set[str]] = {node.name: set() for node in graph.states}
+    for node in graph.nodes:
+        read: set[str] = set().union(*(above.get(p, set()) for p in node.parents))
+        above[node.name] = {node.name} if node.owns_state else read
+        if node.owns_state:
+            for other in read:
+                neighbours[node.name].add(other)
+                neighbours[other].add(node.name)
+    colour: dict[str, bool] = {}
+    for root in neighbours:
+        waiting = [(root, True)] if root not in colour else []
+        while waiting:
+            name, wanted = waiting.pop()
+            if name in colour:
+                if colour[name] is not wanted:
+                    return None
+                continue
+            colour[name] = wanted
+            waiting += [(other, not wanted) for other in neighbours[name]]
+    parts = (frozenset(n for n, c in colour.items() if c), frozenset(n for n, c in colour.items() if not c))
+    return parts if all(parts) else None
 
 
 class Displaced(Point):
@@ -604,16 +792,9 @@ def _is_stuck(totals: list[float], residual: Tensor) -> bool:
     return len(totals) > 4 and not totals[-1] < 0.99 * totals[-5]
 
 
-def next_omega(omega: float, rate: float) -> float:
-    """The next relaxation factor: 0.3 of the way to Young's optimum at a rate of convergence.
-
-    A rate close to omega - 1 means that omega is too large, and shows nothing of the coupling.
-    """
-    best = omega - 0.05
-    if rate > omega - 0.98:
-        coupling = min((rate + omega - 1) ** 2 / (rate * omega**2), 0.99)
-        best = 2 / (1 + math.sqrt(1 - coupling))
-    return min(max(omega + 0.3 * (best - omega), _LOWEST), _HIGHEST)
+def _look_from(sweeps: int) -> int:
+    """From which sweep on residuals are measured, where so many were needed last."""
+    return max(0, sweeps - 1) if sweeps < 5 else 2 * sweeps // 3
 
 
 _CONSTANT: WeakKeyDictionary[Graph, bool] = WeakKeyDictionary()
