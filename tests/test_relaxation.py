@@ -17,7 +17,7 @@ import mep
 from mep.cost import make_cost
 from mep.energy import Free, nudge
 from mep.settle import Result, settle
-from mep.solvers.relaxation import Displacement
+from mep.solvers.relaxation import Displacement, two_colours
 
 TIGHT = mep.Relaxation(tol=1e-11, settle_steps=500)
 
@@ -48,6 +48,18 @@ class Shared(nn.Module):
         return self.last(F.hardtanh(self.shared(h), 0, 1))
 
 
+class Triangle(nn.Module):
+    """Three layers, each coupled to both others."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two, self.left, self.right = nn.Linear(6, 8), nn.Linear(8, 7), nn.Linear(8, 3), nn.Linear(7, 3)
+
+    def forward(self, x):
+        h = F.hardtanh(self.one(x), 0, 1)
+        return self.left(h) + self.right(F.hardtanh(self.two(h), 0, 1))
+
+
 def convolution(*layers):
     return lambda: nn.Sequential(nn.Unflatten(1, (1, 6, 6)), *(make() for make in layers))
 
@@ -58,6 +70,7 @@ NETWORKS = {
     "relu": (lambda: mlp(nn.ReLU, 6, 8, 3), 6),
     "relu6": (lambda: mlp(nn.ReLU6, 6, 8, 7, 3), 6),
     "skip": (Skip, 6),
+    "triangle": (Triangle, 6),
     "shared": (Shared, 6),
     "max pooling": (
         convolution(
@@ -396,3 +409,47 @@ def test_only_hopfield_networks():
         mep.EquilibriumPropagation(mlp(nn.ReLU, 4, 5, 3), solver=mep.Relaxation())
     with pytest.raises(mep.ArgumentError, match="omega"):
         mep.Relaxation(omega=2.0)
+
+
+@pytest.mark.parametrize("cost", ["mse", "cross_entropy"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_conjugate_gradients_find_the_same(name, cost):
+    """They are used for strong couplings between two colours of layers, from the second batch on."""
+    model, x, y = build(name, cost)
+    solver = mep.Relaxation(tol=1e-10, settle_steps=300)
+    solver.memory.strongest = 0.9
+    found, estimate = gradient(model, x, y, cost, 0.1, solver)
+    relaxed, other = gradient(model, x, y, cost, 0.1, mep.Relaxation(tol=1e-10, settle_steps=300, omega=1.1))
+    assert estimate.converged and other.converged and distance(found, relaxed) < 1e-8
+
+
+def test_layers_have_two_colours_unless_a_skip_joins_neighbours():
+    colours = {n: two_colours(free_energy(*build(n)[:2], "hopfield")[0].graph) for n in NETWORKS}
+    assert colours["hard sigmoid"] == ({"0", "4"}, {"2"}) and colours["max pooling"] == ({"1", "7"}, {"4"})
+    assert colours["triangle"] is None
+
+
+def test_negative_curvature_is_given_up():
+    """Relaxation diverges there, conjugate gradients see it: neither is called converged, and nothing is huge."""
+    torch.manual_seed(0)
+    model = mlp(lambda: nn.Hardtanh(-1e3, 1e3), 3, 4, 4, 2).double()
+    with torch.no_grad():
+        model[2].weight.copy_(0.5 * torch.eye(4))
+    x, y = torch.rand(3, 3).double(), torch.tensor([0, 1, 0])
+    sound, _ = gradient(model, x, y, "cross_entropy", 1e-3)
+    free = free_energy(model, x, "hopfield")
+    energy, point = free[0], free[1]
+    with torch.no_grad():
+        point = settle(energy, point, TIGHT).point
+        forces = energy.forces(point)
+        noted = {n: Free(point.values[n], torch.zeros_like(f)) for n, f in forces.items()}
+        model[2].weight.copy_(1.5 * torch.eye(4))  # seen by the nudged phase alone
+        energy.context.freeze_branches = True
+        nudged = nudge(energy, make_cost("cross_entropy")(energy.output(point), y), 1e-3, noted)
+        for strongest in (0.0, 0.9):
+            solver = mep.Relaxation()
+            solver.memory.strongest = strongest
+            found = settle(nudged, point, solver)
+            assert found.result is not Result.CONVERGED
+            sizes = [float(d.norm()) for d in found.point.displacement.delta.values()]
+            assert max(sizes) < 1e3 * torch.cat([g.flatten() for g in sound]).norm()

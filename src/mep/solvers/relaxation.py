@@ -176,7 +176,10 @@ class Relaxation(Solver):
         residual = current.residual() if due else current.ones
         stuck = False
         if due:
-            stuck = current.sweeps > _PATIENT and self.adaptive and _is_stuck(current.totals, residual)
+            # Between two completions conjugate gradients know the residual of a parabola only.
+            judged = not isinstance(current, ConjugateGradients) or current.is_complete
+            stuck = judged and current.sweeps > _PATIENT and self.adaptive and _is_stuck(current.totals, residual)
+            stuck |= isinstance(current, ConjugateGradients) and current.has_nothing_left(residual)
             stuck |= not current.has_minimum
         return Iterate(residual, current.point, diverging=current.diverging, exact=due, stuck=stuck, state=current)
 
@@ -646,7 +649,11 @@ class ConjugateGradients(Displacement):
             found = found / size.add_(torch.finfo(size.dtype).tiny)
             worst = found if worst is None else torch.maximum(worst, found)
         worst = self.ones if worst is None else worst.masked_fill(self.indefinite, 1.0)
-        return self.completed() if bool((worst <= self.tol).all()) else worst
+        return self.completed() if self.has_nothing_left(worst) else worst
+
+    def has_nothing_left(self, residual: Tensor) -> bool:
+        """Whether all examples that have not settled were given up."""
+        return bool((self.indefinite | (residual <= self.tol)).all())
 
     def completed(self) -> Tensor:
         """The black layers follow the red ones for good; the residuals of all."""
