@@ -417,7 +417,8 @@ def test_conjugate_gradients_find_the_same(name, cost):
     """They are used for strong couplings between two colours of layers, from the second batch on."""
     model, x, y = build(name, cost)
     solver = mep.Relaxation(tol=1e-10, settle_steps=300)
-    solver.memory.strongest = 0.9
+    gradient(model, x, y, cost, 0.1, solver)
+    solver.memory.strongest = 0.9  # as if it had measured that
     found, estimate = gradient(model, x, y, cost, 0.1, solver)
     relaxed, other = gradient(model, x, y, cost, 0.1, mep.Relaxation(tol=1e-10, settle_steps=300, omega=1.1))
     assert estimate.converged and other.converged and distance(found, relaxed) < 1e-8
@@ -448,7 +449,7 @@ def test_negative_curvature_is_given_up():
         nudged = nudge(energy, make_cost("cross_entropy")(energy.output(point), y), 1e-3, noted)
         for strongest in (0.0, 0.9):
             solver = mep.Relaxation()
-            solver.memory.strongest = strongest
+            solver.memory.of(energy.graph).strongest = strongest
             found = settle(nudged, point, solver)
             assert found.result is not Result.CONVERGED
             sizes = [float(d.norm()) for d in found.point.displacement.delta.values()]

@@ -37,10 +37,10 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mep.cost import BatchCost, SquaredError
 from mep.energy import FREE, Energy, Hopfield, NodeEnergy, State, example_dot, example_norm
@@ -58,8 +58,10 @@ _BY_STATE = 50
 """Where the size of displacements is not known yet, what is left is measured against the state over this."""
 _ROUNDING = 4
 """What is left is rounding up to this many units in the last place of the state."""
-_RUNAWAY = 1e2
-"""Displacements this many times those of the first sweep: the coupling is indefinite, there is no equilibrium."""
+_RUNAWAY = 3e1
+"""Displacements this many times those of the first sweep: the coupling is indefinite, or within 3% of it."""
+_GROWTH = 1e2
+"""States this many times those of the forward pass: the energy has no minimum."""
 _UNSETTLED = 1e1
 """What has not settled in the end may be this many times as large; else it is what the first sweep found."""
 _PATIENT = 8
@@ -88,6 +90,18 @@ class Memory:
     """
 
     def __init__(self) -> None:
+        self.forget()
+        self._model: ref[nn.Module] | None = None
+
+    def of(self, graph: Graph) -> Memory:
+        """What is known of the model of a graph: nothing if another one was settled last."""
+        if self._model is None or self._model() is not graph.model:
+            self.forget()
+            self._model = ref(graph.model)
+        return self
+
+    def forget(self) -> None:
+        """As before the first batch."""
         self.batches = 0
         self.strongest = 0.0
         self.inside: float | None = None
@@ -150,10 +164,13 @@ class Relaxation(Solver):
 
     def init(self, energy: Energy, point: Point, start: Start) -> Iterate:
         """The forward pass, or the free equilibrium without any displacement."""
+        self.memory.of(energy.graph)
         if energy.nudge is not None and has_constant_jacobians(energy, point):
             nudged = self._displacement(energy, point)
+            nudged.due = self.memory.nudged_from
             return Iterate(nudged.ones, point, exact=False, state=nudged)
         states = Relaxed(energy, point, start.cost, self.memory)
+        states.due = self.memory.free_from if states.is_free else 0
         measured = energy.nudge is not None or self.memory.free_from == 0 or not self.adaptive
         return Iterate(states.residual() if measured else states.ones, states.point, exact=measured, state=states)
 
@@ -169,19 +186,28 @@ class Relaxation(Solver):
     def step(self, energy: Energy, iterate: Iterate, active: Tensor | None) -> Iterate:
         """One sweep over all layers."""
         current: Displacement | Relaxed = iterate.state
-        current.sweep(self.factor)
-        free = isinstance(current, Relaxed)
-        due = current.sweeps >= (self.memory.free_from if free else self.memory.nudged_from) or not self.adaptive
-        due |= isinstance(current, ConjugateGradients)
+        omega = self.factor
+        current.sweep(omega)
+        conjugate = isinstance(current, ConjugateGradients)  # these have residuals at hand
+        due = conjugate or current.sweeps >= current.due or not self.adaptive or self.patience > 1
         residual = current.residual() if due else current.ones
         stuck = False
         if due:
+            current.due = current.sweeps + self._until_settled(float(residual.max()), omega)
             # Between two completions conjugate gradients know the residual of a parabola only.
             judged = not isinstance(current, ConjugateGradients) or current.is_complete
-            stuck = judged and current.sweeps > _PATIENT and self.adaptive and _is_stuck(current.totals, residual)
+            stuck = (
+                judged and current.sweeps > _PATIENT and self.adaptive and _is_stuck(current.totals, residual, self.tol)
+            )
             stuck |= isinstance(current, ConjugateGradients) and current.has_nothing_left(residual)
             stuck |= not current.has_minimum
         return Iterate(residual, current.point, diverging=current.diverging, exact=due, stuck=stuck, state=current)
+
+    def _until_settled(self, worst: float, omega: float) -> int:
+        """Over how many sweeps no residual needs to be measured: most of those in which it may fall to tol."""
+        if not self.tol < worst < 1:
+            return 1
+        return max(1, int(0.7 * math.log(worst / self.tol) / -math.log(max(omega - 1, 0.1))))
 
     def finalize(self, energy: Energy, iterate: Iterate) -> Iterate:
         """With the exact residual; what the next batch begins with is noted."""
@@ -234,7 +260,7 @@ class Relaxed:
 
     def __init__(self, energy: Energy, point: Point, cost: BatchCost | None, memory: Memory):
         self.energy, self.cost, self.memory = energy, cost, memory
-        self.sweeps, self.diverging = 0, False
+        self.sweeps, self.due, self.diverging = 0, 0, False
         self.totals: list[float] = []
         self.is_free, self.has_minimum = energy.nudge is None, True
         output = energy.output(point)
@@ -306,7 +332,7 @@ class Relaxed:
         worst = self.ones - 1 if worst is None else worst
         if self.sweeps > _PATIENT:
             for name, size in self.sizes.items():
-                grown = example_norm(self._point.values[name], energy.batch) > _RUNAWAY * (size + size.mean())
+                grown = example_norm(self._point.values[name], energy.batch) > _GROWTH * (size + size.mean())
                 self.diverging |= bool(grown.any())
         return worst
 
@@ -364,7 +390,7 @@ class Displacement:
         self.arriving: State = {}
         self.first: State = {}
         self.sizes: State = {}
-        self.sweeps, self.diverging = 0, False
+        self.sweeps, self.due, self.diverging = 0, 0, False
         self.totals: list[float] = []
         share = energy.free_share / torch.as_tensor(energy.beta).abs()
         left: Mapping[str, Tensor] = free.left if isinstance(free, FreePoint) else {}
@@ -564,9 +590,8 @@ class Displacement:
 
     def without_runaways(self, residual: Tensor, limit: float, among: Tensor | None = None) -> Tensor:
         """Examples whose displacements have grown beyond a limit are given up: back to those of the first sweep."""
-        grown = torch.zeros_like(residual, dtype=torch.bool)
-        for name, first in self.first.items():
-            grown |= ~(self.sizes[name] <= limit * example_norm(first, self.energy.batch))
+        now = torch.stack([self.sizes[name] for name in self.first]).norm(dim=0)
+        grown = ~(now <= limit * _size(self.first, self.energy.batch))
         grown = grown if among is None else grown & among
         return self.give_up(grown, residual) if grown.any() else residual
 
@@ -671,7 +696,7 @@ class ConjugateGradients(Displacement):
         residual = super().residual()
         if self.indefinite.any():
             residual = self.give_up(self.indefinite, residual)
-        return residual
+        return self.without_runaways(residual, _RUNAWAY) if self.first else residual
 
     def _begin(self) -> None:
         """From the displacements so far: the black layers at their minimum, and the residual of the red ones."""
@@ -793,10 +818,10 @@ def cost_curvature(energy: Energy, output: Tensor, gradient: Tensor) -> Beta:
     return expand_beta(curvature, output)
 
 
-def _is_stuck(totals: list[float], residual: Tensor) -> bool:
-    """Whether residuals have hardly fallen in four sweeps."""
-    totals.append(float(residual.clamp(max=1).sum()))
-    return len(totals) > 4 and not totals[-1] < 0.99 * totals[-5]
+def _is_stuck(totals: list[float], residual: Tensor, tol: float) -> bool:
+    """Whether the residuals that exceed tol have hardly fallen since four measurements ago."""
+    totals.append(float(residual.clamp(min=tol).log().sum()))
+    return len(totals) > 4 and not totals[-1] < totals[-5] - 0.05
 
 
 def _look_from(sweeps: int) -> int:
