@@ -159,17 +159,17 @@ def _per_example(beta, like, batch):
     return beta.repeat_interleave(len(like) // batch).view(-1, *[1] * (like.ndim - 1))
 
 
-def residual_in_boxes(total, states, free, leftovers, beta, boxes):
+def residual_in_boxes(total, states, free, leftovers, share, boxes):
     """The same of a Hopfield energy whose free equilibrium `free` was left with forces on its states.
 
     `total` has them as a constant part. The sides are the state and where its force would put it in its box, both less
-    the free state. What a side may be off by rounding adds to both, and what was left over, in units of the nudge.
+    the free state. What a side may be off by rounding adds to both, and a share of what was left over.
     """
     found = []
     for name, g in forces(total, states).items():
         s = states[name]
         side, other = s - free[name], (s - g).clamp(*boxes[name]) - free[name]
-        unknown = torch.finfo(s.dtype).eps * _norm(s) + abs(beta) * _norm(leftovers[name])
+        unknown = torch.finfo(s.dtype).eps * _norm(s) + share * _norm(leftovers[name])
         scale = torch.maximum(_norm(side), _norm(other))
         has_signal = scale > 10 * torch.finfo(s.dtype).eps * _norm(s)
         found.append(torch.where(has_signal, (_norm(side - other) + unknown) / (scale + unknown), 0))

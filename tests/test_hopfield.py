@@ -60,7 +60,8 @@ def test_reported_residual_is_that_of_the_projected_force(network, steps):
     free = settled(model, x, y, "cross_entropy", 0.0, solver, "hopfield")[0].nudge.free
     leftovers, free = {n: f.leftover for n, f in free.items()}, {n: f.state for n, f in free.items()}
     with_leftovers = lambda s: total(s) - sum((leftovers[n] * s[n]).sum(1) for n in s)  # noqa: E731
-    true = residual_in_boxes(with_leftovers, states_of(found), free, leftovers, 0.5, boxes)
+    # half of it for beta, and a half of that since no eigenvalue of the cost is larger
+    true = residual_in_boxes(with_leftovers, states_of(found), free, leftovers, 0.25, boxes)
     torch.testing.assert_close(found.residual, true)
 
 
@@ -138,9 +139,7 @@ def test_training_lowers_the_loss(make, shape):
     torch.manual_seed(0)
     model, x = make(), torch.rand(24, *shape)
     y = x.flatten(1)[:, :3].argmax(1)
-    ep = mep.EquilibriumPropagation(
-        model, energy="hopfield", beta=0.2, solver=mep.Descent(200, settle_lr=0.3, adaptive=True)
-    )
+    ep = mep.EquilibriumPropagation(model, energy="hopfield", beta=0.2)
     optimizer = torch.optim.Adam(model.parameters(), 0.02)
     losses = []
     for _ in range(20):

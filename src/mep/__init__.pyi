@@ -18,7 +18,7 @@ from .estimators import Backprop, Equilibrium, EquilibriumPropagation, Estimate
 from .optimizer import EPOptimizer
 from .presets import O1MemoryEPv2, eqprop, local_ep, muon_backprop, natural_ep, sdmep, smep, smep_fast
 from .settle import Iterate, Result, Solver, Start
-from .solvers import Descent, Local, Sweep
+from .solvers import Descent, Local, Relaxation, Sweep
 from .updates import Dion, Muon, NaturalGradient, orthogonalise, spectral_bound
 from .verification import verify
 
@@ -48,6 +48,7 @@ __all__ = [
     "NotConvergedWarning",
     "O1MemoryEPv2",
     "ParameterError",
+    "Relaxation",
     "Result",
     "Solver",
     "Start",

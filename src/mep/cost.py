@@ -95,6 +95,15 @@ class SquaredError(BatchCost):
         return _copy(self, target=self.target.index_select(0, rows))
 
 
+class OneHotSquaredError(SquaredError):
+    """The squared error, for which class labels (integers, classes along dimension 1) stand for one-hot vectors."""
+
+    def __init__(self, output: Tensor, target: Tensor):
+        if not target.is_floating_point() and output.ndim > 1:
+            target = torch.zeros_like(output).scatter_(1, _checked_labels(output, target), 1.0)
+        super().__init__(output, target)
+
+
 class CrossEntropy(BatchCost):
     """`-sum_c q_c log softmax(s)_c`, the mean over the positions of an example; classes along dimension 1.
 
@@ -185,7 +194,11 @@ class Custom(BatchCost):
 Cost = Callable[[Tensor, Tensor], BatchCost]
 """From the output and the target of a batch to its cost."""
 
-NAMED: dict[str, Cost] = {"cross_entropy": CrossEntropy, "mse": SquaredError}
+NAMED: dict[str, Cost] = {
+    "cross_entropy": CrossEntropy,
+    "mse": SquaredError,
+    "one_hot_mse": OneHotSquaredError,
+}
 
 
 def make_cost(cost: str | PerExample | type[BatchCost]) -> Cost:

@@ -269,9 +269,17 @@ class Energy:
         return self.graph.evaluate(self.inputs, self.context, place)
 
     def in_box(self, node: Node, s: Tensor) -> Tensor:
-        """The point of the node's box that is nearest to s."""
-        box = self.box_of(node)
-        return s if box == FREE else s.clamp(*box)
+        """The point of the node's box that is nearest to s; with held branches a nudged unit on a face stays there.
+
+        The others then leave the box if they are drawn so far: the energy is smooth, with the same limit beta -> 0.
+        """
+        low, high = box = self.box_of(node)
+        if box == FREE:
+            return s
+        free = self.free_of(node.name)
+        if free is None or not self.context.freeze_branches:
+            return s.clamp(low, high)
+        return torch.where((free.state > low) & (free.state < high), s, free.state)
 
     def box_of(self, node: Node) -> Box:
         """The bounds of a node's state."""
@@ -386,6 +394,9 @@ class Energy:
 
     def residuals(self, point: Point, incoming: Mapping[str, Tensor] | None = None) -> State:
         """The residual of every state, in units of the nudge: {node: [batch]}, see `relative_residual`."""
+        if point.displacement is not None:
+            found: State = point.displacement.residuals()
+            return found
         incoming = self.incoming_forces(point) if incoming is None else incoming
         return {
             name: self.residual(name, point.values[name], mu, incoming[name]) for name, mu in point.predictions.items()
@@ -394,8 +405,9 @@ class Energy:
     def residual(self, name: str, s: Tensor, mu: Tensor, incoming: Tensor) -> Tensor:
         """That of one state, with what is uncertain in it: the rounding of the state, and what the free phase left.
 
-        The leftover shifts both equilibria: alike for a weak nudge, so that it counts beside the response to the whole
-        of dC/ds, and enters here times beta; but the free one alone where a strong nudge fixes the other.
+        The leftover shifts both equilibria: alike for a weak nudge, so that it counts by how much it changes dC/ds,
+        and enters here times beta and the cost's smoothness; but the free one alone where a strong nudge fixes the
+        other.
         """
         free, batch = self.free_of(name), self.batch
         if self.is_forward:
@@ -405,16 +417,23 @@ class Energy:
             # free state: else the response to a weak one would drown.
             side, other = s, self.node_energy.drive(s, mu) + incoming
             other = other if free is None else other + free.leftover
-            other = other.clamp(*self.box_of(self.graph.by_name[name]))
+            other = self.in_box(self.graph.by_name[name], other)
             side, other = (side, other) if free is None else (side - free.state, other - free.state)
         if self.nudge is None:
             return relative_residual(side, other, batch)
         rounded = rounding(s, batch)
         unknown = rounded
         if free is not None:
-            share = torch.as_tensor(self.beta).abs().clamp(max=1)
-            unknown = unknown + share * example_norm(free.leftover, batch)
+            unknown = unknown + self.free_share * example_norm(free.leftover, batch)
         return relative_residual(side, other, batch, unknown, 10 * rounded)
+
+    @property
+    def free_share(self) -> Tensor:
+        """The share of the force that the free phase has left in what is unknown of the nudged one, see `residual`."""
+        assert self.nudge is not None
+        smoothness = self.nudge.cost.smoothness
+        weak = torch.as_tensor(self.beta).abs()
+        return (weak if smoothness is None else weak * smoothness).clamp(max=1)
 
     def relative(self, side: Tensor, other: Tensor) -> Tensor:
         """`relative_residual` of two sides of a balance: [batch]."""
@@ -434,14 +453,19 @@ class Energy:
         """`weight * dE/dtheta`, over beta where there is a nudge, summed over the batch and over the nodes (or all).
 
         `errors` are the scaled ones, `de/dmu / beta`, where they are known. Without `nodes`, the gradient of the cost's
-        own parameters is added.
+        own parameters is added. From displacements follows the difference from the free equilibrium, over beta.
         """
-        if errors is None:
-            names = [node.name for node in (self.graph.states if nodes is None else nodes)]
+        states = self.graph.states if nodes is None else nodes
+        if point.displacement is not None:
+            gradients: dict[Any, Tensor] = point.displacement.contrast(weight, states)
+        elif errors is None:
+            names = [node.name for node in states]
             errors = {n: self.node_energy.dmu(point.values[n], point.predictions[n]) for n in names}
             if self.nudge:
                 errors = {n: e / expand_beta(self.beta, e) for n, e in errors.items()}
-        gradients = self.graph.param_vjp(point, errors, weight, nodes)
+            gradients = self.graph.param_vjp(point, errors, weight, nodes)
+        else:
+            gradients = self.graph.param_vjp(point, errors, weight, nodes)
         if self.nudge and self.nudge.cost.parameters and nodes is None:
             add_gradients(gradients, self.nudge.cost.parameter_gradient(self.output(point), weight))
         if nodes is None:

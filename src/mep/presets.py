@@ -9,6 +9,11 @@ these arguments:
 - `adaptive`: True stops each example once its residual has been at most `tol` in `patience` iterations in a row; False
   makes exactly `settle_steps` iterations. None is True for sweeps and False for descent.
 - `on_unsettled`: what a step does if some example did not settle, see `mep.EquilibriumPropagation`.
+
+With `energy="hopfield"` and no `settle_lr` the states settle by `mep.Relaxation`, whose iterations are sweeps, too.
+Large weights give such a network several equilibria, and cross entropy is never done with enlarging them: `cost` is
+then "one_hot_mse" by default (the squared error; class labels stand for one-hot vectors), and `eqprop` has another `lr`
+and `momentum`, see `HOPFIELD_DEFAULTS`.
 """
 
 from __future__ import annotations
@@ -25,13 +30,13 @@ from torch.optim.optimizer import ParamsT
 
 from mep.capture import Leaves
 from mep.cost import BatchCost, PerExample
-from mep.energy import GroupEnergy, NodeEnergy, make_node_energy
+from mep.energy import GroupEnergy, Hopfield, NodeEnergy, make_node_energy
 from mep.errors import A_FLAG, ArgumentError, ParameterError, RemovedArgumentError, require
 from mep.estimators import Backprop, EquilibriumPropagation
 from mep.graph.inputs import check_model
 from mep.optimizer import Constraint, EPOptimizer
 from mep.settle import Solver
-from mep.solvers import Descent, Local, Sweep
+from mep.solvers import Descent, Local, Relaxation, Sweep
 from mep.updates import Dion, Muon, NaturalGradient, spectral_bound
 
 if TYPE_CHECKING:
@@ -67,6 +72,8 @@ _DEFAULTS: dict[str, Any] = {
     "leaves": (), "groups": (), "settle_steps": None, "settle_lr": None, "adaptive": None, "tol": 1e-2, "patience": 1,
     "on_unsettled": "warn", "proof": "amortised", "compile": False, "checkpoint": False, "low_memory": False,
 }  # fmt: skip
+HOPFIELD_DEFAULTS: dict[str, dict[str, Any]] = {"eqprop": {"lr": 0.2, "momentum": 0.5}}
+"""What a preset has instead of its defaults with `energy="hopfield"`, beside the cost "one_hot_mse"."""
 _REMOVED = {"strength": "No nudge is weakened any more: beta is used as given. beta=None chooses one for each example."}
 
 
@@ -90,6 +97,9 @@ def _settles(*without: str, **changed: Any) -> Callable[[Callable[_Given, EPOpti
                 hint = f" Did you mean {near[0]!r}?" if near else f" It takes {', '.join(names)}."
                 raise TypeError(f"{recipe.__name__}() got an unexpected keyword argument {name!r}.{hint}")
             every: Any = defaults | given
+            energy = given.get("energy")
+            if energy == "hopfield" or isinstance(energy, Hopfield):
+                every = defaults | {"cost": "one_hot_mse"} | HOPFIELD_DEFAULTS.get(recipe.__name__, {}) | given
             return recipe(*args, **every)
 
         kind = inspect.Parameter.KEYWORD_ONLY
@@ -436,7 +446,8 @@ def _solver(settling: Settling) -> Solver:
     """Descent where a step size is given, else sweeps."""
     steps, settle_lr, adaptive, tol, patience = (settling[name] for name in _OF_SOLVER)  # type: ignore[literal-required]
     energy = make_node_energy(settling.get("energy", "prediction"))
-    if settle_lr is None and not energy.has_state:
+    is_hopfield = isinstance(energy, Hopfield)
+    if settle_lr is None and not (energy.has_state or is_hopfield):
         raise ArgumentError(f"energy={energy.name!r} settles by descent: give settle_lr, for instance settle_lr=0.3.")
     adaptive = bool(adaptive) if settle_lr is not None else adaptive is not False
     if not adaptive and patience != 1:
@@ -444,4 +455,4 @@ def _solver(settling: Settling) -> Solver:
     steps = (100 if adaptive and settle_lr is None else 30) if steps is None else steps
     if settle_lr is not None:
         return Descent(steps, tol, patience, adaptive, settle_lr)
-    return Sweep(steps, tol, patience, adaptive)
+    return Relaxation(steps, tol, patience, adaptive) if is_hopfield else Sweep(steps, tol, patience, adaptive)

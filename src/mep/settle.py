@@ -16,9 +16,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from mep.cost import BatchCost
 from mep.energy import Energy, NodeEnergy, State, example_dot, example_norm
 from mep.errors import A_FLAG, require, whole_number
 from mep.graph import Point
+
+_FREE = 100
+"""The free phase is settled so many times better than the nudged ones, whose residuals count what it leaves."""
 
 
 class Result(str, enum.Enum):
@@ -103,10 +107,13 @@ class Start:
 
     `response`: that of the free equilibrium, if it was computed already. `errors`: scaled errors of the same examples
     at an earlier equilibrium, 0 where there is none; only for solvers that recall.
+
+    `cost`: with an energy that is not nudged yet, the one that will be: it says how well the free phase has to settle.
     """
 
     response: Response | None = None
     errors: State | None = None
+    cost: BatchCost | None = None
 
 
 @dataclass(frozen=True)
@@ -132,8 +139,8 @@ class Iterate:
     """A point on the way.
 
     `residual` may be a lower bound as long as it exceeds the tolerance, or until it is `exact`. `point`, `errors` and
-    `turns`, as in `Settled`, may lag behind until `finalize`. `diverging`: the forces grow without bound. `state` is
-    the solver's own.
+    `turns`, as in `Settled`, may lag behind until `finalize`. `diverging`: the forces grow without bound. `stuck`: no
+    further step would help. `state` is the solver's own.
     """
 
     residual: Tensor
@@ -142,6 +149,7 @@ class Iterate:
     turns: Mapping[str, int] | None = None
     diverging: bool = False
     exact: bool = True
+    stuck: bool = False
     state: Any = field(default=None, repr=False)
 
 
@@ -173,6 +181,8 @@ class Solver(ABC):
     """Whether it settles energies of groups of nodes (`mep.GroupEnergy`)."""
     compiles: ClassVar[bool] = False
     """Whether it has `unrolled`, a fixed number of steps without decisions, from which a program is compiled."""
+    holds_branches: ClassVar[bool] = False
+    """Whether a free phase that has to settle leaves the branches in the energy's context as they are where it ends."""
     checkpoints: ClassVar[bool] = False
     """Whether it settles from the output and the input alone, without the states of all nodes."""
 
@@ -197,6 +207,14 @@ class Solver(ABC):
     def finalize(self, energy: Energy, iterate: Iterate) -> Iterate:
         """The same iterate with its point, its errors and its exact residual, where `step` was content with less."""
         return iterate
+
+    def diagnosis(self) -> tuple[float | None, float | None]:
+        """As last measured: the fraction of states inside their boxes, and the coupling's largest eigenvalue."""
+        return None, None
+
+    def for_free_phase(self) -> Solver:
+        """For a free phase that has to settle: nudged phases count what it leaves."""
+        return replace(self, tol=self.tol / _FREE)
 
     def unrolled(self, energy: Energy, point: Point, start: Start, steps: int) -> tuple[Iterate, Tensor]:
         """Where so many steps lead, and the residuals after each, [steps, batch]; only where `compiles`."""
@@ -249,7 +267,7 @@ def settle(
                 active = calm < solver.patience
                 if not active.any():
                     break
-        if iterations == solver.settle_steps or iterate.diverging or not math.isfinite(worst):
+        if iterations == solver.settle_steps or iterate.diverging or iterate.stuck or not math.isfinite(worst):
             break
         if active is not None:
             counts = active + (torch.full_like(active, iterations, dtype=torch.long) if counts is None else counts)

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cache as cached
 from functools import partial
 
 import torch
@@ -36,7 +37,9 @@ from mep.estimators.estimate import Gradients
 from mep.graph import Point
 from mep.graph.node import Beta
 from mep.settle import Iterate, Response, Result, Settled, Solver, Start, settle
+from mep.solvers.networks.affine import LazyMapping
 from mep.solvers.networks.network import are_independent, spread_length
+from mep.solvers.relaxation import FreePoint, has_constant_jacobians
 from mep.solvers.sweep import linear_response
 
 Contrast = tuple[tuple[float, float], ...]
@@ -82,6 +85,8 @@ def settle_phases(
     is_forward = energy.is_forward
     noted = None if is_forward else _noted(energy, free)
     unit = nudge(energy, cost, 1.0, noted)
+    if beta is None and not is_forward and solver.carries_errors:
+        beta = weak_beta(unit, free.point)
     response = linear_response(unit, free.point) if beta is None or solver.uses_response else None
     if beta is None:
         assert response is not None
@@ -102,17 +107,29 @@ def settle_phases(
                 f"Settling diverged at {_named(beta)} with {solver}. Nothing was changed. Way out: "
                 + solver.failure_hint(nudged, free.point)
             )
+    if found[-1][2].point.displacement is not None:  # the free phase is a part of its difference
+        return [phase for phase in found if phase[2] is not free]
     return found
 
 
-def _noted(energy: Energy, free: Settled) -> dict[str, Free]:
+def _noted(energy: Energy, free: Settled) -> Mapping[str, Free]:
     """The free equilibrium, node by node, and the forces left there; what a face of the box holds back is none."""
-    point, noted = free.point, {}
-    forces = energy.forces(point)
-    for node in energy.graph.states:
-        s, force = point.values[node.name], forces[node.name]
-        noted[node.name] = Free(s, torch.where(s == (s - force).clamp(*energy.box_of(node)), 0, force))
-    return noted
+    point = free.point
+    forces = cached(point.forces if isinstance(point, FreePoint) else partial(energy.forces, point))
+
+    def note(name: str) -> Free:
+        s, force = point.values[name], forces()[name]
+        return Free(s, torch.where(s == (s - force).clamp(*energy.box_of(energy.graph.by_name[name])), 0, force))
+
+    return LazyMapping(point.predictions, note)
+
+
+def weak_beta(energy: Energy, free: Point) -> Tensor:
+    """One number for all examples, where no beta is too small for the digits of the solver: a bias of about 0.1%."""
+    assert energy.nudge is not None
+    smoothness = energy.nudge.cost.smoothness
+    strongest = torch.as_tensor(1.0 if smoothness is None else smoothness).clamp(min=1.0)
+    return (0.001 if has_constant_jacobians(energy, free) else 0.02) / strongest
 
 
 def _named(beta: Beta) -> str:

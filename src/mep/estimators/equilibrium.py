@@ -16,7 +16,7 @@ from mep.capture.cache import Graphs
 from mep.capture.cost import cost_of
 from mep.capture.state import check_state
 from mep.cost import BatchCost, PerExample, make_cost
-from mep.energy import Energy, GroupEnergy, NodeEnergy, make_node_energy
+from mep.energy import Energy, GroupEnergy, Hopfield, NodeEnergy, make_node_energy
 from mep.errors import ArgumentError, DivergedError, InputError, NotConvergedError, NotConvergedWarning, warn
 from mep.estimators.checks import check_groups, check_settings, check_solver
 from mep.estimators.compiled_step import CompiledSteps, CompileOptions
@@ -40,8 +40,8 @@ from mep.graph.ops import Slot
 from mep.graph.step_context import StepContext
 from mep.guards import Noise, generators, region, set_generators, uninterrupted
 from mep.layout import per_example
-from mep.settle import Result, Settled, Solver, rounded, settle
-from mep.solvers import Descent, Sweep
+from mep.settle import Result, Settled, Solver, Start, rounded, settle
+from mep.solvers import Descent, Relaxation, Sweep
 from mep.solvers.networks.checkpointed import CheckpointedPoint
 
 
@@ -59,7 +59,8 @@ class EquilibriumPropagation:
         beta: the nudging strength of every example in every phase. None: each example has one of its own, chosen before
             anything moves, so small that the gradient is biased by about 1%; see `mep.estimators.contrast`. The
             estimate has them as `betas`.
-        solver: `mep.Sweep(...)` (the default for "prediction") or `mep.Descent(...)` (for "hopfield").
+        solver: `mep.Sweep(...)` (the default for "prediction"), `mep.Relaxation(...)` (for "hopfield"), or
+            `mep.Descent(...)`.
         energy: "prediction", "hopfield", or an object derived from `mep.NodeEnergy`.
         phases: "one-sided" or "centered".
         branches: "held" keeps ReLU-like gates and max-pool winners as in the free equilibrium while the nudged one is
@@ -131,11 +132,12 @@ class EquilibriumPropagation:
         self.diagnostics = diagnostics
         self.observe = observe
         self.groups = tuple(groups)
-        self.solver = solver or (Sweep() if self.node_energy.has_state and not self.groups else _DESCENT)
+        self.solver = solver or (_DESCENT if self.groups else default_solver(self.node_energy))
         check_solver(self.solver)
         self.beta = beta
         self.compile, self.checkpoint = compile, checkpoint
         self.on_unsettled, self._has_warned, self._has_warned_of_softmax = on_unsettled, False, False
+        self._has_warned_of_coupling = False
         self.proof = proof
         check_settings(self)
         self._cache = EquilibriumCache()
@@ -301,7 +303,7 @@ class EquilibriumPropagation:
         graph = graph or self._graphs.of(x, target, saves_memory=saves_memory or self.checkpoint)
         self._check_graph(graph)
         with region("free phase"):
-            energy, free = self._free(graph, x, batch, indices)
+            energy, free = self._free(graph, x, batch, indices, target)
         output = energy.output(free.point)
         if len(output) != batch:
             raise InputError(f"The output has {len(output)} rows for {batch} examples; dimension 0 is the batch.")
@@ -318,14 +320,18 @@ class EquilibriumPropagation:
         with region("settling"):
             phases = settle_phases(energy, free, cost, self.solver, self.phases, self.beta, errors, watch)
         estimate = self._estimate(loss, free, phases, graph)
+        if estimate.coupling is not None:
+            self._check_coupling(estimate)
         if estimate.result is not Result.CONVERGED and self.on_unsettled != "ignore":
             self._report(estimate, phases[-1][1], free)
         return _Step(energy, free, phases, estimate)
 
-    def _free(self, graph: Graph, x: Any, batch: int, indices: Tensor | None = None) -> tuple[Energy, Settled]:
+    def _free(
+        self, graph: Graph, x: Any, batch: int, indices: Tensor | None = None, target: Any = None
+    ) -> tuple[Energy, Settled]:
         """The free equilibrium, and the energy as the nudged phases are to have it."""
         freeze, is_forward = self.branches == "held", self.node_energy.is_forward and not self.groups
-        context = StepContext(freeze_branches=freeze and is_forward)
+        context = StepContext(freeze_branches=freeze and (is_forward or self.solver.holds_branches))
         energy = Energy(graph, self.node_energy, graph.bind(x), context, batch, groups=self.groups)
         if self.groups:
             check_groups(self.groups, graph)
@@ -345,8 +351,14 @@ class EquilibriumPropagation:
         if indices is not None:
             states, seen = self._cache.of(indices, energy.state(point))
             point = energy.at({n: torch.where(per_example(seen, s), s, point.values[n]) for n, s in states.items()})
-        free = settle(energy, point, replace(self.solver, tol=self.solver.tol / _FREE))
-        if freeze:
+        cost = None
+        if target is not None:  # how well the free phase has to settle depends on the nudge
+            cost = cost_of(graph, self._cost, energy.inputs, energy.output(point), target)
+        free = settle(energy, point, self.solver.for_free_phase(), Start(cost=cost))
+        if free.result is Result.DIVERGED:
+            hint = self.solver.failure_hint(energy, point)
+            raise DivergedError(f"The free phase diverged with {self.solver}. Nothing was changed. Way out: {hint}")
+        if freeze and not context.freeze_branches:
             energy = replace(energy, context=replace(context, freeze_branches=True))
             free = replace(free, point=energy.at(energy.state(free.point)))
         return energy, free
@@ -373,6 +385,7 @@ class EquilibriumPropagation:
             max(e.left_branch(settled.point) for _, e, settled in phases) if self.diagnostics else None,
             last.turns,
             graph.share_kept,
+            *self.solver.diagnosis(),
         )
 
     def _finish(self, step: _Step, x: Any, target: Tensor, indices: Tensor | None) -> None:
@@ -405,6 +418,20 @@ class EquilibriumPropagation:
                 "them train slowly, and never to certainty. Let the model return what it gives to its softmax.",
                 UserWarning,
             )
+
+    def _check_coupling(self, estimate: Estimate) -> None:
+        """Warn, once, of a Hopfield network whose equilibrium is about to be one of several, or cannot respond."""
+        assert estimate.coupling is not None and estimate.inside is not None
+        if self._has_warned_of_coupling or not (estimate.coupling > 0.98 or estimate.inside < 0.02):
+            return
+        self._has_warned_of_coupling = True
+        warn(
+            f"The Hopfield network is close to having several equilibria: the largest eigenvalue of its coupling is "
+            f"about {estimate.coupling:.2f} (one equilibrium below 1), and {estimate.inside:.0%} of its states are "
+            "inside their boxes (others do not respond to the nudge). Smaller weights help: a smaller learning rate, "
+            "weight_decay, mep.smep with a smaller gamma; or cost='mse', whose targets are bounded.",
+            UserWarning,
+        )
 
     def _report(self, estimate: Estimate, energy: Energy, free: Settled) -> None:
         """Warn of examples that have not settled, or raise, as `on_unsettled` is set."""
@@ -457,6 +484,13 @@ class EquilibriumPropagation:
         return found.gradients, estimate
 
 
+def default_solver(energy: NodeEnergy) -> Solver:
+    """The solver of an energy, where none is named."""
+    if energy.has_state:
+        return Sweep()
+    return Relaxation() if isinstance(energy, Hopfield) else _DESCENT
+
+
 @dataclass(frozen=True)
 class _Step:
     """A step whose equilibria have been found: the energy without its nudge and where it is least, and the phases."""
@@ -476,6 +510,4 @@ def _write(new_buffers: Mapping[Slot, Tensor]) -> None:
                 buffer.copy_(value)
 
 
-_FREE = 100
-"""The free phase is settled so many times better than the nudged ones, whose residuals count what it leaves."""
 _DESCENT = Descent(settle_steps=500, settle_lr=0.3, adaptive=True, tol=1e-4)

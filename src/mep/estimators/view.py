@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from mep.energy import Energy
@@ -135,7 +136,9 @@ def _phase(energy: Energy, settled: Settled, multiple: float, course: Sequence[R
         errors: Mapping[str, Tensor] = {name: mu.new_zeros(mu.shape) for name, mu in point.predictions.items()}
     else:
         errors = energy.errors(point) if settled.errors is None else settled.errors
-        if energy.nudge.free:
+        if point.displacement is not None:
+            errors = {name: point.displacement.delta.get(name, torch.zeros_like(s)) for name, s in states.items()}
+        elif energy.nudge.free:
             moved = {name: s - energy.nudge.free[name].state for name, s in states.items()}
             errors = {name: s / expand_beta(energy.beta, s) for name, s in moved.items()}
     energies = {

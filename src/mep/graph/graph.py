@@ -21,11 +21,16 @@ Transmit = Callable[[Node, Tensor | None], Tensor | None]
 
 @dataclass
 class Point:
-    """The graph evaluated at a state: every value, the predictions, and what `vjp` and `param_vjp` need."""
+    """The graph evaluated at a state: every value, the predictions, and what `vjp` and `param_vjp` need.
+
+    `displacement` is what a nudged point was computed from where that is not its states: how far they are from the free
+    ones, over beta (`mep.solvers.relaxation.Displacement`).
+    """
 
     values: dict[str, Any]
     predictions: dict[str, Tensor]
     saved: Mapping[str, Any]
+    displacement: Any = None
 
 
 @dataclass(frozen=True, eq=False)

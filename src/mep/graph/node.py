@@ -97,6 +97,10 @@ class Node:
         """
         raise NotImplementedError
 
+    def param_vjp_along(self, saved: Any, tangent: Any, force: Tensor, weight: float) -> Sequence[Tensor | None]:
+        """How `param_vjp` of a force changes along `tangent`, the second result of `jvp`; where J is constant."""
+        raise NotImplementedError
+
     def moved(self, saved: Any, tangent: Tensor, beta: Beta) -> Any:
         """`saved` after `weighted_input` has moved by `-beta * tangent`."""
         raise NotImplementedError
@@ -157,6 +161,37 @@ class AutogradNode(Node):
         with without_hooks(wanted):
             found = dict(zip(wanted, _grad(mu, wanted, as_laid_out(force, mu)), strict=True))
         return [None if (g := found.get(p)) is None else g.to_dense() * weight for p in self.parameters]
+
+    def jvp(self, saved: Any, tangents: Sequence[Tensor | None]) -> tuple[Tensor | None, Any]:
+        """By two backward passes: `J t` is the derivative along t of `J^T u`, which is linear in u."""
+        inputs, mu, _ = saved
+        moving = [i for i, t in enumerate(tangents) if t is not None and self.flows[i]]
+        if not moving or not mu.requires_grad:
+            return None, None
+        with torch.enable_grad():
+            u = torch.zeros_like(mu, requires_grad=True)
+            found = torch.autograd.grad(mu, [inputs[i] for i in moving], u, create_graph=True, allow_unused=True)
+            pairs = [(g, tangents[i]) for g, i in zip(found, moving, strict=True) if g is not None]
+            if not pairs:
+                return None, None
+            (t,) = torch.autograd.grad([g for g, _ in pairs], u, [t for _, t in pairs])
+        return t, tangents
+
+    def param_vjp_along(self, saved: Any, tangent: Any, force: Tensor, weight: float) -> Sequence[Tensor | None]:
+        """The parameters' gradient of `<J^T force, tangent>`."""
+        inputs, mu, _ = saved
+        moving = [i for i, t in enumerate(tangent) if t is not None and self.flows[i]]
+        trained = [p for p in self.parameters if p.requires_grad]
+        force = as_laid_out(force, mu)
+        with torch.enable_grad(), without_hooks(trained):
+            found = torch.autograd.grad(mu, [inputs[i] for i in moving], force, create_graph=True, allow_unused=True)
+            pairs = [(g, tangent[i]) for g, i in zip(found, moving, strict=True) if g is not None and g.requires_grad]
+            if not pairs or not trained:
+                return [None] * len(self.parameters)
+            ends, along = [g for g, _ in pairs], [t for _, t in pairs]
+            more = torch.autograd.grad(ends, trained, along, retain_graph=True, allow_unused=True)
+        by = dict(zip(trained, more, strict=True))
+        return [None if (g := by.get(p)) is None else g.to_dense() * weight for p in self.parameters]
 
 
 def _grad(output: Tensor, inputs: Sequence[Tensor], force: Tensor) -> Sequence[Tensor | None]:
@@ -256,6 +291,13 @@ class Chain(Node):
             for layer, kept in zip(self.layers, saved.kept, strict=True):
                 into_last, t = t, layer.jvp(kept, t)
         return t, into_last if self.parameters else None
+
+    def param_vjp_along(self, saved: Any, tangent: Any, force: Tensor, weight: float) -> Sequence[Tensor | None]:
+        """A bilinear form of weighted input and force: that of the tangent; biases have no part in it."""
+        last, dtype = self.layers[-1], saved.dtypes[-1]
+        found = last.param_vjp(tangent, force if force.dtype is dtype else force.to(dtype), weight)
+        pairs = zip(last.parameters, found, strict=True)
+        return [g if i == 0 else None for i, (p, g) in enumerate(pairs) if p is not None]
 
     def moved(self, saved: Any, tangent: Tensor, beta: Beta) -> Any:
         moved = state_from_error(saved.kept[-1], tangent, beta)

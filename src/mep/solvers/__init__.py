@@ -2,6 +2,7 @@
 
 from mep.solvers.descent import Descent
 from mep.solvers.local import Local
+from mep.solvers.relaxation import Relaxation
 from mep.solvers.sweep import Sweep
 
-__all__ = ["Descent", "Local", "Sweep"]
+__all__ = ["Descent", "Local", "Relaxation", "Sweep"]

@@ -1,0 +1,865 @@
+r"""Block relaxation: the equilibria of a Hopfield network, layer by layer.
+
+    E(s) = sum_n 1/2 |s_n|^2 - <s_n, mu_n(parents)>,      s_n in its box
+
+With its neighbours fixed, the best state of a layer is known: its prediction and what its children c send back,
+
+    pull_n = mu_n + sum_c J_c^T s_c,        s_n <- box((1 - omega) s_n + omega pull_n)
+
+**Free phase.** A forward pass, then one backward walk for the messages J_c^T s_c and one forward walk that places the
+layers in turn: projected successive over-relaxation. On a chain of layers the best omega follows from the largest
+eigenvalue mu of the coupling (Young), which is measured in one of 16 batches:
+
+    omega = 2 / (1 + sqrt(1 - mu^2)),        then errors fall to a fraction omega - 1 in a sweep
+
+**Nudged phase.** For the displacement `delta = (s_beta - s_free) / beta`, not for the states: no beta is too small for
+its digits. Where no Jacobian J changes, the force that the free phase has left cancels, and
+
+    delta_n = hold(sum_p J_n delta_p + sum_c J_c^T delta_c - [n is the output] dC/ds(s_free + beta delta_n))
+
+`hold` keeps units on a face of their box there, delta = 0, and leaves the others free (`branches="held"`); or it clamps
+to the box, [(low - s) / beta, (high - s) / beta], the outward pull of a unit on a face added (`"exact"`). A sweep goes
+backward first: the first is backpropagation's signal. Then the same relaxation. It converges to a minimum or not at all
+(Ostrowski and Reich): where the curvature is indefinite, displacements grow, and are given up.
+
+**Gradient.** Without a difference of nearly equal numbers: with the weighted input h and its displacement dh,
+
+    (dE/dW(s_beta) - dE/dW(s_free)) / beta = -(delta h^T + s_beta dh^T)
+
+Graphs whose Jacobians change (a product of states, max pooling whose winners are free) relax their states themselves.
+
+Sources: Scellier and Bengio 2017, arXiv:1602.05179; Young 1954, https://doi.org/10.2307/1990745.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary, ref
+
+import torch
+from torch import Tensor, nn
+
+from mep.cost import BatchCost, SquaredError
+from mep.energy import FREE, Energy, Hopfield, NodeEnergy, State, example_dot, example_norm
+from mep.errors import ArgumentError, require
+from mep.graph import Graph, Point
+from mep.graph.node import Beta, Node, expand_beta
+from mep.layout import per_example
+from mep.settle import Iterate, Solver, Start
+
+aten = torch.ops.aten
+
+_FREE_SHARE = 0.5
+"""Of the tolerance: what the free phase may leave; the nudged phase has the rest."""
+_BY_STATE = 50
+"""Where the size of displacements is not known yet, what is left is measured against the state over this."""
+_ROUNDING = 4
+"""What is left is rounding up to this many units in the last place of the state."""
+_RUNAWAY = 3e1
+"""Displacements this many times those of the first sweep: the coupling is indefinite, or within 3% of it."""
+_GROWTH = 1e2
+"""States this many times those of the forward pass: the energy has no minimum."""
+_UNSETTLED = 1e1
+"""What has not settled in the end may be this many times as large; else it is what the first sweep found."""
+_PATIENT = 8
+"""After so many sweeps it is looked for runaways, and for residuals that do not fall any more."""
+_WINNERS_MOVE = 6
+"""Sweeps of a free phase after which held winners of max pooling stay: two that push each other down alternate."""
+_STRONG = 0.75
+"""From this coupling on conjugate gradients need fewer sweeps than relaxation does."""
+_MEASURED_EVERY = 16
+"""So many batches have one measurement of their boxes and coupling, which costs as much as a few sweeps."""
+_POWER_ITERATIONS = 6
+"""From displacements, in which strong couplings show: a lower bound of the largest eigenvalue, within some percent."""
+_HIGHEST = 1.6
+"""The largest omega that is chosen: beyond it a sweep of a projected problem may lose what it gains."""
+
+
+class Memory:
+    """What is carried from batch to batch: it decides how soon settling ends, not where. A copy starts without it.
+
+    Attributes:
+        batches: how many nudged phases have ended.
+        gains: by state, how large displacements are beside dC/ds at the output (0-dim): a tenth of them is smaller.
+        free_from, nudged_from: before these sweeps no residual needs to be measured.
+        inside, coupling: see `Estimate`; measured in the first of every 16 batches.
+        strongest: the largest coupling of late.
+    """
+
+    def __init__(self) -> None:
+        self.forget()
+        self._model: ref[nn.Module] | None = None
+
+    def of(self, graph: Graph) -> Memory:
+        """What is known of the model of a graph: nothing if another one was settled last."""
+        if self._model is None or self._model() is not graph.model:
+            self.forget()
+            self._model = ref(graph.model)
+        return self
+
+    def forget(self) -> None:
+        """As before the first batch."""
+        self.batches = 0
+        self.strongest = 0.0
+        self.inside: float | None = None
+        self.coupling: float | None = None
+        self.gains: dict[str, Tensor] = {}
+        self.free_from = self.nudged_from = 0
+
+    def __reduce__(self) -> tuple[type[Memory], tuple[()]]:
+        return Memory, ()
+
+
+@dataclass(frozen=True)
+class Relaxation(Solver):
+    """Sweeps that minimise one layer after the other, for `energy="hopfield"`; nothing has to be tuned.
+
+    Args:
+        settle_steps: the largest number of sweeps of a phase, or with `adaptive=False` the exact one.
+        tol: residual at which an example has settled, in units of the nudge.
+        patience: consecutive sweeps at or below `tol`.
+        adaptive: stop when every example has settled.
+        omega: how far a layer moves toward its minimum, in (0, 2); None measures the best one from batch to batch.
+
+    Example:
+        >>> import torch, mep
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Hardtanh(0, 1), torch.nn.Linear(8, 3))
+        >>> ep = mep.EquilibriumPropagation(net, energy="hopfield", solver=mep.Relaxation(tol=1e-3))
+        >>> ep(torch.rand(5, 4), torch.tensor([0, 1, 2, 0, 1])).converged
+        True
+    """
+
+    settle_steps: int = 100
+    tol: float = 1e-2
+    patience: int = 1
+    adaptive: bool = True
+    omega: float | None = None
+    memory: Memory = field(default_factory=Memory, compare=False, repr=False)
+
+    carries_errors = True
+    holds_branches = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.omega is not None:
+            require("Relaxation", "omega", self.omega, lambda w: 0 < w < 2, "between 0 and 2, or None to measure it")
+
+    def check(self, node_energy: NodeEnergy) -> None:
+        if not isinstance(node_energy, Hopfield):
+            raise ArgumentError(
+                f"{type(self).__name__} does not settle energy={node_energy.name!r}: it minimises the Hopfield energy "
+                "layer by layer. Use solver=mep.Sweep(...), or mep.Descent(...)."
+            )
+
+    @property
+    def factor(self) -> float:
+        """The omega of the next sweep: Young's, for the coupling that was measured last."""
+        if self.omega is not None:
+            return self.omega
+        coupling = min(self.memory.strongest or 0.5, 1.0)
+        return min(2 / (1 + math.sqrt(1 - coupling**2)), _HIGHEST)
+
+    def init(self, energy: Energy, point: Point, start: Start) -> Iterate:
+        """The forward pass, or the free equilibrium without any displacement."""
+        self.memory.of(energy.graph)
+        if energy.nudge is not None and has_constant_jacobians(energy, point):
+            nudged = self._displacement(energy, point)
+            nudged.due = self.memory.nudged_from
+            return Iterate(nudged.ones, point, exact=False, state=nudged)
+        states = Relaxed(energy, point, start.cost, self.memory)
+        states.due = self.memory.free_from if states.is_free else 0
+        measured = energy.nudge is not None or self.memory.free_from == 0 or not self.adaptive
+        return Iterate(states.residual() if measured else states.ones, states.point, exact=measured, state=states)
+
+    def _displacement(self, energy: Energy, free: Point) -> Displacement:
+        """By conjugate gradients where that pays: strong couplings between two colours of layers, held faces."""
+        colours = None
+        if self.omega is None and energy.context.freeze_branches and self.memory.strongest > _STRONG:
+            colours = two_colours(energy.graph)
+        if colours is not None:
+            return ConjugateGradients(energy, free, colours, self.tol)
+        return Displacement(energy, free)
+
+    def step(self, energy: Energy, iterate: Iterate, active: Tensor | None) -> Iterate:
+        """One sweep over all layers."""
+        current: Displacement | Relaxed = iterate.state
+        omega = self.factor
+        current.sweep(omega)
+        conjugate = isinstance(current, ConjugateGradients)  # these have residuals at hand
+        due = conjugate or current.sweeps >= current.due or not self.adaptive or self.patience > 1
+        residual = current.residual() if due else current.ones
+        stuck = False
+        if due:
+            current.due = current.sweeps + self._until_settled(float(residual.max()), omega)
+            # Between two completions conjugate gradients know the residual of a parabola only.
+            judged = not isinstance(current, ConjugateGradients) or current.is_complete
+            stuck = (
+                judged and current.sweeps > _PATIENT and self.adaptive and _is_stuck(current.totals, residual, self.tol)
+            )
+            stuck |= isinstance(current, ConjugateGradients) and current.has_nothing_left(residual)
+            stuck |= not current.has_minimum
+        return Iterate(residual, current.point, diverging=current.diverging, exact=due, stuck=stuck, state=current)
+
+    def _until_settled(self, worst: float, omega: float) -> int:
+        """Over how many sweeps no residual needs to be measured: most of those in which it may fall to tol."""
+        if not self.tol < worst < 1:
+            return 1
+        return max(1, int(0.7 * math.log(worst / self.tol) / -math.log(max(omega - 1, 0.1))))
+
+    def finalize(self, energy: Energy, iterate: Iterate) -> Iterate:
+        """With the exact residual; what the next batch begins with is noted."""
+        current: Displacement | Relaxed = iterate.state
+        residual = iterate.residual if iterate.exact else current.residual()
+        if isinstance(current, ConjugateGradients):
+            residual = current.completed()
+        if isinstance(current, Displacement):
+            residual = current.bounded(residual, self.tol)
+        if self.adaptive:
+            current.note(self.memory)
+        if isinstance(current, Displacement) and current.sweeps:
+            if self.memory.batches % _MEASURED_EVERY == 0:
+                self.memory.inside, self.memory.coupling = current.inside(), current.coupling()
+                self.memory.strongest = max(self.memory.coupling, self.memory.strongest - 0.01)
+            self.memory.batches += 1
+        return replace(iterate, residual=residual, exact=True, point=current.point)
+
+    def diagnosis(self) -> tuple[float | None, float | None]:
+        return self.memory.inside, self.memory.coupling
+
+    def for_free_phase(self) -> Solver:
+        """The same: its free phase is measured in units of the nudge, too."""
+        return self
+
+    def failure_hint(self, energy: Energy, point: Point) -> str:
+        return (
+            "smaller weights (a smaller learning rate, weight decay, mep.smep with a smaller gamma): strong couplings "
+            "have several equilibria; or more settle_steps."
+        )
+
+
+class FreePoint(Point):
+    """Where a free phase has ended: `arriving`, the messages of the children; `left`, the norms of what is left."""
+
+    arriving: dict[str, Tensor]
+    left: dict[str, Tensor]
+
+    def forces(self) -> State:
+        """dE/ds of every state."""
+        found = {}
+        for name, mu in self.predictions.items():
+            pull = mu + self.arriving[name] if name in self.arriving else mu
+            found[name] = self.values[name] - pull
+        return found
+
+
+class Relaxed:
+    """States that are relaxed themselves: the free phase, and nudged ones of graphs whose Jacobians change."""
+
+    def __init__(self, energy: Energy, point: Point, cost: BatchCost | None, memory: Memory):
+        self.energy, self.cost, self.memory = energy, cost, memory
+        self.sweeps, self.due, self.diverging = 0, 0, False
+        self.totals: list[float] = []
+        self.is_free, self.has_minimum = energy.nudge is None, True
+        output = energy.output(point)
+        dtype = torch.promote_types(output.dtype, torch.float32)
+        self.ones = torch.ones(energy.batch, dtype=dtype, device=output.device)
+        self._arrive(point)
+        self.sizes: State = {}
+        """Of the states that a sweep may move, as they were first."""
+        for node in energy.graph.states:
+            if node.name in self.arriving or not node.clamped:
+                self.sizes[node.name] = example_norm(point.values[node.name], energy.batch)
+
+    @property
+    def point(self) -> Point:
+        """Where the states are."""
+        found = FreePoint(self._point.values, self._point.predictions, self._point.saved)
+        found.arriving, found.left = self.arriving, self.left
+        return found
+
+    def sweep(self, omega: float) -> None:
+        """Place the layers in turn, from the messages that arrived before."""
+        energy, arriving, before = self.energy, self.arriving, self._point.values
+        if self.is_free and self.sweeps < _WINNERS_MOVE:
+            energy.context.branches.clear()  # those of the last evaluation are kept
+
+        def place(node: Node, mu: Tensor) -> Tensor:
+            name = node.name
+            s, message, free = before[name], arriving.get(name), energy.free_of(name)
+            pull = mu if message is None else mu + message
+            if free is not None:
+                pull = pull + free.leftover
+            if name == energy.graph.output and not self.is_free:
+                pull = self._nudged(pull, s)
+            if omega != 1 and name in self.sizes:
+                pull = torch.lerp(s, pull, omega)
+            return energy.in_box(node, pull)
+
+        self._arrive(energy.graph.evaluate(energy.inputs, energy.context, place))
+        self.sweeps += 1
+
+    def residual(self) -> Tensor:
+        """Of the worst layer of every example; in a free phase in units of the nudge that follows: [batch]."""
+        energy = self.energy
+        if not self.is_free:
+            found = torch.stack(list(energy.residuals(self._point).values())).amax(0)
+            self.diverging = bool((found.isnan()).any())
+            return found
+        worst, size = None, None
+        if self.cost is not None:  # what displacements are like, over the share of what is left that counts
+            size = example_norm(self.cost.gradient(energy.output(self._point)), energy.batch)
+            smoothness = self.cost.smoothness
+            size = size if smoothness is None else size / smoothness
+        for name in self.sizes:
+            s, mu, message = self._point.values[name], self._point.predictions[name], self.arriving.get(name)
+            gap = energy.in_box(energy.graph.by_name[name], mu if message is None else mu + message) - s
+            rounding = _ROUNDING * torch.finfo(s.dtype).eps
+            gain = self.memory.gains.get(name)
+            if self.sweeps < 3 or gain is None:
+                self.sizes[name] = example_norm(s, energy.batch)
+            left = example_norm(gap, energy.batch).sub_(self.sizes[name], alpha=rounding).clamp_(min=0)
+            self.left[name] = left
+            if size is None or gain is None:
+                unit = self.sizes[name] / _BY_STATE
+            else:
+                unit = torch.maximum(size * gain, self.sizes[name] * (8 * rounding))
+            ratio = left / unit.mul_(_FREE_SHARE).add_(torch.finfo(unit.dtype).tiny)
+            ratio = ratio.clamp_(max=1 / torch.finfo(ratio.dtype).eps)
+            worst = ratio if worst is None else torch.maximum(worst, ratio)
+        worst = self.ones - 1 if worst is None else worst
+        if self.sweeps > _PATIENT:
+            for name, size in self.sizes.items():
+                grown = example_norm(self._point.values[name], energy.batch) > _GROWTH * (size + size.mean())
+                self.diverging |= bool(grown.any())
+        return worst
+
+    def note(self, memory: Memory) -> None:
+        """How many sweeps were needed."""
+        if self.is_free:
+            memory.free_from = _look_from(self.sweeps)
+
+    def _arrive(self, point: Point) -> None:
+        """The messages of all children at a point."""
+        arriving: dict[str, Tensor] = {}
+
+        def transmit(node: Node, force: Tensor | None) -> Tensor | None:
+            if not node.owns_state:
+                return force
+            if force is not None:
+                arriving[node.name] = force
+            s: Tensor = point.values[node.name]
+            return s
+
+        self.energy.graph.vjp(point.saved, None, transmit)
+        self._point, self.arriving = point, arriving
+        self.left: State = {}
+
+    def _nudged(self, pull: Tensor, s: Tensor) -> Tensor:
+        """The output's minimum, `s + beta dC/ds(s) = pull`, by a step with the cost's curvature."""
+        energy = self.energy
+        assert energy.nudge is not None
+        gradient = energy.nudge.cost.gradient(s)
+        curvature = cost_curvature(energy, s, gradient)
+        return (pull + curvature * s - gradient * expand_beta(energy.beta, s)) / (1 + curvature)
+
+
+class Displacement:
+    """The displacements `delta` of a nudged phase, where no Jacobian changes: relaxed from none at all.
+
+    `tangents` are how far values move by them, over beta, `dmu` predictions, and `inputs` what weights are applied to.
+    `arriving` are the messages of the children, `J_c^T delta_c`.
+    """
+
+    def __init__(self, energy: Energy, free: Point):
+        assert energy.nudge is not None and energy.nudge.free is not None
+        self.energy, self.free, self.cost = energy, free, energy.nudge.cost
+        output = energy.output(free)
+        self.dtype = torch.promote_types(output.dtype, torch.float32)
+        self.ones = torch.ones(energy.batch, dtype=self.dtype, device=output.device)
+        self.gradient = self.cost.gradient(output)  # dC/ds where the output is now
+        self.free_gradient, self.curvature = self.gradient, cost_curvature(energy, output, self.gradient)
+        self.has_minimum = not isinstance(self.cost, SquaredError) or bool(torch.as_tensor(self.curvature > -1).all())
+        """Over the output alone: not where the nudge leads away from the target by more than the energy holds back."""
+        self.delta: State = {}
+        self.dmu: State = {}
+        self.tangents: State = {}
+        self.inputs: dict[str, Any] = {}
+        self.arriving: State = {}
+        self.first: State = {}
+        self.sizes: State = {}
+        self.sweeps, self.due, self.diverging = 0, 0, False
+        self.totals: list[float] = []
+        share = energy.free_share / torch.as_tensor(energy.beta).abs()
+        left: Mapping[str, Tensor] = free.left if isinstance(free, FreePoint) else {}
+        self.left = {name: norm * share for name, norm in left.items()}
+
+    @property
+    def point(self) -> Displaced:
+        """Where the states are."""
+        return Displaced(self)
+
+    def sweep(self, omega: float) -> None:
+        """Every layer is minimised given its neighbours, the output first; then what the displacements lead to."""
+        delta, dmu, arriving = self.delta, self.dmu, self.arriving
+        before, output = dict(delta), self.energy.graph.output
+        if self.sweeps == 1:
+            self.first = before
+        arriving.clear()
+
+        def transmit(node: Node, force: Tensor | None) -> Tensor | None:
+            name = node.name
+            if not node.owns_state:
+                return force
+            if force is not None:
+                arriving[name] = force
+            pull, old = _sum(dmu.get(name), force), before.get(name)
+            if name == output:
+                pull = self._nudged(pull, old)
+            if pull is None:
+                return None
+            if old is not None and omega != 1:
+                pull = torch.lerp(old, pull, omega)
+            delta[name] = self._hold(node, pull)
+            return delta[name]
+
+        self.energy.graph.vjp(self.free.saved, None, transmit)
+        self._move()
+        self.gradient = self.cost.gradient(self._output(delta[output]))
+        self.sweeps += 1
+
+    def residuals(self) -> State:
+        """Of every layer: `Energy.residuals` of the point, from the displacements."""
+        found, output = {}, self.energy.graph.output
+        for node in self.energy.graph.states:
+            name = node.name
+            if (side := self.delta.get(name)) is None:
+                found[name] = self.ones if name == output else torch.zeros_like(self.ones)
+                continue
+            pull = _sum(self.dmu.get(name), self.arriving.get(name))
+            if name == output:
+                pull = -self.gradient if pull is None else pull - self.gradient
+            assert pull is not None
+            other = self._hold(node, pull)
+            violated, one, two = (example_norm(t, self.energy.batch) for t in (side - other, side, other))
+            self.sizes[name] = one
+            larger = torch.maximum(one, two)
+            left = self.left.get(name)
+            if left is not None:
+                violated, larger = violated + left, larger + left
+            found[name] = violated.div_(larger.add_(torch.finfo(larger.dtype).tiny))
+        return found
+
+    def residual(self) -> Tensor:
+        """Of the worst layer of every example, [batch]."""
+        found = list(self.residuals().values())
+        worst = found[0] if len(found) == 1 else torch.stack(found).amax(0)
+        if not self.has_minimum:
+            return self.ones
+        return worst if self.sweeps <= _PATIENT else self.without_runaways(worst, _RUNAWAY)
+
+    def bounded(self, residual: Tensor, tol: float) -> Tensor:
+        """The residuals, after examples that have not settled were given up if they have grown much."""
+        unsettled = ~(residual <= tol)
+        return self.without_runaways(residual, _UNSETTLED, unsettled) if self.first and unsettled.any() else residual
+
+    def note(self, memory: Memory) -> None:
+        """How many sweeps were needed, and how large displacements were."""
+        if not self.sweeps:
+            return
+        memory.nudged_from = max(1, _look_from(self.sweeps))
+        size = example_norm(self.free_gradient, self.energy.batch)
+        for name in self.left:
+            share = (self.sizes[name] / size).nan_to_num(math.inf, math.inf).kthvalue(1 + len(size) // 10).values
+            known = memory.gains.get(name)
+            memory.gains[name] = share if known is None else torch.lerp(known, share, 0.3)
+
+    def contrast(self, weight: float, nodes: Sequence[Node]) -> dict[Any, Tensor]:
+        """`weight (dE/dtheta(s_beta) - dE/dtheta(s_free)) / beta` of these nodes, without a small difference."""
+        total: dict[Any, Tensor] = {}
+        values = self.point.values
+        for node in nodes:
+            if not node.parameters:
+                continue
+            saved, name = self.free.saved[node.name], node.name
+            delta = self.delta.get(name)
+            delta = torch.zeros_like(self.free.values[name]) if delta is None else delta
+            pairs = [node.param_vjp(saved, delta, -weight)]
+            if self.inputs.get(name) is not None:
+                pairs.append(node.param_vjp_along(saved, self.inputs[name], values[name], -weight))
+            for found in pairs:
+                for p, g in zip(node.parameters, found, strict=True):
+                    if g is not None:
+                        total[p] = total[p].add_(g) if p in total else g
+        return total
+
+    def inside(self) -> float:
+        """The fraction of states behind activations that are inside their boxes; 1 if there are none."""
+        count, every = 0, 0
+        for node in self.energy.graph.states:
+            low, high = self.energy.box_of(node)
+            if (low, high) != FREE:
+                s = self.free.values[node.name]
+                count, every = count + int(((s > low) & (s < high)).sum()), every + s.numel()
+        return count / every if every else 1.0
+
+    def coupling(self) -> float:
+        """The largest eigenvalue of the coupling, faces held, of any example: |W v| / |v|, `v <- W v` from delta."""
+        v, batch, largest = dict(self.delta), self.energy.batch, self.ones
+        for _ in range(_POWER_ITERATIONS):
+            size = _size(v, batch)
+            pulls = self._messages({n: t / per_example(size, t).to(t.dtype) for n, t in v.items()}).pulls
+            v = {}
+            for name, pull in pulls.items():
+                low, high = self.energy.box_of(self.energy.graph.by_name[name])
+                v[name] = aten.hardtanh_backward(pull, self.free.values[name], low, high)
+            if not v:
+                return 0.0
+            largest = _size(v, batch)
+        return float(largest.nan_to_num(0.0).max())
+
+    def _messages(self, delta: State) -> Messages:
+        """What displacements of some states send to their children and parents."""
+        arriving: dict[str, Tensor] = {}
+
+        def transmit(node: Node, force: Tensor | None) -> Tensor | None:
+            if not node.owns_state:
+                return force
+            if force is not None:
+                arriving[node.name] = force
+            return delta.get(node.name)
+
+        self.energy.graph.vjp(self.free.saved, None, transmit)
+        tangents, dmu, inputs = self._follow(delta)
+        pulls = {n: p for n in arriving.keys() | dmu.keys() if (p := _sum(dmu.get(n), arriving.get(n))) is not None}
+        return Messages(pulls, arriving, tangents, dmu, inputs)
+
+    def _move(self) -> None:
+        """How far all that follows moves with the displacements."""
+        self.tangents, self.dmu, self.inputs = self._follow(self.delta)
+
+    def _follow(self, delta: State) -> tuple[State, State, dict[str, Any]]:
+        """How far all values, predictions, and what weights are applied to move, when states move by `delta`."""
+        tangents: State = {}
+        dmu: State = {}
+        inputs: dict[str, Any] = {}
+        for node in self.energy.graph.nodes:
+            name, t = node.name, None
+            if not node.clamped:
+                t, inputs[name] = node.jvp(self.free.saved[name], [tangents.get(p) for p in node.parents])
+            if node.owns_state:
+                if t is not None:
+                    dmu[name] = t
+                t = delta.get(name)
+            if t is not None:
+                tangents[name] = t
+        return tangents, dmu, inputs
+
+    def _hold(self, node: Node, pull: Tensor) -> Tensor:
+        """The displacement that is allowed: none on a face of the box, any elsewhere; or in the box itself."""
+        low, high = self.energy.box_of(node)
+        if low == -math.inf and high == math.inf:
+            return pull
+        s = self.free.values[node.name]
+        if self.energy.context.freeze_branches:
+            held: Tensor = aten.hardtanh_backward(pull, s, low, high)
+            return held
+        beta = expand_beta(self.energy.beta, s)
+        excess = self._excess(node.name)
+        one, two = (low - s) / beta, (high - s) / beta
+        return (pull + excess / beta).clamp(torch.minimum(one, two), torch.maximum(one, two))
+
+    def _excess(self, name: str) -> Tensor:
+        """The outward pull on units on a face at the free equilibrium, 0 elsewhere."""
+        assert isinstance(self.free, FreePoint) and self.energy.nudge is not None and self.energy.nudge.free is not None
+        return self.energy.nudge.free[name].leftover - self.free.forces()[name]
+
+    def _nudged(self, pull: Tensor | None, old: Tensor | None) -> Tensor:
+        """The minimum over the output, `delta + dC/ds(s + beta delta) = pull`: a step with the cost's curvature."""
+        right = -self.gradient if pull is None else pull - self.gradient
+        if old is not None:
+            right = right + self.curvature * old
+        return right / (1 + self.curvature) if self.has_minimum else right
+
+    def _output(self, delta: Tensor | None) -> Tensor:
+        """The output, displaced."""
+        s = self.energy.output(self.free)
+        return s if delta is None else s + delta * expand_beta(self.energy.beta, delta)
+
+    def without_runaways(self, residual: Tensor, limit: float, among: Tensor | None = None) -> Tensor:
+        """Examples whose displacements have grown beyond a limit are given up: back to those of the first sweep."""
+        now = torch.stack([self.sizes[name] for name in self.first]).norm(dim=0)
+        grown = ~(now <= limit * _size(self.first, self.energy.batch))
+        grown = grown if among is None else grown & among
+        return self.give_up(grown, residual) if grown.any() else residual
+
+    def give_up(self, which: Tensor, residual: Tensor) -> Tensor:
+        """Take some examples back to the displacements of the first sweep: they have not settled."""
+        for name, first in self.first.items():
+            self.delta[name] = torch.where(per_example(which, first), first, self.delta[name])
+        self._move()
+        self.gradient = self.cost.gradient(self._output(self.delta[self.energy.graph.output]))
+        return residual.masked_fill(which, 1.0)
+
+
+class Messages(NamedTuple):
+    """What arrives at states: all of it, `pulls`, from children, `arriving`, and from parents, `dmu`; see above."""
+
+    pulls: State
+    arriving: State
+    tangents: State
+    dmu: State
+    inputs: dict[str, Any]
+
+
+class ConjugateGradients(Displacement):
+    """The same displacements by conjugate gradients (Hestenes and Stiefel), each example with its own steps.
+
+    Layers have two colours, and neighbours different ones. With the black ones at their minimum given the red ones x,
+
+        A x = b,        A = D - W_rb D_b^-1 W_br,        r = b - A x
+
+    is symmetric, and `r` is the residual of the red layers, that of the black ones being 0. D is 1, at the output
+    1 + beta C''; what the cost's gradient is off that line is put into b when r has become small, and settled again.
+    Where `<p, A p>` is not positive the curvature is negative: there is no minimum, and the example is given up.
+    """
+
+    def __init__(self, energy: Energy, free: Point, colours: tuple[frozenset[str], frozenset[str]], tol: float):
+        super().__init__(energy, free)
+        sizes = [sum(free.values[name].numel() for name in colour) for colour in colours]
+        self.red = colours[0] if sizes[0] <= sizes[1] else colours[1]
+        self.tol, self.is_complete = tol, False
+        self.x: State = {}
+        self.r: State = {}
+        self.p: State = {}
+        self.rr = self.ones
+        self.indefinite = torch.zeros_like(self.ones, dtype=torch.bool)
+
+    def sweep(self, omega: float) -> None:
+        if self.sweeps == 0:
+            super().sweep(1.0)
+            self.first = dict(self.delta)
+            self._begin()
+            return
+        self.sweeps += 1
+        if self.is_complete:  # settled but for the cost, which is no parabola
+            self._begin()
+        self.is_complete = False
+        # A p: the black layers follow, and pull on the red ones
+        black = self._minimum(self._messages(self.p).pulls, black=True)
+        pulls = self._minimum(self._messages(black).pulls, black=False)
+        Ap = {n: p * self._diagonal(n) - pulls[n] if n in pulls else p * self._diagonal(n) for n, p in self.p.items()}
+        curvature = self._dot(self.p, Ap)
+        self.indefinite |= (curvature <= 0) & (self.rr > 0)
+        step = torch.where(curvature > 0, self.rr / curvature, 0)
+        before = self.rr
+        for name, p in self.p.items():
+            along = per_example(step, p).to(p.dtype)
+            self.x[name] = torch.addcmul(self.x[name], p, along)
+            self.r[name] = torch.addcmul(self.r[name], Ap[name], along, value=-1)
+        self.rr = self._dot(self.r, self.r)
+        ratio = torch.where(before > 0, self.rr / before, 0)
+        self.p = {n: torch.addcmul(self.r[n], p, per_example(ratio, p).to(p.dtype)) for n, p in self.p.items()}
+
+    def residual(self) -> Tensor:
+        """Of the red layers, as long as one of them has not settled; then of all."""
+        worst = None
+        for name, r in self.r.items():
+            size = example_norm(self.x[name], self.energy.batch)
+            found = example_norm(r, self.energy.batch)
+            if (left := self.left.get(name)) is not None:
+                found, size = found + left, size + left
+            found = found / size.add_(torch.finfo(size.dtype).tiny)
+            worst = found if worst is None else torch.maximum(worst, found)
+        worst = self.ones if worst is None else worst.masked_fill(self.indefinite, 1.0)
+        return self.completed() if self.has_nothing_left(worst) else worst
+
+    def has_nothing_left(self, residual: Tensor) -> bool:
+        """Whether all examples that have not settled were given up."""
+        return bool((self.indefinite | (residual <= self.tol)).all())
+
+    def completed(self) -> Tensor:
+        """The black layers follow the red ones for good; the residuals of all."""
+        if not self.is_complete and self.sweeps:
+            to_black = self._messages(self.x)
+            black = self._minimum(to_black.pulls, black=True, with_cost=True)
+            to_red = self._messages(black)
+            self.delta = {**self.delta, **self.x, **black}
+            self.arriving = {**to_black.arriving, **to_red.arriving}
+            self.tangents = {**to_black.tangents, **to_red.tangents}
+            self.dmu = {**to_black.dmu, **to_red.dmu}
+            self.inputs = {n: to_red.inputs.get(n) if h is None else h for n, h in to_black.inputs.items()}
+            self.gradient = self.cost.gradient(self._output(self.delta[self.energy.graph.output]))
+            self.is_complete = True
+        residual = super().residual()
+        if self.indefinite.any():
+            residual = self.give_up(self.indefinite, residual)
+        return self.without_runaways(residual, _RUNAWAY) if self.first else residual
+
+    def _begin(self) -> None:
+        """From the displacements so far: the black layers at their minimum, and the residual of the red ones."""
+        output, delta = self.energy.graph.output, self.delta
+        # The cost's gradient on a line: what it is without D's part.
+        self.constant = self.gradient - self.curvature * delta[output]
+        self.x = {n: d for n, d in delta.items() if n in self.red}
+        pulls = {n: p for n in delta if (p := _sum(self.dmu.get(n), self.arriving.get(n))) is not None}
+        black = self._minimum(pulls, black=True, with_cost=True)
+        pulls = self._minimum(self._messages(black).pulls, black=False, with_cost=True)
+        self.r = {}
+        for name, x in self.x.items():
+            ax = x * self._diagonal(name)
+            self.r[name] = pulls[name] - ax if name in pulls else -ax
+        self.p = dict(self.r)
+        self.rr = self._dot(self.r, self.r)
+
+    def _minimum(self, pulls: State, black: bool, with_cost: bool = False) -> State:
+        """What layers of one colour are drawn to; the black ones go there, so D is divided out."""
+        found, output = {}, self.energy.graph.output
+        for name in self.delta:
+            if (name in self.red) == black:
+                continue
+            pull = pulls.get(name)
+            if with_cost and name == output:
+                pull = -self.constant if pull is None else pull - self.constant
+            if pull is not None:
+                pull = self._hold(self.energy.graph.by_name[name], pull)
+                found[name] = pull / self._diagonal(name) if black and name == output else pull
+        return found
+
+    def _diagonal(self, name: str) -> Beta:
+        return 1 + self.curvature if name == self.energy.graph.output else 1.0
+
+    def _dot(self, a: State, b: State) -> Tensor:
+        products = [example_dot(t, b[name], self.energy.batch) for name, t in a.items()]
+        return products[0] if len(products) == 1 else torch.stack(products).sum(0)
+
+
+_COLOURS: WeakKeyDictionary[Graph, tuple[frozenset[str], frozenset[str]] | None] = WeakKeyDictionary()
+
+
+def two_colours(graph: Graph) -> tuple[frozenset[str], frozenset[str]] | None:
+    """The states in two parts such that none reads one of its own; None if there are no two such parts."""
+    if graph not in _COLOURS:
+        _COLOURS[graph] = _coloured(graph)
+    return _COLOURS[graph]
+
+
+def _coloured(graph: Graph) -> tuple[frozenset[str], frozenset[str]] | None:
+    above: dict[str, set[str]] = {}  # node -> the states that its value depends on, not beyond them
+    neighbours: dict[str, set[str]] = {node.name: set() for node in graph.states}
+    for node in graph.nodes:
+        read: set[str] = set().union(*(above.get(p, set()) for p in node.parents))
+        above[node.name] = {node.name} if node.owns_state else read
+        if node.owns_state:
+            for other in read:
+                neighbours[node.name].add(other)
+                neighbours[other].add(node.name)
+    colour: dict[str, bool] = {}
+    for root in neighbours:
+        waiting = [(root, True)] if root not in colour else []
+        while waiting:
+            name, wanted = waiting.pop()
+            if name in colour:
+                if colour[name] is not wanted:
+                    return None
+                continue
+            colour[name] = wanted
+            waiting += [(other, not wanted) for other in neighbours[name]]
+    parts = (frozenset(n for n, c in colour.items() if c), frozenset(n for n, c in colour.items() if not c))
+    return parts if all(parts) else None
+
+
+class Displaced(Point):
+    """A nudged point: the free one and the displacements from it. Its values are computed when they are first read."""
+
+    def __init__(self, displacement: Displacement):
+        self.saved, self.displacement = displacement.free.saved, displacement
+
+    def __getattr__(self, name: str) -> Any:
+        by: Displacement = self.__dict__["displacement"]
+        if name not in ("values", "predictions"):
+            raise AttributeError(name)
+        before, moves = (by.free.values, by.tangents) if name == "values" else (by.free.predictions, by.dmu)
+        found = {n: _moved(value, moves.get(n), by.energy.beta) for n, value in before.items()}
+        setattr(self, name, found)
+        return found
+
+
+def _moved(value: Any, tangent: Tensor | None, beta: Beta) -> Any:
+    return value if tangent is None else value + tangent * expand_beta(beta, tangent)
+
+
+def _size(state: State, batch: int) -> Tensor:
+    """The norm of all states of an example together, [batch], never zero."""
+    size = torch.stack([example_norm(t, batch) for t in state.values()]).norm(dim=0)
+    return size.clamp_(min=torch.finfo(size.dtype).tiny)
+
+
+def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return b if a is None else a if b is None else a + b
+
+
+def cost_curvature(energy: Energy, output: Tensor, gradient: Tensor) -> Beta:
+    """beta times the largest curvature of the cost at the output, exact for the squared error; 0 to go without it."""
+    assert energy.nudge is not None
+    beta, cost = energy.beta, energy.nudge.cost
+    smoothness = cost.smoothness
+    if smoothness is None:  # measured along the gradient
+        size = example_norm(gradient, energy.batch)
+        step = 0.01 / size.clamp(min=torch.finfo(size.dtype).eps)
+        near = cost.gradient(output - gradient * per_example(step, gradient).to(gradient.dtype))
+        smoothness = (example_norm(near - gradient, energy.batch) / (step * size)).nan_to_num(0.0).max()
+    curvature = beta * smoothness
+    away = bool((curvature < 0).any()) if isinstance(curvature, Tensor) else curvature < 0
+    if away and not isinstance(cost, SquaredError):
+        return 0.0  # a step with the least curvature that there may be would be too long
+    return expand_beta(curvature, output)
+
+
+def _is_stuck(totals: list[float], residual: Tensor, tol: float) -> bool:
+    """Whether the residuals that exceed tol have hardly fallen since four measurements ago."""
+    totals.append(float(residual.clamp(min=tol).log().sum()))
+    return len(totals) > 4 and not totals[-1] < totals[-5] - 0.05
+
+
+def _look_from(sweeps: int) -> int:
+    """From which sweep on residuals are measured, where so many were needed last."""
+    return max(0, sweeps - 1) if sweeps < 5 else 2 * sweeps // 3
+
+
+_CONSTANT: WeakKeyDictionary[Graph, bool] = WeakKeyDictionary()
+
+
+def has_constant_jacobians(energy: Energy, point: Point) -> bool:
+    """Whether predictions are affine in the states while branches are held; nodes without a closed form are tried."""
+    graph = energy.graph
+    kinked = any(op.piece is not None for node in graph.nodes if not node.clamped for op in node.program)
+    if kinked and not energy.context.freeze_branches:
+        return False
+    if graph not in _CONSTANT:
+        _CONSTANT[graph] = all(n.clamped or n.is_affine_when_held or _is_affine(n, energy, point) for n in graph.nodes)
+    return _CONSTANT[graph]
+
+
+def _is_affine(node: Node, energy: Energy, point: Point) -> bool:
+    """Whether equal steps of the parents lead to equal steps of the prediction."""
+    if node.writes:
+        return False
+    parents = [point.values[p] for p in node.parents]
+    ways = [_pattern(p) if flows else None for p, flows in zip(parents, node.flows, strict=True)]
+
+    def at(t: float) -> Tensor:
+        moved = [p if way is None else p + t * way for p, way in zip(parents, ways, strict=True)]
+        return node.predict(moved, energy.context)[0]
+
+    zero, one, two = at(0.0), at(1.0), at(2.0)
+    bend = (two - 2 * one + zero).abs().max()
+    return bool(bend <= 100 * torch.finfo(zero.dtype).eps * torch.stack([zero, one, two]).abs().max())
+
+
+def _pattern(like: Tensor) -> Tensor:
+    """Numbers of the size of a tensor's, in no particular order, and without a random number generator."""
+    waves = torch.arange(like.numel(), device=like.device).mul(1.7).cos().to(like.dtype)
+    return waves.view(like.shape) * (1 + like.abs())
