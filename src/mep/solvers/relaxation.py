@@ -332,6 +332,8 @@ class Relaxed:
         worst = self.ones - 1 if worst is None else worst
         if self.sweeps > _PATIENT:
             for name, size in self.sizes.items():
+                if name == energy.graph.output or math.isfinite(sum(energy.box_of(energy.graph.by_name[name]))):
+                    continue  # states in a box cannot run away, and neither can an output that reads such states
                 grown = example_norm(self._point.values[name], energy.batch) > _GROWTH * (size + size.mean())
                 self.diverging |= bool(grown.any())
         return worst
