@@ -24,7 +24,7 @@ ARROWS = {
     "graph": "cost errors guards layout",
     "energy": "cost errors graph guards layout",
     "capture": "cost energy errors graph guards",
-    "settle": "energy errors graph",
+    "settle": "cost energy errors graph",
     "solvers": "cost energy errors graph layout settle",
     "estimators": "capture cost energy errors graph guards layout settle solvers",
     "verification": "capture cost energy errors estimators graph guards settle solvers",
