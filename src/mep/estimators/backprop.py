@@ -58,10 +58,11 @@ class Backprop:
                     raise DivergedError(f"The loss is {value}: check target and weights. Nothing was changed.")
                 found = torch.autograd.grad(loss, trained, allow_unused=True)
                 gradients = finished({p: g.to_dense() for p, g in zip(trained, found, strict=True) if g is not None})
+                estimate = Estimate.exact(loss.detach(), batch)
         except BaseException:
             buffers.undo()
             raise
-        return gradients, Estimate.exact(loss.detach(), batch)
+        return gradients, estimate
 
     def predict(self, x: Any) -> Tensor:
         """The model's output."""
