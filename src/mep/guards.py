@@ -65,7 +65,7 @@ def uninterrupted() -> Iterator[None]:
 
 
 class Noise(NamedTuple):
-    """The states of the generators; None where there is none, or where it was not asked for."""
+    """The states of the generators; None where there is none, or where it is left out."""
 
     cpu: Tensor
     cuda: Tensor | None

@@ -18,7 +18,7 @@ from mep.capture.state import check_state
 from mep.cost import BatchCost, PerExample, make_cost
 from mep.energy import Energy, GroupEnergy, Hopfield, NodeEnergy, make_node_energy
 from mep.errors import ArgumentError, DivergedError, InputError, NotConvergedError, NotConvergedWarning, warn
-from mep.estimators.checks import check_groups, check_settings, check_solver
+from mep.estimators.checks import check_groups, check_settings, check_solver, noise_undone_on_error
 from mep.estimators.compiled_step import CompiledSteps, CompileOptions
 from mep.estimators.contrast import (
     SettledPhase,
@@ -243,12 +243,8 @@ class EquilibriumPropagation:
     def predict(self, x: Any) -> Tensor:
         """The output of the free equilibrium; for the prediction energy that is `model(x)`."""
         batch = checked_batch(x)
-        noise = generators()
-        try:
+        with noise_undone_on_error():
             energy, free = self._free(self._graphs.of(x), x, batch)
-        except BaseException:
-            set_generators(noise)
-            raise
         _write(energy.context.new_buffers)
         return energy.output(free.point)
 

@@ -345,18 +345,7 @@ class Relaxed:
 
     def _arrive(self, point: Point) -> None:
         """The messages of all children at a point."""
-        arriving: dict[str, Tensor] = {}
-
-        def transmit(node: Node, force: Tensor | None) -> Tensor | None:
-            if not node.owns_state:
-                return force
-            if force is not None:
-                arriving[node.name] = force
-            s: Tensor = point.values[node.name]
-            return s
-
-        self.energy.graph.vjp(point.saved, None, transmit)
-        self._point, self.arriving = point, arriving
+        self._point, self.arriving = point, _to_parents(self.energy, point, point.values)
         self.left: State = {}
 
     def _nudged(self, pull: Tensor, s: Tensor) -> Tensor:
@@ -524,16 +513,7 @@ class Displacement:
 
     def _messages(self, delta: State) -> Messages:
         """What displacements of some states send to their children and parents."""
-        arriving: dict[str, Tensor] = {}
-
-        def transmit(node: Node, force: Tensor | None) -> Tensor | None:
-            if not node.owns_state:
-                return force
-            if force is not None:
-                arriving[node.name] = force
-            return delta.get(node.name)
-
-        self.energy.graph.vjp(self.free.saved, None, transmit)
+        arriving = _to_parents(self.energy, self.free, delta)
         tangents, dmu, inputs = self._follow(delta)
         pulls = {n: p for n in arriving.keys() | dmu.keys() if (p := _sum(dmu.get(n), arriving.get(n))) is not None}
         return Messages(pulls, arriving, tangents, dmu, inputs)
@@ -865,3 +845,18 @@ def _pattern(like: Tensor) -> Tensor:
     """Numbers of the size of a tensor's, in no particular order, and without a random number generator."""
     waves = torch.arange(like.numel(), device=like.device).mul(1.7).cos().to(like.dtype)
     return waves.view(like.shape) * (1 + like.abs())
+
+
+def _to_parents(energy: Energy, point: Point, sent: Mapping[str, Any]) -> State:
+    """`sum_c J_c^T sent[c]` over the children c, for each state at which something arrives."""
+    arriving: State = {}
+
+    def transmit(node: Node, force: Tensor | None) -> Tensor | None:
+        if not node.owns_state:
+            return force
+        if force is not None:
+            arriving[node.name] = force
+        return sent.get(node.name)
+
+    energy.graph.vjp(point.saved, None, transmit)
+    return arriving

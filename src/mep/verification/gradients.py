@@ -91,7 +91,7 @@ def try_out(case: Case) -> None:
 
 @dataclass(frozen=True)
 class Reference:
-    """Backprop's gradients, and for each the size of errors that cannot be told from rounding."""
+    """Backprop's gradients, and for each the size of errors that may be rounding."""
 
     gradients: Gradients
     rounding: dict[nn.Parameter, float]

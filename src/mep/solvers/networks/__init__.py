@@ -1,1 +1,1 @@
-"""How errors lead to errors in a graph: four answers to one question, see `network.py`."""
+"""How errors lead to errors in a graph: four implementations of one interface, see `network.py`."""
