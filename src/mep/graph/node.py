@@ -243,6 +243,8 @@ class Chain(Node):
     def __init__(self, layers: Sequence[LayerOp], **fields: Any):
         super().__init__(**fields)
         self.layers = tuple(layers)
+        self.place = next((i for i, layer in enumerate(layers) if _is_trained(layer)), len(layers) - 1)
+        """Of the operation that has the parameters."""
 
     can_replace_rows = True
 
@@ -262,7 +264,7 @@ class Chain(Node):
         return h, Saved(kept, dtypes, terms)
 
     def weighted_input(self, saved: Any) -> Tensor:
-        return saved.kept[-1]
+        return saved.kept[self.place]
 
     def vjp(self, saved: Any, force: Tensor) -> Sequence[Tensor | None]:
         for i in range(len(self.layers) - 1, -1, -1):
@@ -277,31 +279,42 @@ class Chain(Node):
     def param_vjp(self, saved: Any, force: Tensor, weight: float) -> Sequence[Tensor | None]:
         if not self.parameters:
             return ()
-        last, dtype = self.layers[-1], saved.dtypes[-1]
-        found = last.param_vjp(saved.kept[-1], force if force.dtype is dtype else force.to(dtype), weight)
+        layer, kept, dtype = self.layers[self.place], saved.kept[self.place], saved.dtypes[self.place]
+        if self.place < len(self.layers) - 1:
+            force = self._force_at_parameters(saved, force)
+        found = layer.param_vjp(kept, force if force.dtype is dtype else force.to(dtype), weight)
         gradients = []
-        for p, g in zip(last.parameters, found, strict=True):
+        for p, g in zip(layer.parameters, found, strict=True):
             if p is not None:
                 gradients.append(g)
         return gradients
 
+    def _force_at_parameters(self, saved: Any, force: Tensor) -> Tensor:
+        """A force on mu as one on the value of the operation with parameters."""
+        for i in range(len(self.layers) - 1, self.place, -1):
+            force = self.layers[i].vjp(saved.kept[i], in_dtype(force, saved.dtypes[i]))
+        return force
+
     def jvp(self, saved: Any, tangents: Sequence[Tensor | None]) -> tuple[Tensor | None, Tensor | None]:
-        t, into_last = tangents[0] if len(tangents) == 1 else _sum(tangents), None
+        t, weighted = tangents[0] if len(tangents) == 1 else _sum(tangents), None
         if t is not None:
-            for layer, kept in zip(self.layers, saved.kept, strict=True):
-                into_last, t = t, layer.jvp(kept, t)
-        return t, into_last if self.parameters else None
+            for i, layer in enumerate(self.layers):
+                if i == self.place:
+                    weighted = t
+                t = layer.jvp(saved.kept[i], t)
+        return t, weighted if self.parameters else None
 
     def param_vjp_along(self, saved: Any, tangent: Any, force: Tensor, weight: float) -> Sequence[Tensor | None]:
         """A bilinear form of weighted input and force: that of the tangent; biases have no part in it."""
-        last, dtype = self.layers[-1], saved.dtypes[-1]
-        found = last.param_vjp(tangent, force if force.dtype is dtype else force.to(dtype), weight)
-        pairs = zip(last.parameters, found, strict=True)
+        layer, dtype = self.layers[self.place], saved.dtypes[self.place]
+        found = layer.param_vjp(tangent, in_dtype(self._force_at_parameters(saved, force), dtype), weight)
+        pairs = zip(layer.parameters, found, strict=True)
         return [g if i == 0 else None for i, (p, g) in enumerate(pairs) if p is not None]
 
     def moved(self, saved: Any, tangent: Tensor, beta: Beta) -> Any:
-        moved = state_from_error(saved.kept[-1], tangent, beta)
-        return Saved([*saved.kept[:-1], moved], saved.dtypes, saved.terms)
+        kept = list(saved.kept)
+        kept[self.place] = state_from_error(kept[self.place], tangent, beta)
+        return Saved(kept, saved.dtypes, saved.terms)
 
     def rows(self, saved: Any, index: Tensor) -> Any:
         kept = [layer.rows(own, index) for layer, own in zip(self.layers, saved.kept, strict=True)]
@@ -317,7 +330,7 @@ def make_node(program: Sequence[Op], parents: Sequence[str], op: str, **fields: 
     layers = _layers(program, parents, fields["name"]) if last is program[-1] and not fields["writes"] else None
     if layers is None:
         return AutogradNode(weighted=weighted if last is program[-1] else None, **fields)
-    fields["parameters"] = tuple(p for p in layers[-1].parameters if isinstance(p, nn.Parameter)) if layers else ()
+    fields["parameters"] = tuple(p for layer in layers for p in layer.parameters if isinstance(p, nn.Parameter))
     return Chain(layers, weighted=weighted if layers and layers[-1].parameters else None, **fields)
 
 
@@ -335,11 +348,16 @@ def _layers(program: Sequence[Op], parents: Sequence[str], name: str) -> list[La
     layers: list[LayerOp] = []
     for op in operations:
         layer = layer_op_of(op, (name, op.name))
-        if layer is None or _read(op) != [previous] or (layers and layers[-1].parameters):
-            return None  # parameters are read by the last operation alone
+        if layer is None or _read(op) != [previous] or (_is_trained(layer) and any(map(_is_trained, layers))):
+            return None  # one operation has the parameters
         layers.append(layer)
         previous = op.name
     return _pooled_early(layers)
+
+
+def _is_trained(layer: LayerOp) -> bool:
+    """Whether an operation has parameters of the model."""
+    return any(isinstance(p, nn.Parameter) for p in layer.parameters)
 
 
 def _read(op: Op) -> list[str]:

@@ -36,14 +36,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any
 from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
 
 from mep.cost import BatchCost, SquaredError
-from mep.energy import FREE, Energy, Hopfield, NodeEnergy, State, example_dot, example_norm
+from mep.energy import FREE, Energy, Hopfield, NodeEnergy, State, example_norm
 from mep.errors import ArgumentError, require
 from mep.graph import Graph, Point
 from mep.graph.node import Beta, Node, expand_beta
@@ -68,8 +68,6 @@ _PATIENT = 8
 """After so many sweeps it is looked for runaways, and for residuals that do not fall any more."""
 _WINNERS_MOVE = 6
 """Sweeps of a free phase after which held winners of max pooling stay: two that push each other down alternate."""
-_STRONG = 0.75
-"""From this coupling on conjugate gradients need fewer sweeps than relaxation does."""
 _MEASURED_EVERY = 16
 """So many batches have one measurement of their boxes and coupling, which costs as much as a few sweeps."""
 _POWER_ITERATIONS = 6
@@ -166,7 +164,7 @@ class Relaxation(Solver):
         """The forward pass, or the free equilibrium without any displacement."""
         self.memory.of(energy.graph)
         if energy.nudge is not None and has_constant_jacobians(energy, point):
-            nudged = self._displacement(energy, point)
+            nudged = Displacement(energy, point)
             nudged.due = self.memory.nudged_from
             return Iterate(nudged.ones, point, exact=False, state=nudged)
         states = Relaxed(energy, point, start.cost, self.memory)
@@ -174,32 +172,18 @@ class Relaxation(Solver):
         measured = energy.nudge is not None or self.memory.free_from == 0 or not self.adaptive
         return Iterate(states.residual() if measured else states.ones, states.point, exact=measured, state=states)
 
-    def _displacement(self, energy: Energy, free: Point) -> Displacement:
-        """By conjugate gradients where that pays: strong couplings between two colours of layers, held faces."""
-        colours = None
-        if self.omega is None and energy.context.freeze_branches and self.memory.strongest > _STRONG:
-            colours = two_colours(energy.graph)
-        if colours is not None:
-            return ConjugateGradients(energy, free, colours, self.tol)
-        return Displacement(energy, free)
-
     def step(self, energy: Energy, iterate: Iterate, active: Tensor | None) -> Iterate:
         """One sweep over all layers."""
         current: Displacement | Relaxed = iterate.state
         omega = self.factor
         current.sweep(omega)
-        conjugate = isinstance(current, ConjugateGradients)  # these have residuals at hand
-        due = conjugate or current.sweeps >= current.due or not self.adaptive or self.patience > 1
+        due = current.sweeps >= current.due or not self.adaptive or self.patience > 1
         residual = current.residual() if due else current.ones
         stuck = False
         if due:
             current.due = current.sweeps + self._until_settled(float(residual.max()), omega)
-            # Between two completions conjugate gradients know the residual of a parabola only.
-            judged = not isinstance(current, ConjugateGradients) or current.is_complete
-            stuck = (
-                judged and current.sweeps > _PATIENT and self.adaptive and _is_stuck(current.totals, residual, self.tol)
-            )
-            stuck |= isinstance(current, ConjugateGradients) and current.has_nothing_left(residual)
+            is_late = current.sweeps > _PATIENT and self.adaptive
+            stuck = is_late and _is_stuck(current.totals, residual, self.tol)
             stuck |= not current.has_minimum
         return Iterate(residual, current.point, diverging=current.diverging, exact=due, stuck=stuck, state=current)
 
@@ -213,8 +197,6 @@ class Relaxation(Solver):
         """With the exact residual; what the next batch begins with is noted."""
         current: Displacement | Relaxed = iterate.state
         residual = iterate.residual if iterate.exact else current.residual()
-        if isinstance(current, ConjugateGradients):
-            residual = current.completed()
         if isinstance(current, Displacement):
             residual = current.bounded(residual, self.tol)
         if self.adaptive:
@@ -501,22 +483,17 @@ class Displacement:
         v, batch, largest = dict(self.delta), self.energy.batch, self.ones
         for _ in range(_POWER_ITERATIONS):
             size = _size(v, batch)
-            pulls = self._messages({n: t / per_example(size, t).to(t.dtype) for n, t in v.items()}).pulls
+            unit = {n: t / per_example(size, t).to(t.dtype) for n, t in v.items()}
+            arriving, (_, dmu, _) = _to_parents(self.energy, self.free, unit), self._follow(unit)
             v = {}
-            for name, pull in pulls.items():
-                low, high = self.energy.box_of(self.energy.graph.by_name[name])
-                v[name] = aten.hardtanh_backward(pull, self.free.values[name], low, high)
+            for node in self.energy.graph.states:
+                if (pull := _sum(dmu.get(node.name), arriving.get(node.name))) is not None:
+                    low, high = self.energy.box_of(node)
+                    v[node.name] = aten.hardtanh_backward(pull, self.free.values[node.name], low, high)
             if not v:
                 return 0.0
             largest = _size(v, batch)
         return float(largest.nan_to_num(0.0).max())
-
-    def _messages(self, delta: State) -> Messages:
-        """What displacements of some states send to their children and parents."""
-        arriving = _to_parents(self.energy, self.free, delta)
-        tangents, dmu, inputs = self._follow(delta)
-        pulls = {n: p for n in arriving.keys() | dmu.keys() if (p := _sum(dmu.get(n), arriving.get(n))) is not None}
-        return Messages(pulls, arriving, tangents, dmu, inputs)
 
     def _move(self) -> None:
         """How far all that follows moves with the displacements."""
@@ -575,182 +552,13 @@ class Displacement:
         now = torch.stack([self.sizes[name] for name in self.first]).norm(dim=0)
         grown = ~(now <= limit * _size(self.first, self.energy.batch))
         grown = grown if among is None else grown & among
-        return self.give_up(grown, residual) if grown.any() else residual
-
-    def give_up(self, which: Tensor, residual: Tensor) -> Tensor:
-        """Take some examples back to the displacements of the first sweep: they have not settled."""
+        if not grown.any():
+            return residual
         for name, first in self.first.items():
-            self.delta[name] = torch.where(per_example(which, first), first, self.delta[name])
+            self.delta[name] = torch.where(per_example(grown, first), first, self.delta[name])
         self._move()
         self.gradient = self.cost.gradient(self._output(self.delta[self.energy.graph.output]))
-        return residual.masked_fill(which, 1.0)
-
-
-class Messages(NamedTuple):
-    """What arrives at states: all of it, `pulls`, from children, `arriving`, and from parents, `dmu`; see above."""
-
-    pulls: State
-    arriving: State
-    tangents: State
-    dmu: State
-    inputs: dict[str, Any]
-
-
-class ConjugateGradients(Displacement):
-    """The same displacements by conjugate gradients (Hestenes and Stiefel), each example with its own steps.
-
-    Layers have two colours, and neighbours different ones. With the black ones at their minimum given the red ones x,
-
-        A x = b,        A = D - W_rb D_b^-1 W_br,        r = b - A x
-
-    is symmetric, and `r` is the residual of the red layers, that of the black ones being 0. D is 1, at the output
-    1 + beta C''; what the cost's gradient is off that line is put into b when r has become small, and settled again.
-    Where `<p, A p>` is not positive the curvature is negative: there is no minimum, and the example is given up.
-    """
-
-    def __init__(self, energy: Energy, free: Point, colours: tuple[frozenset[str], frozenset[str]], tol: float):
-        super().__init__(energy, free)
-        sizes = [sum(free.values[name].numel() for name in colour) for colour in colours]
-        self.red = colours[0] if sizes[0] <= sizes[1] else colours[1]
-        self.tol, self.is_complete = tol, False
-        self.x: State = {}
-        self.r: State = {}
-        self.p: State = {}
-        self.rr = self.ones
-        self.indefinite = torch.zeros_like(self.ones, dtype=torch.bool)
-
-    def sweep(self, omega: float) -> None:
-        if self.sweeps == 0:
-            super().sweep(1.0)
-            self.first = dict(self.delta)
-            self._begin()
-            return
-        self.sweeps += 1
-        if self.is_complete:  # settled but for the cost, which is no parabola
-            self._begin()
-        self.is_complete = False
-        # A p: the black layers follow, and pull on the red ones
-        black = self._minimum(self._messages(self.p).pulls, black=True)
-        pulls = self._minimum(self._messages(black).pulls, black=False)
-        Ap = {n: p * self._diagonal(n) - pulls[n] if n in pulls else p * self._diagonal(n) for n, p in self.p.items()}
-        curvature = self._dot(self.p, Ap)
-        self.indefinite |= (curvature <= 0) & (self.rr > 0)
-        step = torch.where(curvature > 0, self.rr / curvature, 0)
-        before = self.rr
-        for name, p in self.p.items():
-            along = per_example(step, p).to(p.dtype)
-            self.x[name] = torch.addcmul(self.x[name], p, along)
-            self.r[name] = torch.addcmul(self.r[name], Ap[name], along, value=-1)
-        self.rr = self._dot(self.r, self.r)
-        ratio = torch.where(before > 0, self.rr / before, 0)
-        self.p = {n: torch.addcmul(self.r[n], p, per_example(ratio, p).to(p.dtype)) for n, p in self.p.items()}
-
-    def residual(self) -> Tensor:
-        """Of the red layers, as long as one of them has not settled; then of all."""
-        worst = None
-        for name, r in self.r.items():
-            size = example_norm(self.x[name], self.energy.batch)
-            found = example_norm(r, self.energy.batch)
-            if (left := self.left.get(name)) is not None:
-                found, size = found + left, size + left
-            found = found / size.add_(torch.finfo(size.dtype).tiny)
-            worst = found if worst is None else torch.maximum(worst, found)
-        worst = self.ones if worst is None else worst.masked_fill(self.indefinite, 1.0)
-        return self.completed() if self.has_nothing_left(worst) else worst
-
-    def has_nothing_left(self, residual: Tensor) -> bool:
-        """Whether all examples that have not settled were given up."""
-        return bool((self.indefinite | (residual <= self.tol)).all())
-
-    def completed(self) -> Tensor:
-        """The black layers follow the red ones for good; the residuals of all."""
-        if not self.is_complete and self.sweeps:
-            to_black = self._messages(self.x)
-            black = self._minimum(to_black.pulls, black=True, with_cost=True)
-            to_red = self._messages(black)
-            self.delta = {**self.delta, **self.x, **black}
-            self.arriving = {**to_black.arriving, **to_red.arriving}
-            self.tangents = {**to_black.tangents, **to_red.tangents}
-            self.dmu = {**to_black.dmu, **to_red.dmu}
-            self.inputs = {n: to_red.inputs.get(n) if h is None else h for n, h in to_black.inputs.items()}
-            self.gradient = self.cost.gradient(self._output(self.delta[self.energy.graph.output]))
-            self.is_complete = True
-        residual = super().residual()
-        if self.indefinite.any():
-            residual = self.give_up(self.indefinite, residual)
-        return self.without_runaways(residual, _RUNAWAY) if self.first else residual
-
-    def _begin(self) -> None:
-        """From the displacements so far: the black layers at their minimum, and the residual of the red ones."""
-        output, delta = self.energy.graph.output, self.delta
-        # The cost's gradient on a line: what it is without D's part.
-        self.constant = self.gradient - self.curvature * delta[output]
-        self.x = {n: d for n, d in delta.items() if n in self.red}
-        pulls = {n: p for n in delta if (p := _sum(self.dmu.get(n), self.arriving.get(n))) is not None}
-        black = self._minimum(pulls, black=True, with_cost=True)
-        pulls = self._minimum(self._messages(black).pulls, black=False, with_cost=True)
-        self.r = {}
-        for name, x in self.x.items():
-            ax = x * self._diagonal(name)
-            self.r[name] = pulls[name] - ax if name in pulls else -ax
-        self.p = dict(self.r)
-        self.rr = self._dot(self.r, self.r)
-
-    def _minimum(self, pulls: State, black: bool, with_cost: bool = False) -> State:
-        """What layers of one colour are drawn to; the black ones go there, so D is divided out."""
-        found, output = {}, self.energy.graph.output
-        for name in self.delta:
-            if (name in self.red) == black:
-                continue
-            pull = pulls.get(name)
-            if with_cost and name == output:
-                pull = -self.constant if pull is None else pull - self.constant
-            if pull is not None:
-                pull = self._hold(self.energy.graph.by_name[name], pull)
-                found[name] = pull / self._diagonal(name) if black and name == output else pull
-        return found
-
-    def _diagonal(self, name: str) -> Beta:
-        return 1 + self.curvature if name == self.energy.graph.output else 1.0
-
-    def _dot(self, a: State, b: State) -> Tensor:
-        products = [example_dot(t, b[name], self.energy.batch) for name, t in a.items()]
-        return products[0] if len(products) == 1 else torch.stack(products).sum(0)
-
-
-_COLOURS: WeakKeyDictionary[Graph, tuple[frozenset[str], frozenset[str]] | None] = WeakKeyDictionary()
-
-
-def two_colours(graph: Graph) -> tuple[frozenset[str], frozenset[str]] | None:
-    """The states in two parts such that none reads one of its own; None if there are no two such parts."""
-    if graph not in _COLOURS:
-        _COLOURS[graph] = _coloured(graph)
-    return _COLOURS[graph]
-
-
-def _coloured(graph: Graph) -> tuple[frozenset[str], frozenset[str]] | None:
-    above: dict[str, set[str]] = {}  # node -> the states that its value depends on, not beyond them
-    neighbours: dict[str, set[str]] = {node.name: set() for node in graph.states}
-    for node in graph.nodes:
-        read: set[str] = set().union(*(above.get(p, set()) for p in node.parents))
-        above[node.name] = {node.name} if node.owns_state else read
-        if node.owns_state:
-            for other in read:
-                neighbours[node.name].add(other)
-                neighbours[other].add(node.name)
-    colour: dict[str, bool] = {}
-    for root in neighbours:
-        waiting = [(root, True)] if root not in colour else []
-        while waiting:
-            name, wanted = waiting.pop()
-            if name in colour:
-                if colour[name] is not wanted:
-                    return None
-                continue
-            colour[name] = wanted
-            waiting += [(other, not wanted) for other in neighbours[name]]
-    parts = (frozenset(n for n, c in colour.items() if c), frozenset(n for n, c in colour.items() if not c))
-    return parts if all(parts) else None
+        return residual.masked_fill(grown, 1.0)
 
 
 class Displaced(Point):
