@@ -213,9 +213,9 @@ def main() -> int:
         return 0
     with tempfile.TemporaryDirectory() as folder:
         copy_project(Path(folder))
-        for tests in sorted({" ".join(tests_of(m.file)) for m in chosen}):
-            if run(tests.split(), Path(folder), given.seconds) != SURVIVED:
-                print(f"These tests fail, or take more than {given.seconds:g} s, without any change: {tests}")
+        for test in sorted({test for m in chosen for test in tests_of(m.file)}):
+            if run([test], Path(folder), given.seconds) != SURVIVED:
+                print(f"{test} fails, or takes more than {given.seconds:g} s, without any change.")
                 return 2
         found = [judged(m, Path(folder), given.seconds) for m in chosen]
     left = [m for m, said in zip(chosen, found, strict=True) if said == SURVIVED]

@@ -681,7 +681,14 @@ def test_nothing_is_collected_for_nobody(monkeypatch):
         estimator(net, print)(x, y)
 
 
-@pytest.mark.parametrize("given", [{"observe": 3}, {"observe": print, "energy": "hopfield"}])
+class Lateral(mep.GroupEnergy):
+    nodes = ("",)
+
+    def energy(self, s):
+        return s.square().sum(1)
+
+
+@pytest.mark.parametrize("given", [{"observe": 3}, {"observe": print, "groups": [Lateral()]}])
 def test_observer_that_cannot_be_is_refused(given):
     with pytest.raises(mep.ArgumentError, match="observe"):
-        mep.EquilibriumPropagation(nn.Linear(2, 2), **given)
+        mep.EquilibriumPropagation(nn.Linear(2, 2), solver=mep.Descent(), **given)

@@ -442,3 +442,49 @@ def test_negative_curvature_is_given_up():
     assert found.result is not Result.CONVERGED
     sizes = [float(d.norm()) for d in found.point.displacement.delta.values()]
     assert max(sizes) < 1e3 * torch.cat([g.flatten() for g in sound]).norm()
+
+
+def rows_of_layers(model, x, y, **given):
+    """What a natural gradient observes, and the gradient of the same step."""
+    seen = []
+    ep = mep.EquilibriumPropagation(model, "one_hot_mse", energy="hopfield", observe=seen.extend, **given)
+    gradients, estimate = ep.gradients(x, y)
+    assert estimate.converged
+    return seen, gradients
+
+
+@pytest.mark.parametrize("given", [{"solver": TIGHT}, {"solver": TIGHT, "phases": "centered"}, {"solver": mep.Descent(
+    settle_steps=3000, settle_lr=0.3, tol=1e-9, adaptive=True), "beta": 0.01}])  # fmt: skip
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: mlp(lambda: nn.Hardtanh(0.0, 1.0), 36, 8, 7, 3),
+        convolution(
+            lambda: nn.Conv2d(1, 4, 3), lambda: nn.MaxPool2d(2), nn.ReLU6, nn.Flatten, lambda: nn.Linear(16, 3)
+        ),
+    ],
+)
+def test_a_layer_on_the_input_is_observed_as_its_gradient(make, given):
+    """Its input does not move, so that errors and inputs make the whole gradient; of one phase, or of two."""
+    torch.manual_seed(0)
+    model, x, y = make().double(), torch.rand(5, 36).double(), torch.tensor([0, 1, 2, 0, 1])
+    seen, gradients = rows_of_layers(model, x, y, **given)
+    first = next(p for p in model.parameters() if p.ndim > 1)
+    layer = next(layer for layer in seen if layer.weight is first)
+    inputs, errors = layer.rows()
+    whole = (errors.T @ inputs / layer.examples).view_as(first)
+    assert len(seen) == sum(p.ndim > 1 for p in model.parameters())
+    assert distance({first: whole}, {first: gradients[first]}) < 1e-6
+
+
+@pytest.mark.parametrize("preset", ["eqprop", "smep", "smep_fast", "sdmep", "natural_ep"])
+def test_presets_train_with_nothing_else_given(preset):
+    torch.manual_seed(0)
+    x, y = torch.rand(256, 20), torch.arange(256) % 4
+    x[torch.arange(256), y] += 1.0
+    net = nn.Sequential(nn.Linear(20, 32), nn.Hardtanh(0, 1), nn.Linear(32, 4))
+    opt = getattr(mep, preset)(net.parameters(), model=net, energy="hopfield")
+    for i in range(120):
+        rows = torch.arange(32 * i, 32 * i + 32) % 256
+        opt.step(x=x[rows], target=y[rows])
+    assert opt.last.converged and opt.predict(x).argmax(1).eq(y).float().mean() > 0.9

@@ -296,6 +296,15 @@ class Energy:
             name: dmu(point.values[name], mu) / expand_beta(self.beta, mu) for name, mu in point.predictions.items()
         }
 
+    def displacements(self, point: Point) -> State:
+        """How far the nudge has moved every state from where the free phase ended, over beta: `(s - s_free) / beta`."""
+        if point.displacement is not None:
+            moved, states = point.displacement.delta, self.state(point)
+            return {name: moved[name] if name in moved else torch.zeros_like(s) for name, s in states.items()}
+        assert self.nudge is not None and self.nudge.free is not None
+        free = self.nudge.free
+        return {name: (s - free[name].state) / expand_beta(self.beta, s) for name, s in self.state(point).items()}
+
     def state(self, point: Point) -> State:
         """The states of a point."""
         return {n.name: point.values[n.name] for n in self.graph.states}

@@ -12,8 +12,8 @@ these arguments:
 
 With `energy="hopfield"` and no `settle_lr` the states settle by `mep.Relaxation`, whose iterations are sweeps, too.
 Large weights give such a network several equilibria, and cross entropy is never done with enlarging them: `cost` is
-then "one_hot_mse" by default (the squared error; class labels stand for one-hot vectors), and `eqprop` has another `lr`
-and `momentum`, see `HOPFIELD_DEFAULTS`.
+then "one_hot_mse" by default (the squared error; class labels stand for one-hot vectors), and presets have another
+`lr`, see `HOPFIELD_DEFAULTS`.
 """
 
 from __future__ import annotations
@@ -72,7 +72,11 @@ _DEFAULTS: dict[str, Any] = {
     "leaves": (), "groups": (), "settle_steps": None, "settle_lr": None, "adaptive": None, "tol": 1e-2, "patience": 1,
     "on_unsettled": "warn", "proof": "amortised", "compile": False, "checkpoint": False, "low_memory": False,
 }  # fmt: skip
-HOPFIELD_DEFAULTS: dict[str, dict[str, Any]] = {"eqprop": {"lr": 0.2, "momentum": 0.5}}
+HOPFIELD_DEFAULTS: dict[str, dict[str, Any]] = {
+    "eqprop": {"lr": 0.2, "momentum": 0.5},
+    "natural_ep": {"lr": 0.01},
+    **{name: {"lr": 0.005} for name in ("smep", "smep_fast", "sdmep", "O1MemoryEPv2")},
+}
 """What a preset has instead of its defaults with `energy="hopfield"`, beside the cost "one_hot_mse"."""
 _REMOVED = {"strength": "No nudge is weakened any more: beta is used as given. beta=None chooses one for each example."}
 
@@ -277,7 +281,7 @@ def O1MemoryEPv2(
     return EPOptimizer(estimator, update, [_bound(gamma, model)], settling["low_memory"])
 
 
-@_settles("energy", "groups", "checkpoint", "low_memory")
+@_settles("groups", "checkpoint", "low_memory")
 def natural_ep(
     params: ParamsT,
     model: nn.Module,
@@ -299,7 +303,7 @@ def natural_ep(
     """Natural-gradient EP: equilibrium propagation, and natural gradient with the Fisher matrix of the settled states.
 
     The Kronecker factors of the Fisher matrix are computed from the input and the error of every layer, which settling
-    has computed already, so they need no backward pass. The energy is always "prediction".
+    has computed already, so they need no backward pass.
 
     Args:
         params: the parameters to train, or groups of them; they must be the model's.
@@ -307,7 +311,7 @@ def natural_ep(
         lr, momentum, weight_decay, nesterov, damping, kl_clip, decay, factors_every, inverse_every, rank,
             use_diagonal_fisher, orthogonalise: as in `mep.NaturalGradient`. Weight decay is 0.02 by default, because
             natural-gradient steps overfit small data quickly.
-        cost, beta, phases, branches, leaves, compile, proof: as in `mep.EquilibriumPropagation`.
+        cost, beta, energy, phases, branches, leaves, compile, proof: as in `mep.EquilibriumPropagation`.
         settle_steps, settle_lr, adaptive, tol, patience, on_unsettled: how the states settle, see `mep.presets`.
 
     Example:

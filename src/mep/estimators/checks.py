@@ -74,8 +74,8 @@ def _check_values(ep: Any) -> None:
             f"{_CALL}(groups=..., solver={ep.solver}): {type(ep.solver).__name__} does not settle energies of groups. "
             "Use solver=mep.Descent(...)."
         )
-    if ep.observe is not None and (ep.groups or not ep.node_energy.is_forward):
-        raise ArgumentError(f"{_CALL}(observe=...): energy={ep.node_energy.name!r} has no errors to observe.")
+    if ep.observe is not None and ep.groups:
+        raise ArgumentError(f"{_CALL}(observe=..., groups=...): leave out one of the two.")
     ep.solver.check(ep.node_energy)
 
 

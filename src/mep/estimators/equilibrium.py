@@ -67,8 +67,7 @@ class EquilibriumPropagation:
             sought; "exact" seeks the equilibrium of the nonsmooth energy itself.
         leaves: modules to keep whole, see `mep.trace`.
         diagnostics: also report the fraction of units that left their branch; one more forward walk a phase.
-        observe: called with the layers of every batch whose estimate is good, for `NaturalGradient.observe`; only for
-            energies whose free equilibrium is the forward pass.
+        observe: called with the layers of every batch whose estimate is good, for `NaturalGradient.observe`.
         on_unsettled: what to do where some example has not settled in the steps given: "warn" (once, with the way out),
             "raise" a NotConvergedError before anything is written, or "ignore". The estimate is the same, and says
             which examples. A solver that runs a fixed number of steps, `adaptive=False`, is not warned of.

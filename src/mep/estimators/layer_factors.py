@@ -7,7 +7,10 @@ pass. For beta -> 0, delta is the derivative of each example's cost with respect
 sequence are rows of their own, and so are those of a convolution, whose input is unfolded into patches (Grosse and
 Martens 2016, "KFC", https://arxiv.org/abs/1602.01407). The uses of a shared weight follow one another.
 
-A weight has rows if its only uses are linear layers and ungrouped convolutions that end a node of their own.
+In a Hopfield network delta is how far the nudge has moved the layer's state, with the other sign: (s_free - s) / beta.
+There the gradient has a second part, of how far the layer's input has moved, which is left out of the factors.
+
+A weight has rows if its only uses are linear layers and ungrouped convolutions, each the only ones of their node.
 """
 
 from __future__ import annotations
@@ -58,7 +61,11 @@ def layer_statistics(phases: Iterable[tuple[Energy, Settled | Iterate]]) -> list
     examples = 0
     for energy, settled in phases:
         examples += energy.batch
-        errors = energy.errors(settled.point) if settled.errors is None else settled.errors
+        errors = settled.errors
+        if errors is None and energy.is_forward:
+            errors = energy.errors(settled.point)
+        elif errors is None:
+            errors = {name: -moved for name, moved in energy.displacements(settled.point).items()}
         for node in energy.graph.states:
             step: Any = node.weighted
             extra = set(node.parameters) - set(step.parameters if step else ())
@@ -68,9 +75,9 @@ def layer_statistics(phases: Iterable[tuple[Energy, Settled | Iterate]]) -> list
             weight, bias = step.weight, step.bias
             beside[weight].add(bias)
             beside[bias].add(weight)
-            inputs = node.weighted_input(settled.point.saved[node.name])
+            saved = settled.point.saved[node.name]
             layer = layers.setdefault(weight, LayerStatistics(weight, bias))
-            layer.uses.append((step, inputs, errors[node.name]))
+            layer.uses.append((step, node.weighted_input(saved), node.weighted_error(saved, errors[node.name])))
     for layer in layers.values():
         layer.examples = examples
         bias = layer.bias

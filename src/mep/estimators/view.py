@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from mep.energy import Energy
@@ -14,7 +13,7 @@ from mep.errors import ArgumentError
 from mep.estimators.contrast import SettledPhase
 from mep.estimators.estimate import Estimate
 from mep.graph import Point
-from mep.graph.node import Node, expand_beta
+from mep.graph.node import Node
 from mep.settle import Iterate, Settled
 
 if TYPE_CHECKING:
@@ -134,13 +133,10 @@ def _phase(energy: Energy, settled: Settled, multiple: float, course: Sequence[R
     states = energy.state(point)
     if energy.nudge is None:
         errors: Mapping[str, Tensor] = {name: mu.new_zeros(mu.shape) for name, mu in point.predictions.items()}
+    elif energy.nudge.free:
+        errors = energy.displacements(point)
     else:
         errors = energy.errors(point) if settled.errors is None else settled.errors
-        if point.displacement is not None:
-            errors = {name: point.displacement.delta.get(name, torch.zeros_like(s)) for name, s in states.items()}
-        elif energy.nudge.free:
-            moved = {name: s - energy.nudge.free[name].state for name, s in states.items()}
-            errors = {name: s / expand_beta(energy.beta, s) for name, s in moved.items()}
     energies = {
         name: energy.node_energy.energy(states[name], mu).reshape(energy.batch, -1).sum(1)
         for name, mu in point.predictions.items()

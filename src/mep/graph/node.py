@@ -38,8 +38,8 @@ class Node:
     `program` are the operations from the `parents` to the prediction, which is the value of `op`. `flows[i]` says
     whether a force may reach parent i (an input is clamped). `writes` are buffers of the model with the values, of this
     program, that they are to have. `box` bounds the state of a Hopfield node. `weighted` is the linear layer or
-    convolution that the program ends in, if it does. A junction owns no state: the sum of the forces of its children is
-    its own force on its parents.
+    convolution that has the node's parameters, where that is known. A junction owns no state: the sum of the forces of
+    its children is its own force on its parents.
     """
 
     name: str
@@ -74,9 +74,18 @@ class Node:
         """Whether J is constant while the branches are held, as far as is known."""
         return False
 
+    @property
+    def ends_in_weighted(self) -> bool:
+        """Whether the prediction is what `weighted` returns."""
+        return self.weighted is not None
+
     def weighted_input(self, saved: Any) -> Tensor:
         """What `weighted` was applied to."""
         raise NotImplementedError
+
+    def weighted_error(self, saved: Any, error: Tensor) -> Tensor:
+        """An error of the prediction as one of what `weighted` returned."""
+        return error
 
     def predict(self, parents: Sequence[Any], context: StepContext) -> tuple[Tensor, Any]:
         """mu and whatever `vjp` and `param_vjp` need."""
@@ -263,8 +272,17 @@ class Chain(Node):
             dtypes.append(h.dtype)
         return h, Saved(kept, dtypes, terms)
 
+    @property
+    def ends_in_weighted(self) -> bool:
+        return self.weighted is not None and self.place == len(self.layers) - 1
+
     def weighted_input(self, saved: Any) -> Tensor:
         return saved.kept[self.place]
+
+    def weighted_error(self, saved: Any, error: Tensor) -> Tensor:
+        for i in range(len(self.layers) - 1, self.place, -1):
+            error = self.layers[i].vjp(saved.kept[i], in_dtype(error, saved.dtypes[i]))
+        return error
 
     def vjp(self, saved: Any, force: Tensor) -> Sequence[Tensor | None]:
         for i in range(len(self.layers) - 1, -1, -1):
@@ -281,19 +299,13 @@ class Chain(Node):
             return ()
         layer, kept, dtype = self.layers[self.place], saved.kept[self.place], saved.dtypes[self.place]
         if self.place < len(self.layers) - 1:
-            force = self._force_at_parameters(saved, force)
+            force = self.weighted_error(saved, force)
         found = layer.param_vjp(kept, force if force.dtype is dtype else force.to(dtype), weight)
         gradients = []
         for p, g in zip(layer.parameters, found, strict=True):
             if p is not None:
                 gradients.append(g)
         return gradients
-
-    def _force_at_parameters(self, saved: Any, force: Tensor) -> Tensor:
-        """A force on mu as one on the value of the operation with parameters."""
-        for i in range(len(self.layers) - 1, self.place, -1):
-            force = self.layers[i].vjp(saved.kept[i], in_dtype(force, saved.dtypes[i]))
-        return force
 
     def jvp(self, saved: Any, tangents: Sequence[Tensor | None]) -> tuple[Tensor | None, Tensor | None]:
         t, weighted = tangents[0] if len(tangents) == 1 else _sum(tangents), None
@@ -307,7 +319,7 @@ class Chain(Node):
     def param_vjp_along(self, saved: Any, tangent: Any, force: Tensor, weight: float) -> Sequence[Tensor | None]:
         """A bilinear form of weighted input and force: that of the tangent; biases have no part in it."""
         layer, dtype = self.layers[self.place], saved.dtypes[self.place]
-        found = layer.param_vjp(tangent, in_dtype(self._force_at_parameters(saved, force), dtype), weight)
+        found = layer.param_vjp(tangent, in_dtype(self.weighted_error(saved, force), dtype), weight)
         pairs = zip(layer.parameters, found, strict=True)
         return [g if i == 0 else None for i, (p, g) in enumerate(pairs) if p is not None]
 
@@ -325,13 +337,13 @@ class Chain(Node):
 def make_node(program: Sequence[Op], parents: Sequence[str], op: str, **fields: Any) -> Node:
     """The closed form where there is one, the local autograd graph elsewhere."""
     last = next(o for o in program if o.name == op)
-    weighted = weighted_op(last)
     fields |= {"program": tuple(program), "parents": tuple(parents), "op": op}
     layers = _layers(program, parents, fields["name"]) if last is program[-1] and not fields["writes"] else None
     if layers is None:
-        return AutogradNode(weighted=weighted if last is program[-1] else None, **fields)
+        return AutogradNode(weighted=weighted_op(last) if last is program[-1] else None, **fields)
     fields["parameters"] = tuple(p for layer in layers for p in layer.parameters if isinstance(p, nn.Parameter))
-    return Chain(layers, weighted=weighted if layers and layers[-1].parameters else None, **fields)
+    heavy = [layer for layer in layers if isinstance(layer, WeightedOp) and layer.parameters[0] is not None]
+    return Chain(layers, weighted=heavy[0] if heavy else None, **fields)
 
 
 def _layers(program: Sequence[Op], parents: Sequence[str], name: str) -> list[LayerOp] | None:

@@ -134,7 +134,7 @@ def self_gains(graph: Graph, free: Point) -> dict[str, Tensor | float]:
         below = sum(moves.get(p, 0.0) for p in node.parents)
         if node.clamped:
             gains[node.name] = 0.0
-        elif node.weighted is not None and node.weighted.has_rows:
+        elif node.weighted is not None and node.ends_in_weighted and node.weighted.has_rows:
             weight = node.weighted.weight.detach()
             squares = below * weight.flatten(1).square().sum(1)
             gains[node.name] = squares.view(-1, *[1] * (weight.ndim - 2))
