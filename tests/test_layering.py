@@ -34,7 +34,7 @@ ARROWS = {
     "__init__": "capture cost energy errors estimators optimizer presets settle solvers updates verification",
     "runs": "__init__ errors presets",
     "lab": "__init__ errors estimators guards runs settle verification",
-    "cli": "__init__ errors lab runs verification",
+    "cli": "__init__ errors lab runs",
     "__main__": "cli",
 }
 # Packages that only these units may import. Everyone may import the standard library and torch, and nothing else.
@@ -49,7 +49,7 @@ RESERVED = {
     "mlxtend": ("runs",),
     "typer": ("lab", "cli"),
     "rich": ("runs", "lab", "cli"),
-    "matplotlib": ("runs", "cli", "estimators"),
+    "matplotlib": ("runs", "lab", "estimators"),
     "shared": (),
 }
 EVERYWHERE = {"torch", *sys.stdlib_module_names}

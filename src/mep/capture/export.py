@@ -124,7 +124,7 @@ def export(
 
 
 def check_leaves(model: nn.Module, leaves: Leaves, call: str = "trace") -> None:
-    """Refuse leaves that are no modules of the model; `call` is what was asked for it."""
+    """Refuse leaves that are no modules of the model; `call` is named in the message."""
 
     def are_named(given: Any) -> bool:
         return isinstance(given, (tuple, list, set)) and all(isinstance(leaf, (type, str)) for leaf in given)

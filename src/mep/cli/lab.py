@@ -13,8 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mep.cli import verify
-from mep.lab import bench, profile, speed, study
+from mep.lab import bench, profile, speed, study, verify
 from mep.runs import records, report
 
 # The modules that write records, each with the kind of its own: `show` prints their tables, `draw` their picture.

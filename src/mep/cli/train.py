@@ -37,7 +37,7 @@ class Settings:
     model: str = "mlp"  # 784-128-64-10, the model of the benchmarks
     preset: str = "smep"  # equilibrium propagation with the update that suits it
     batch_size: int = 256  # that of the benchmarks
-    seed: int = 0  # any, but fixed: two runs are alike unless asked otherwise
+    seed: int = 0  # any, but fixed: two runs with the same options are alike
     device: str = "auto"  # the GPU where there is one
     threads: int | None = None  # torch chooses
     epochs: int | None = None  # EPOCHS, unless seconds are given
@@ -120,7 +120,7 @@ def decide(given: Mapping[str, Any], saved: Mapping[str, Any] | None = None) -> 
             flag = "--" + key.replace("_", "-")
             made = f"with {flag} {before}" if before is not None else f"without {flag}"
             raise ArgumentError(
-                f"The checkpoint was made {made}, and you ask for {flag} {value}. "
+                f"The checkpoint was made {made}, and {flag} is now {value}. "
                 f"Leave {flag} out to go on, or start a new run without --resume."
             )
     if any(key in own for key in GOAL):

@@ -301,7 +301,7 @@ def compiled(function: Callable[..., list[Tensor]], examples: Sequence[Tensor]) 
 
 
 def _options() -> dict[str, Any]:
-    """How inductor shall make it.
+    """Options of inductor.
 
     - No loop writes over what it reads: allowed to, torch 2.13 finds wrong numbers in steps of convolutional networks.
     - What is made of more than three numbers, as the winners of 2 x 2 pooling, is kept for all its readers.

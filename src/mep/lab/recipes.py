@@ -19,9 +19,10 @@ from mep.errors import ArgumentError
 class Recipe(NamedTuple):
     """A way to make a step.
 
-    label: what tables call it. preset: the name of its optimizer. options: what that is given beside the cost.
-    commands: where it is compared. lr: for `mep bench`, the best learning rate of a grid of factors of two, by the
-    accuracy after the default budget on the default data and model, and not at the edge of divergence on any seed.
+    label: what tables call it. preset: the name of its optimizer. options: what that is given beside the cost, or
+    instead of it. commands: where it is compared. lr: for `mep bench`, the best learning rate of a grid of factors of
+    two, by the accuracy after the default budget on the default data and model, and not at the edge of divergence on
+    any seed.
     settle_series: recipes of one series differ in nothing but how long they settle, the shortest first. channels_last:
     pictures and filters lie in memory pixel by pixel; compared where the model has convolutions.
     """
@@ -45,6 +46,7 @@ class Recipe(NamedTuple):
 
 
 SETTLE_LR = 0.15  # the usual step size of descent, the same for all numbers of steps
+HOPFIELD = {"energy": "hopfield", "cost": "one_hot_mse"}  # cross entropy is never done with enlarging their weights
 BENCH, PROFILE, SPEED = "bench", "profile", "speed"
 BOTH = f"{PROFILE} {SPEED}"
 
@@ -69,6 +71,7 @@ RECIPES = (
     *(Recipe(f"EqProp tol {tol:g}", "eqprop", {"tol": tol}, SPEED) for tol in (1e-1, 1e-2, 1e-3)),
     Recipe("EqProp beta 0.1", "eqprop", {"beta": 0.1}, SPEED),
     Recipe("EqProp, compiled", "eqprop", {"compile": True}, SPEED),
+    Recipe("EqProp, Hopfield", "eqprop", HOPFIELD, f"{BENCH} {SPEED}", lr=0.4),
     _descent(5, PROFILE),
     _descent(10, BOTH),
     _descent(15, PROFILE),

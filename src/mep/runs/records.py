@@ -1,4 +1,4 @@
-"""JSON records of runs: numbers, with everything needed to know what made them; and files that are whole or absent."""
+"""JSON records of runs, with the command, versions and machine that made them; files that are whole or absent."""
 
 from __future__ import annotations
 

@@ -25,8 +25,8 @@ Cell = Callable[[Row], str]
 NONE = "—"
 BUSY_BELOW = 0.9  # of the time in which we were given the processor: with less, times are in doubt
 
-# Okabe and Ito's palette, which the colour-blind can tell apart, without its yellow, which is hardly seen on
-# white: https://jfly.uni-koeln.de/color
+# Okabe and Ito's palette, whose colours look different to the colour-blind, too, without its yellow, which is hardly
+# seen on white: https://jfly.uni-koeln.de/color
 COLOURS = ("#000000", "#56B4E9", "#E69F00", "#0072B2", "#D55E00", "#CC79A7", "#009E73")
 BLACK, SKY, ORANGE, BLUE, VERMILION, PINK, GREEN = COLOURS
 GREY = "#666666"

@@ -11,7 +11,7 @@ from mep.graph.closed_forms.maxima import Largest, MaxPool, Windows, pool_of
 __all__ = ["Activation", "Kink", "Largest", "MaxPool", "Windows", "activation_of", "kink_of_call", "pool_of"]
 
 Kink = Activation | Largest
-"""What the exact equilibrium knows a rule for."""
+"""Operations with a rule for `branches="exact"`."""
 
 
 def kink_of_call(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Activation | MaxPool | None:

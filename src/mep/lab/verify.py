@@ -42,7 +42,7 @@ class Settings:
     leaves: tuple[str, ...] = ()  # modules to keep whole
     samples: int = 2  # the largest coordinate of every parameter, and one more
     evaluation: bool = False  # dropout and BatchNorm are checked as they train
-    seed: int = 0  # any, but fixed: two runs are alike unless asked otherwise
+    seed: int = 0  # any, but fixed: two runs with the same options are alike
     device: str = "cpu"  # float64 is slow on most GPUs
 
 
@@ -127,7 +127,7 @@ def _sizes(text: str) -> tuple[int, ...]:
 PARAMETERS_CAPTION = (
     "The EP gradient beside backprop's: cosine and norm ratio at the smallest beta, order in beta over the three "
     "smallest. FD: relative distance of either gradient from finite differences of the cost, on sampled coordinates. "
-    "A dash: backprop's gradient, the error or the difference cannot be told from rounding."
+    "A dash: backprop's gradient, the error or the difference is no more than rounding."
 )
 EQUILIBRIA_CAPTION = (
     "Beta: that of every example. Error: relative, of the whole gradient against backprop's. Sweeps: the most of any "
