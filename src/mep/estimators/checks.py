@@ -10,7 +10,7 @@ from typing import Any
 from mep.energy import GroupEnergy
 from mep.errors import A_FLAG, ArgumentError, one_of, require
 from mep.estimators.compiled_step import MOST_SWEEPS
-from mep.estimators.contrast import CONTRASTS
+from mep.estimators.contrast import PHASES
 from mep.graph import Graph
 from mep.guards import generators, set_generators
 from mep.settle import Solver
@@ -58,7 +58,7 @@ def check_settings(ep: Any) -> None:
 def _check_values(ep: Any) -> None:
     if ep.beta is not None:
         require(_CALL, "beta", ep.beta, lambda beta: 0 < beta < math.inf, "a positive number, or None to choose it")
-    require(_CALL, "phases", ep.phases, *one_of(sorted(CONTRASTS)))
+    require(_CALL, "phases", ep.phases, *one_of(PHASES))
     require(_CALL, "branches", ep.branches, *one_of(("held", "exact")))
     require(_CALL, "on_unsettled", ep.on_unsettled, *one_of(("warn", "raise", "ignore")))
     require(_CALL, "proof", ep.proof, *one_of(("amortised", "always", "never")))

@@ -3,7 +3,8 @@
     dC/dtheta ~ sum_k w_k dE/dtheta(s*(beta_k))
 
 Every variant of equilibrium propagation is a table of `(beta_k / beta, w_k beta)`. One-sided (Scellier and Bengio 2017,
-eq. 10) errs by O(beta), centered (Laborieux et al. 2021, arXiv:2006.03824, eq. 6) by O(beta^2).
+eq. 10) errs by O(beta), centered (Laborieux et al. 2021, arXiv:2006.03824, eq. 6) by O(beta^2). One-sided with a random
+sign of beta in every step (the same two papers) is the centered estimate in expectation, from one nudged phase a step.
 
 **Which beta**, if none is named: as strong as the bias allows, chosen before any state has moved. At beta the cost's
 gradient at the output changes by `|dC(s_beta) - dC(s_free)| <= L |s_beta - s_free|`, with L the cost's smoothness, and
@@ -43,6 +44,7 @@ from mep.solvers.relaxation import FreePoint, has_constant_jacobians
 from mep.solvers.sweep import linear_response
 
 Contrast = tuple[tuple[float, float], ...]
+"""`(beta_k / beta, w_k beta)` of every phase, the free one at 0."""
 
 Phase = tuple[float, Energy, Settled | Iterate]
 """The weight of an equilibrium, its energy, and the equilibrium."""
@@ -53,6 +55,21 @@ CONTRASTS: dict[str, Contrast] = {
     "one-sided": ((0.0, -1.0), (1.0, 1.0)),
     "centered": ((-1.0, -0.5), (1.0, 0.5)),
 }
+"""Those that are the same in every step."""
+PHASES = (*CONTRASTS, "random-sign")
+
+
+def make_contrast(phases: str) -> Contrast:
+    """The contrast of one step; "random-sign" draws its sign from torch's generator on the CPU.
+
+    Example:
+        >>> make_contrast("one-sided")
+        ((0.0, -1.0), (1.0, 1.0))
+    """
+    if phases in CONTRASTS:
+        return CONTRASTS[phases]
+    sign = 1.0 - 2.0 * int(torch.randint(2, ()))
+    return (0.0, -sign), (sign, sign)
 
 
 Watch = Callable[[float, Energy, int, Iterate], None]
@@ -63,7 +80,7 @@ def settle_phases(
     free: Settled,
     cost: BatchCost,
     solver: Solver,
-    phases: str,
+    contrast: Contrast,
     beta: Beta | None,
     errors: State | None = None,
     watch: Watch | None = None,
@@ -74,7 +91,7 @@ def settle_phases(
         energy: without a nudge, and `free` its equilibrium.
         cost: of the batch.
         solver: for all phases.
-        phases: the name of the contrast.
+        contrast: which phases.
         beta: that of every example, or one each, [batch]; None to choose it, see above.
         errors: scaled errors to begin with, for solvers that use warm starts.
         watch: called with the multiple of beta, the nudged energy, the number of iterations, and each iterate.
@@ -92,7 +109,6 @@ def settle_phases(
         assert response is not None
         beta = chosen_beta(unit, free.point, response, solver)
     found: list[SettledPhase] = []
-    contrast = CONTRASTS[phases]
     for i, (multiple, weight) in enumerate(contrast):
         if not multiple and is_forward:
             continue  # there dE/dtheta is zero
@@ -198,10 +214,10 @@ def _add(total: Gradients, found: Gradients) -> None:
 
 
 def betas_of(beta: Beta, batch: int, device: torch.device) -> Tensor:
-    """The strengths of all examples, toward the target or away from it."""
+    """The strengths of all examples, below 0 where a random sign leads away from the target."""
     if isinstance(beta, Tensor):
-        return beta.abs().expand(batch)
-    return torch.full((batch,), abs(beta), dtype=torch.float64, device=device)
+        return beta.expand(batch)
+    return torch.full((batch,), beta, dtype=torch.float64, device=device)
 
 
 def finished(gradients: Gradients) -> Gradients:

@@ -21,6 +21,7 @@ from mep.errors import ArgumentError, DivergedError, InputError, NotConvergedErr
 from mep.estimators.checks import check_groups, check_settings, check_solver, noise_undone_on_error
 from mep.estimators.compiled_step import CompiledSteps, CompileOptions
 from mep.estimators.contrast import (
+    Contrast,
     SettledPhase,
     Watch,
     accumulate,
@@ -28,6 +29,7 @@ from mep.estimators.contrast import (
     contrast,
     finished,
     iter_gradients,
+    make_contrast,
     settle_phases,
 )
 from mep.estimators.estimate import Estimate, Gradients
@@ -49,7 +51,8 @@ class EquilibriumPropagation:
     """Fills `p.grad` from two equilibria of an energy, as `loss.backward()` would from a graph.
 
     One is free, one is nudged toward the target with strength `beta`; the contrast of their energies is the gradient,
-    to first order in beta (`phases="one-sided"`) or to second (`"centered"`).
+    to first order in beta (`phases="one-sided"`), in expectation to second (`"random-sign"`), or to second
+    (`"centered"`).
 
     Args:
         model: any module that `torch.export` can record. It is captured with the first batch, and not changed.
@@ -62,7 +65,8 @@ class EquilibriumPropagation:
         solver: `mep.Sweep(...)` (the default for "prediction"), `mep.Relaxation(...)` (for "hopfield"), or
             `mep.Descent(...)`.
         energy: "prediction", "hopfield", or an object derived from `mep.NodeEnergy`.
-        phases: "one-sided" or "centered".
+        phases: "one-sided"; "centered", with a second nudged phase at -beta; or "random-sign", one-sided at beta or
+            -beta at random, drawn for each step from torch's generator on the CPU: `Estimate.betas` has the sign.
         branches: "held" keeps ReLU-like gates and max-pool winners as in the free equilibrium while the nudged one is
             sought; "exact" seeks the equilibrium of the nonsmooth energy itself.
         leaves: modules to keep whole, see `mep.trace`.
@@ -162,13 +166,14 @@ class EquilibriumPropagation:
         """The estimated gradient of the mean cost for every trained parameter, without touching `p.grad`."""
         batch = self._check(x, target)
         graph = None
-        if self.compiled_steps is not None and indices is None:
-            graph = self._graphs.of(x, target)
-            if (found := self._compiled(graph, x, target)) is not None:
-                return found
         noise: Noise | None = generators()
         try:
-            step = self._settled(x, target, batch, indices, graph)
+            table = make_contrast(self.phases)
+            if self.compiled_steps is not None and indices is None:
+                graph = self._graphs.of(x, target)
+                if (found := self._compiled(graph, x, target, table)) is not None:
+                    return found
+            step = self._settled(x, target, batch, indices, table, graph)
             with region("contrast"):
                 gradients = finished(contrast(step.phases, batch))
             with uninterrupted():
@@ -192,7 +197,7 @@ class EquilibriumPropagation:
         batch = self._check(x, target)
         noise: Noise | None = generators()
         try:
-            step = self._settled(x, target, batch, indices, saves_memory=True)
+            step = self._settled(x, target, batch, indices, make_contrast(self.phases), saves_memory=True)
             # Made twice: first to see that all are finite, since the first that is used changes a weight.
             deque(iter_gradients(step.phases, batch), maxlen=0)
             buffers = dict(step.energy.context.new_buffers)
@@ -234,8 +239,8 @@ class EquilibriumPropagation:
         noise = generators()
         recorder = Recorder() if record else None
         try:
-            step = self._settled(x, target, batch, indices, watch=recorder)
-            return view(step.estimate, step.energy, step.free, step.phases, recorder)
+            step = self._settled(x, target, batch, indices, make_contrast(self.phases), watch=recorder)
+            return view(step.estimate, step.energy, step.free, step.phases, step.table, recorder)
         finally:
             set_generators(noise)
 
@@ -290,6 +295,7 @@ class EquilibriumPropagation:
         target: Tensor,
         batch: int,
         indices: Tensor | None,
+        table: Contrast,
         graph: Graph | None = None,
         saves_memory: bool = False,
         watch: Watch | None = None,
@@ -314,13 +320,13 @@ class EquilibriumPropagation:
         if indices is not None and energy.is_forward:
             errors = self._cache.of(indices, energy.state(free.point))[0]
         with region("settling"):
-            phases = settle_phases(energy, free, cost, self.solver, self.phases, self.beta, errors, watch)
+            phases = settle_phases(energy, free, cost, self.solver, table, self.beta, errors, watch)
         estimate = self._estimate(loss, free, phases, graph)
         if estimate.coupling is not None:
             self._check_coupling(estimate)
         if estimate.result is not Result.CONVERGED and self.on_unsettled != "ignore":
             self._report(estimate, phases[-1][1], free)
-        return _Step(energy, free, phases, estimate)
+        return _Step(energy, free, phases, table, estimate)
 
     def _free(
         self, graph: Graph, x: Any, batch: int, indices: Tensor | None = None, target: Any = None
@@ -457,10 +463,10 @@ class EquilibriumPropagation:
             )
         return check_indices(indices, batch)
 
-    def _compiled(self, graph: Graph, x: Any, target: Tensor) -> tuple[Gradients, Estimate] | None:
+    def _compiled(self, graph: Graph, x: Any, target: Tensor, table: Contrast) -> tuple[Gradients, Estimate] | None:
         """The step by a compiled program, or None if it has to be made without one."""
         assert self.compiled_steps is not None
-        found = self.compiled_steps.step(graph, x, target, self.beta)
+        found = self.compiled_steps.step(graph, x, target, self.beta, table)
         if found is None:
             return None
         if self.observe is not None:
@@ -494,6 +500,7 @@ class _Step:
     energy: Energy
     free: Settled
     phases: list[SettledPhase]
+    table: Contrast
     estimate: Estimate
 
 

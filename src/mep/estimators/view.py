@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mep.energy import Energy
 from mep.errors import ArgumentError
-from mep.estimators.contrast import SettledPhase
+from mep.estimators.contrast import Contrast, SettledPhase
 from mep.estimators.estimate import Estimate
 from mep.graph import Point
 from mep.graph.node import Node, expand_beta
@@ -62,7 +62,7 @@ class Equilibrium:
 
     @property
     def nudged(self) -> PhaseView:
-        """The equilibrium that is nudged toward the target."""
+        """The equilibrium that is nudged toward the target (`phases="random-sign"`: perhaps away from it)."""
         return self.phases[-1]
 
     def __str__(self) -> str:
@@ -118,14 +118,18 @@ class Recorder:
 
 
 def view(
-    estimate: Estimate, energy: Energy, free: Settled, phases: Sequence[SettledPhase], recorder: Recorder | None
+    estimate: Estimate,
+    energy: Energy,
+    free: Settled,
+    phases: Sequence[SettledPhase],
+    contrast: Contrast,
+    recorder: Recorder | None,
 ) -> Equilibrium:
     """The phases of a step as an `Equilibrium`."""
     nudged = [(e, settled) for _, e, settled in phases if settled is not free]
-    courses = list(recorder.courses.items()) if recorder else [(1.0, [])] * len(nudged)
-    if len(nudged) == 2 and not recorder:
-        courses[0] = (-1.0, [])
-    views = [_phase(e, s, multiple, course) for (e, s), (multiple, course) in zip(nudged, courses, strict=True)]
+    multiples = [multiple for multiple, _ in contrast if multiple]
+    courses = recorder.courses if recorder else {}
+    views = [_phase(e, s, m, courses.get(m, [])) for (e, s), m in zip(nudged, multiples, strict=True)]
     return Equilibrium(estimate, _phase(energy, free, 0.0, []), tuple(views))
 
 
