@@ -105,8 +105,8 @@ class CompiledStep:
         self.fixed = {name: value for name, value in inputs.items() if not isinstance(value, Tensor)}
         self.is_named = beta is not None
         """Whether beta is an argument; else the program chooses it."""
-        self.multiples = [multiple for multiple, _ in table if multiple]
-        self.weights = [weight * multiple for multiple, weight in table if multiple]
+        self.multiples = [multiple.real for multiple, _ in table if multiple]
+        self.weights = [weight for multiple, weight in table if multiple]
         self.is_signed = setting.phases == "random-sign"
         """Whether the one multiple of beta is an argument; else they are fixed."""
         self.buffers: list[Slot] = []
@@ -131,7 +131,7 @@ class CompiledStep:
         """The inputs, the target, beta if it is named, and its sign if that is random."""
         inputs = self.graph.bind(x)
         numbers = [] if beta is None else [beta]
-        numbers += [table[-1][0]] if self.is_signed else []
+        numbers += [table[-1][0].real] if self.is_signed else []
         made = [torch.tensor(number, dtype=torch.float64, device=self.output.device) for number in numbers]
         return [*(inputs[name] for name in self.names), *cost.parts().values(), *made]
 

@@ -18,7 +18,7 @@ from mep.capture.state import check_state
 from mep.cost import BatchCost, PerExample, make_cost
 from mep.energy import Energy, GroupEnergy, Hopfield, NodeEnergy, make_node_energy
 from mep.errors import ArgumentError, DivergedError, InputError, NotConvergedError, NotConvergedWarning, warn
-from mep.estimators.checks import check_groups, check_settings, check_solver, noise_undone_on_error
+from mep.estimators.checks import check_groups, check_holomorphic, check_settings, check_solver, noise_undone_on_error
 from mep.estimators.compiled_step import CompiledSteps, CompileOptions
 from mep.estimators.contrast import (
     Contrast,
@@ -52,7 +52,7 @@ class EquilibriumPropagation:
 
     One is free, one is nudged toward the target with strength `beta`; the contrast of their energies is the gradient,
     to first order in beta (`phases="one-sided"`), in expectation to second (`"random-sign"`), or to second
-    (`"centered"`).
+    (`"centered"`), or to any order (`"holomorphic"`).
 
     Args:
         model: any module that `torch.export` can record. It is captured with the first batch, and not changed.
@@ -66,7 +66,8 @@ class EquilibriumPropagation:
             `mep.Descent(...)`.
         energy: "prediction", "hopfield", or an object derived from `mep.NodeEnergy`.
         phases: "one-sided"; "centered", with a second nudged phase at -beta; or "random-sign", one-sided at beta or
-            -beta at random, drawn for each step from torch's generator on the CPU: `Estimate.betas` has the sign.
+            -beta at random, drawn for each step from torch's generator on the CPU: `Estimate.betas` has the sign;
+            or "holomorphic", N complex betas on a circle, with a bias of order N in beta; see below.
         branches: "held" keeps ReLU-like gates and max-pool winners as in the free equilibrium while the nudged one is
             sought; "exact" seeks the equilibrium of the nonsmooth energy itself.
         leaves: modules to keep whole, see `mep.trace`.
@@ -89,6 +90,11 @@ class EquilibriumPropagation:
             rounding. Only for `mep.Sweep`, held branches, and affine graphs (linear layers, convolutions, pooling,
             piecewise-linear activations).
         groups: energies of groups of nodes beside those of single nodes, see `mep.GroupEnergy`; only for `mep.Descent`.
+        points: the number N of betas on the circle of `phases="holomorphic"`; 4 by default.
+
+    With `phases="holomorphic"` the model is continued to complex states (complex64 for float32): N/2 nudged phases for
+    an even N, since equilibria at conjugate betas are conjugate. `Estimate.betas` has the radius. Operations that have
+    no complex form are refused by name, and so are float16 and bfloat16. `observe` is given real parts.
 
     Raises:
         TraceError, ParameterError, ArgumentError: at once, from the constructor.
@@ -122,6 +128,7 @@ class EquilibriumPropagation:
         on_unsettled: str = "warn",
         proof: str = "amortised",
         groups: Sequence[GroupEnergy] = (),
+        points: int | None = None,
     ):
         check_model(model, "EquilibriumPropagation")
         check_state(model)
@@ -129,7 +136,7 @@ class EquilibriumPropagation:
         self.cost = cost
         self._cost = make_cost(cost)
         self.node_energy = make_node_energy(energy)
-        self.phases = phases
+        self.phases, self.points = phases, points
         self.branches = branches
         check_leaves(model, leaves, "EquilibriumPropagation")
         self.leaves = tuple(leaves)
@@ -168,7 +175,7 @@ class EquilibriumPropagation:
         graph = None
         noise: Noise | None = generators()
         try:
-            table = make_contrast(self.phases)
+            table = make_contrast(self.phases, self.points)
             if self.compiled_steps is not None and indices is None:
                 graph = self._graphs.of(x, target)
                 if (found := self._compiled(graph, x, target, table)) is not None:
@@ -197,7 +204,8 @@ class EquilibriumPropagation:
         batch = self._check(x, target)
         noise: Noise | None = generators()
         try:
-            step = self._settled(x, target, batch, indices, make_contrast(self.phases), saves_memory=True)
+            table = make_contrast(self.phases, self.points)
+            step = self._settled(x, target, batch, indices, table, saves_memory=True)
             # Made twice: first to see that all are finite, since the first that is used changes a weight.
             deque(iter_gradients(step.phases, batch), maxlen=0)
             buffers = dict(step.energy.context.new_buffers)
@@ -239,7 +247,8 @@ class EquilibriumPropagation:
         noise = generators()
         recorder = Recorder() if record else None
         try:
-            step = self._settled(x, target, batch, indices, make_contrast(self.phases), watch=recorder)
+            table = make_contrast(self.phases, self.points)
+            step = self._settled(x, target, batch, indices, table, watch=recorder)
             return view(step.estimate, step.energy, step.free, step.phases, step.table, recorder)
         finally:
             set_generators(noise)
@@ -316,6 +325,8 @@ class EquilibriumPropagation:
                 f"The loss is {float(loss)} before settling: the target or the weights are not finite, or the "
                 "output overflows. Nothing was changed."
             )
+        if self.phases == "holomorphic":
+            check_holomorphic(self, energy, free.point, cost)
         errors = None  # those of the same examples at their last equilibrium
         if indices is not None and energy.is_forward:
             errors = self._cache.of(indices, energy.state(free.point))[0]

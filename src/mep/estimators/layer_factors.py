@@ -70,7 +70,7 @@ def layer_statistics(phases: Iterable[tuple[Energy, Settled | Iterate]]) -> list
             beside[bias].add(weight)
             inputs = node.weighted_input(settled.point.saved[node.name])
             layer = layers.setdefault(weight, LayerStatistics(weight, bias))
-            layer.uses.append((step, inputs, errors[node.name]))
+            layer.uses.append((step, inputs.real, errors[node.name].real))  # the parts of complex phases that count
     for layer in layers.values():
         layer.examples = examples
         bias = layer.bias

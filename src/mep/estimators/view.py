@@ -28,7 +28,8 @@ class PhaseView:
     """One equilibrium, node by node; every mapping is from the name of a node that has a state.
 
     Attributes:
-        beta: the multiple of the nudging strength: 0 for the free phase.
+        beta: the multiple of the nudging strength: 0 for the free phase; complex in phases of a holomorphic contrast,
+            whose states, predictions, errors and energies are complex, too.
         states, predictions: s and mu.
         errors: the scaled errors `de/dmu / beta`, for the prediction energy `(mu - s) / beta`; 0 in the free phase.
             Where the free equilibrium is not the forward pass: how far each state has moved from it, over beta.
@@ -37,7 +38,7 @@ class PhaseView:
         course: the residuals after every iteration, where they were recorded.
     """
 
-    beta: float
+    beta: complex
     states: Mapping[str, Tensor]
     predictions: Mapping[str, Tensor]
     errors: Mapping[str, Tensor]
@@ -62,7 +63,7 @@ class Equilibrium:
 
     @property
     def nudged(self) -> PhaseView:
-        """The equilibrium that is nudged toward the target (`phases="random-sign"`: perhaps away from it)."""
+        """The one that is nudged toward the target, or most nearly so; if the sign is random, perhaps away from it."""
         return self.phases[-1]
 
     def __str__(self) -> str:
@@ -72,7 +73,7 @@ class Equilibrium:
         for name, s in self.nudged.states.items():
             batch = len(self.nudged.residuals[name])
             sizes = [float(t.reshape(batch, -1).norm(dim=1).mean()) for t in (s, self.nudged.errors[name])]
-            energy, residual = self.nudged.energies[name].mean(), self.nudged.residuals[name].max()
+            energy, residual = self.nudged.energies[name].real.mean(), self.nudged.residuals[name].max()
             numbers = [f"{v:.3g}" for v in (*sizes, float(energy), float(residual))]
             rows.append((name, "x".join(map(str, s.shape)), *numbers))
         widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
@@ -108,9 +109,9 @@ class Equilibrium:
 class Recorder:
     """The residuals of all nodes after every iteration, by the multiple of beta of the phase."""
 
-    courses: dict[float, list[Residuals]] = field(default_factory=dict)
+    courses: dict[complex, list[Residuals]] = field(default_factory=dict)
 
-    def __call__(self, multiple: float, energy: Energy, iteration: int, iterate: Iterate) -> None:
+    def __call__(self, multiple: complex, energy: Energy, iteration: int, iterate: Iterate) -> None:
         """Called by `settle` with every iterate."""
         point = _complete(energy, iterate.point, iterate.errors)
         residuals = _residuals(energy, point, iterate.errors, iterate.turns is not None)
@@ -133,7 +134,7 @@ def view(
     return Equilibrium(estimate, _phase(energy, free, 0.0, []), tuple(views))
 
 
-def _phase(energy: Energy, settled: Settled, multiple: float, course: Sequence[Residuals]) -> PhaseView:
+def _phase(energy: Energy, settled: Settled, multiple: complex, course: Sequence[Residuals]) -> PhaseView:
     point = _complete(energy, settled.point, settled.errors)
     states = energy.state(point)
     if energy.nudge is None:

@@ -160,7 +160,8 @@ class Reference:
         nudge = equilibria.nudged(1.0).nudge
         assert nudge is not None
         # A random sign is in the betas already.
-        table = make_contrast("one-sided" if estimator.phases == "random-sign" else estimator.phases)
+        phases_of = "one-sided" if estimator.phases == "random-sign" else estimator.phases
+        table = make_contrast(phases_of, estimator.points)
         phases = settle_phases(energy, free, nudge.cost, EXACT, table, betas.double())
         for _, nudged, settled in phases:
             if settled.result is not Result.CONVERGED:
