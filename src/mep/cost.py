@@ -36,6 +36,10 @@ class BatchCost(ABC):
         """No eigenvalue of an example's Hessian is larger, at any output; None if that is not known."""
         return None
 
+    def is_holomorphic(self, output: Tensor) -> bool:
+        """Whether value and gradient take complex outputs, and are holomorphic there, for outputs like this one."""
+        return False
+
     @abstractmethod
     def value(self, output: Tensor) -> Tensor:
         """The cost of every example: [batch]."""
@@ -83,6 +87,9 @@ class SquaredError(BatchCost):
     @property
     def smoothness(self) -> float:
         return 2 / self.features
+
+    def is_holomorphic(self, output: Tensor) -> bool:
+        return True
 
     def value(self, output: Tensor) -> Tensor:
         return (output - self.target).square().reshape(len(output), -1).mean(1)
@@ -142,13 +149,17 @@ class CrossEntropy(BatchCost):
         total = 1.0 if self.total is None else self.total.abs().max()
         return 0.5 * total / self.positions
 
+    def is_holomorphic(self, output: Tensor) -> bool:
+        return True
+
     def value(self, output: Tensor) -> Tensor:
+        scale = complex_logsumexp(output, 1).squeeze(1) if output.is_complex() else output.logsumexp(1)
         if self.labels is not None:
-            each = output.logsumexp(1) - output.gather(1, self.labels).squeeze(1)
+            each = scale - output.gather(1, self.labels).squeeze(1)
         else:
             assert self.total is not None
             chosen = (output * self.target).where(self.target != 0, 0).sum(1)
-            each = output.logsumexp(1) * self.total.squeeze(1) - chosen
+            each = scale * self.total.squeeze(1) - chosen
         return each if each.ndim == 1 else each.reshape(len(output), -1).mean(1)
 
     def gradient(self, output: Tensor) -> Tensor:
@@ -182,13 +193,48 @@ class Custom(BatchCost):
 
     def gradient(self, output: Tensor) -> Tensor:
         """By autograd through the function alone."""
-        with torch.enable_grad():
-            leaf = output.detach().requires_grad_()
-            value = self.value(leaf)
-            if not value.requires_grad:
-                raise InputError("cost: the function must be differentiable in the output; it returned a constant.")
-            (gradient,) = torch.autograd.grad(value.sum(), leaf)
-        return gradient
+        return gradient_of(self.value, output)
+
+    def is_holomorphic(self, output: Tensor) -> bool:
+        return is_holomorphic(self.value, output)
+
+
+def gradient_of(function: Callable[[Tensor], Tensor], output: Tensor, along: complex = 1.0) -> Tensor:
+    """`along` times d function(output).sum() / d output; without conjugates if that is complex.
+
+    Autograd finds the conjugate: of a value v with the gradient g, conj(dv/ds) g.
+    """
+    with torch.enable_grad():
+        leaf = output.detach().requires_grad_()
+        value = function(leaf)
+        if not value.requires_grad:
+            raise InputError("cost: the function must be differentiable in the output; it returned a constant.")
+        if not output.is_complex():
+            return torch.autograd.grad(value.sum(), leaf)[0]
+        if not value.is_complex():
+            raise InputError("cost: the function returned real numbers for a complex output.")
+        (gradient,) = torch.autograd.grad(value, leaf, torch.full_like(value, along).conj())
+    return torch.conj_physical(gradient)
+
+
+def is_holomorphic(function: Callable[[Tensor], Tensor], output: Tensor) -> bool:
+    """Whether a function takes complex outputs, and its derivative there is linear over the complex numbers.
+
+    Tried at one complex output near this one.
+
+    Example:
+        >>> s = torch.ones(2, 3)
+        >>> is_holomorphic(lambda s: s.square().sum(1), s), is_holomorphic(lambda s: (s * s.conj()).sum(1), s)
+        (True, False)
+    """
+    size = output.abs().mean() + 1
+    phase = torch.arange(output.numel(), device=output.device).view(output.shape).cos().to(output.dtype)
+    there = torch.complex(output.detach(), 0.1 * size * phase)
+    try:
+        one, other = gradient_of(function, there), gradient_of(function, there, 1j)
+    except (RuntimeError, TypeError, ValueError, ArithmeticError):  # whatever torch or the function says of it
+        return False
+    return bool((other - 1j * one).norm() <= 1e-3 * one.norm())
 
 
 Cost = Callable[[Tensor, Tensor], BatchCost]
@@ -284,8 +330,22 @@ def _checked_labels(output: Tensor, labels: Tensor) -> Tensor:
     return labels.long().unsqueeze(1)
 
 
+def complex_softmax(z: Tensor, dim: int) -> Tensor:
+    """Softmax of complex numbers, without overflow: shifted by the largest real part."""
+    weights = torch.exp(z - z.real.detach().amax(dim, keepdim=True))
+    return weights / weights.sum(dim, keepdim=True)
+
+
+def complex_logsumexp(z: Tensor, dim: Any) -> Tensor:
+    """`log sum exp(z)` of complex numbers over dimensions, which stay with length 1."""
+    top = z.real.detach().amax(dim, keepdim=True)
+    return torch.log(torch.exp(z - top).sum(dim, keepdim=True)) + top
+
+
 def _softmax(output: Tensor) -> Tensor:
     """Over dimension 1: slow along short rows, and fast along columns, so that classes come first in memory."""
+    if output.is_complex():
+        return complex_softmax(output, 1)
     return output.t().contiguous().softmax(0).t() if output.ndim == 2 else output.softmax(1)
 
 

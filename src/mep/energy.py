@@ -37,7 +37,7 @@ from mep.graph.closed_forms import Kink
 from mep.graph.node import Beta, Node, expand_beta, select_beta, state_from_error
 from mep.graph.step_context import StepContext
 from mep.guards import without_hooks
-from mep.layout import accurate, by_example, select_examples
+from mep.layout import accurate, by_example, in_dtype, numbers_like, select_examples
 
 State = dict[str, Tensor]
 Box = tuple[float, float]
@@ -74,6 +74,8 @@ class NodeEnergy(ABC):
     """Whether states stand behind the activations, in their boxes; else on the predictions of parametrised nodes."""
     box: ClassVar[Box] = FREE
     """Bounds of every state, where they stand on predictions."""
+    is_holomorphic: ClassVar[bool] = False
+    """Whether its functions take complex numbers, without moduli or conjugates, and boxes are held."""
 
     @property
     def name(self) -> str:
@@ -115,6 +117,7 @@ class Prediction(NodeEnergy):
 
     is_forward = True
     is_quadratic = True
+    is_holomorphic = True
 
     def energy(self, s: Tensor, mu: Tensor) -> Tensor:
         return 0.5 * (s - mu).square()
@@ -537,8 +540,10 @@ def example_norm(tensor: Tensor, batch: int) -> Tensor:
 
 
 def example_dot(a: Tensor, b: Tensor, batch: int) -> Tensor:
-    """The inner product over everything but the examples, [batch], in float32 at least."""
+    """The inner product over everything but the examples, [batch], in float32 at least; conj(a) of complex numbers."""
     a, b = by_example(a, batch), by_example(b, batch)
+    if a.is_complex() is not b.is_complex():
+        a, b = in_dtype(a, numbers_like(a, b)), in_dtype(b, numbers_like(b, a))
     return torch.linalg.vecdot(a, b) if accurate(a) is a.dtype else torch.linalg.vecdot(a.float(), b.float())
 
 

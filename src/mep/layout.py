@@ -17,6 +17,11 @@ def in_dtype(t: Tensor, dtype: torch.dtype) -> Tensor:
     return t if t.dtype is dtype else t.to(dtype)
 
 
+def numbers_like(t: Tensor, given: Tensor) -> torch.dtype:
+    """The precision of t; complex if one of the two is."""
+    return t.dtype.to_complex() if given.is_complex() and not t.is_complex() else t.dtype
+
+
 def layout(t: Tensor) -> torch.memory_format:
     """Channels last, or as it comes."""
     is_last = t.ndim == 4 and not t.is_contiguous() and t.is_contiguous(memory_format=torch.channels_last)

@@ -52,6 +52,7 @@ class Settling(TypedDict, total=False):
     beta: float | None
     energy: str | NodeEnergy
     phases: str
+    points: int | None
     branches: str
     leaves: Leaves
     groups: Sequence[GroupEnergy]
@@ -68,8 +69,9 @@ class Settling(TypedDict, total=False):
 
 
 _DEFAULTS: dict[str, Any] = {
-    "cost": "cross_entropy", "beta": None, "energy": "prediction", "phases": "one-sided", "branches": "held",
-    "leaves": (), "groups": (), "settle_steps": None, "settle_lr": None, "adaptive": None, "tol": 1e-2, "patience": 1,
+    "cost": "cross_entropy", "beta": None, "energy": "prediction", "phases": "one-sided", "points": None,
+    "branches": "held", "leaves": (), "groups": (), "settle_steps": None, "settle_lr": None, "adaptive": None,
+    "tol": 1e-2, "patience": 1,
     "on_unsettled": "warn", "proof": "amortised", "compile": False, "checkpoint": False, "low_memory": False,
 }  # fmt: skip
 HOPFIELD_DEFAULTS: dict[str, dict[str, Any]] = {
@@ -132,7 +134,7 @@ def eqprop(
         params: the parameters to train, or groups of them; they must be the model's.
         model: the model.
         lr, momentum, weight_decay, nesterov: as in `torch.optim.SGD`.
-        cost, beta, energy, phases, branches, leaves, groups, compile, checkpoint, proof: as in
+        cost, beta, energy, phases, points, branches, leaves, groups, compile, checkpoint, proof: as in
             `mep.EquilibriumPropagation`.
         settle_steps, settle_lr, adaptive, tol, patience, on_unsettled: how the states settle, see `mep.presets`.
         low_memory: as in `mep.EPOptimizer`.
@@ -169,7 +171,7 @@ def smep(
         model: the model.
         lr, momentum, weight_decay, nesterov: as in `mep.Muon`.
         gamma: the bound, see `mep.spectral_bound`. Weights of embedding layers are left out.
-        cost, beta, energy, phases, branches, leaves, groups, compile, checkpoint, proof: as in
+        cost, beta, energy, phases, points, branches, leaves, groups, compile, checkpoint, proof: as in
             `mep.EquilibriumPropagation`.
         settle_steps, settle_lr, adaptive, tol, patience, on_unsettled: how the states settle, see `mep.presets`.
         low_memory: as in `mep.EPOptimizer`.
@@ -311,7 +313,7 @@ def natural_ep(
         lr, momentum, weight_decay, nesterov, damping, kl_clip, decay, factors_every, inverse_every, rank,
             use_diagonal_fisher, orthogonalise: as in `mep.NaturalGradient`. Weight decay is 0.02 by default, because
             natural-gradient steps overfit small data quickly.
-        cost, beta, energy, phases, branches, leaves, compile, proof: as in `mep.EquilibriumPropagation`.
+        cost, beta, energy, phases, points, branches, leaves, compile, proof: as in `mep.EquilibriumPropagation`.
         settle_steps, settle_lr, adaptive, tol, patience, on_unsettled: how the states settle, see `mep.presets`.
 
     Example:
@@ -342,7 +344,10 @@ def natural_ep(
     return EPOptimizer(estimator, update)
 
 
-@_settles("energy", "groups", "branches", "settle_steps", "settle_lr", "adaptive", "patience", "compile", "checkpoint")
+_FIXED = ("energy", "groups", "points", "branches", "settle_steps", "settle_lr", "adaptive", "patience")
+
+
+@_settles(*_FIXED, "compile", "checkpoint")
 def local_ep(
     params: ParamsT,
     model: nn.Module,

@@ -186,6 +186,9 @@ class Solver(ABC):
     checkpoints: ClassVar[bool] = False
     """Whether it settles from the output and the input alone, without the states of all nodes."""
 
+    settles_complex: ClassVar[bool] = False
+    """Whether it settles nudged energies with a complex beta (`phases="holomorphic"`)."""
+
     def __post_init__(self) -> None:
         name = type(self).__name__
         require(name, "settle_steps", self.settle_steps, *whole_number(1))

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mep.cost import BatchCost, Cost
+from mep.cost import BatchCost, Cost, gradient_of, is_holomorphic
 from mep.errors import InputError
+from mep.graph.closed_forms.complex import complex_program
 from mep.graph.graph import Graph
 from mep.graph.inputs import flattened
+from mep.graph.ops import Op, Program
 from mep.guards import without_hooks
 
 
@@ -37,7 +40,8 @@ class RecordedCost(BatchCost):
 
     def value(self, output: Tensor) -> Tensor:
         parts = self.program.join.split(output) if self.program.join else [output]
-        (value,) = self.program.run(None, *parts, *self.given)
+        run = self._complex[0] if output.is_complex() else self.program.run
+        (value,) = run(None, *parts, *self.given)
         if value.ndim == 0:
             return value.expand(len(output))
         if value.shape != output.shape[:1]:
@@ -49,10 +53,16 @@ class RecordedCost(BatchCost):
 
     def gradient(self, output: Tensor) -> Tensor:
         """By autograd through the cost alone."""
-        with torch.enable_grad():
-            leaf = output.detach().requires_grad_()
-            (gradient,) = torch.autograd.grad(self.value(leaf).sum(), leaf)
-        return gradient
+        return gradient_of(self.value, output)
+
+    def is_holomorphic(self, output: Tensor) -> bool:
+        return self._complex[1] is None and is_holomorphic(self.value, output)
+
+    @cached_property
+    def _complex(self) -> tuple[Program, Op | None]:
+        """The program for complex outputs, and the first operation that has no complex form."""
+        run = self.program.run
+        return complex_program(run, run.inputs[: len(run.inputs) - len(self.given)])
 
     @property
     def parameters(self) -> tuple[nn.Parameter, ...]:
@@ -63,5 +73,6 @@ class RecordedCost(BatchCost):
         if not trained:
             return {}
         with without_hooks(trained), torch.enable_grad():
-            found = torch.autograd.grad(self.value(output.detach()).sum(), trained, allow_unused=True)
+            value = self.value(output.detach())
+            found = torch.autograd.grad(value, trained, torch.ones_like(value), allow_unused=True)
         return {p: g * weight for p, g in zip(trained, found, strict=True) if g is not None}

@@ -77,7 +77,7 @@ def train(
     cost: Annotated[str | None, _option(_PRESET, "cross_entropy or mse.")] = None,
     energy: Annotated[str | None, _option(_PRESET, "prediction or hopfield.")] = None,
     beta: Annotated[float | None, _option(_PRESET, "Nudging strength; without it, each example has its own.")] = None,
-    phases: Annotated[str | None, _option(_PRESET, "one-sided or centered.")] = None,
+    phases: Annotated[str | None, _option(_PRESET, "one-sided, centered or random-sign.")] = None,
     branches: Annotated[str | None, _option(_PRESET, "held or exact, for ReLU and its like.")] = None,
     tol: Annotated[float | None, _option(_PRESET, "Residual at which settling stops.")] = None,
     settle_steps: Annotated[int | None, _option(_PRESET, "Largest number of iterations of settling.")] = None,

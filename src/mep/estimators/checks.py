@@ -7,11 +7,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from mep.energy import GroupEnergy
-from mep.errors import A_FLAG, ArgumentError, one_of, require
+import torch
+
+from mep.cost import BatchCost
+from mep.energy import Energy, GroupEnergy
+from mep.errors import A_FLAG, ArgumentError, one_of, require, whole_number
 from mep.estimators.compiled_step import MOST_SWEEPS
-from mep.estimators.contrast import CONTRASTS
-from mep.graph import Graph
+from mep.estimators.contrast import PHASES
+from mep.graph import Graph, Point
+from mep.graph.holomorphic import check_complex
 from mep.guards import generators, set_generators
 from mep.settle import Solver
 
@@ -58,10 +62,11 @@ def check_settings(ep: Any) -> None:
 def _check_values(ep: Any) -> None:
     if ep.beta is not None:
         require(_CALL, "beta", ep.beta, lambda beta: 0 < beta < math.inf, "a positive number, or None to choose it")
-    require(_CALL, "phases", ep.phases, *one_of(sorted(CONTRASTS)))
+    require(_CALL, "phases", ep.phases, *one_of(PHASES))
     require(_CALL, "branches", ep.branches, *one_of(("held", "exact")))
     require(_CALL, "on_unsettled", ep.on_unsettled, *one_of(("warn", "raise", "ignore")))
     require(_CALL, "proof", ep.proof, *one_of(("amortised", "always", "never")))
+    _check_contrast(ep)
     for name in ("compile", "checkpoint", "diagnostics"):
         require(_CALL, name, getattr(ep, name), *A_FLAG)
     if ep.observe is not None:
@@ -77,6 +82,53 @@ def _check_values(ep: Any) -> None:
     if ep.observe is not None and ep.groups:
         raise ArgumentError(f"{_CALL}(observe=..., groups=...): leave out one of the two.")
     ep.solver.check(ep.node_energy)
+
+
+def _check_contrast(ep: Any) -> None:
+    if ep.phases != "holomorphic":
+        if ep.points is not None:
+            raise ArgumentError(
+                f"{_CALL}(phases={ep.phases!r}, points={ep.points!r}): points are those of phases='holomorphic'."
+            )
+        return
+    if ep.points is not None:
+        require(_CALL, "points", ep.points, *whole_number(1))
+    solver, energy = type(ep.solver).__name__, ep.node_energy.name
+    for asked, what, way_out in (
+        (
+            not ep.solver.settles_complex,
+            f"solver={ep.solver}",
+            f"{solver} settles no complex states. Use mep.Sweep(...)",
+        ),
+        (
+            not ep.node_energy.is_holomorphic,
+            f"energy={energy!r}",
+            "it does not say that it takes complex states (`is_holomorphic` of mep.NodeEnergy). Use phases='centered'",
+        ),
+        (ep.branches == "exact", "branches='exact'", "kinks have no complex form. Use branches='held'"),
+        (ep.compile, "compile=True", "complex phases are not compiled. Leave out one of the two"),
+        (ep.checkpoint, "checkpoint=True", "complex phases are not checkpointed. Leave out one of the two"),
+        (ep.diagnostics, "diagnostics=True", "complex states are on no branch. Leave out one of the two"),
+    ):
+        if asked:
+            raise ArgumentError(f"{_CALL}(phases='holomorphic', {what}): {way_out}.")
+
+
+def check_holomorphic(ep: Any, energy: Energy, free: Point, cost: BatchCost) -> None:
+    """Refuse models, dtypes and costs that cannot be continued to complex states."""
+    call, output = f"{_CALL}(phases='holomorphic'", energy.output(free)
+    dtypes = {output.dtype, *(p.dtype for p in energy.graph.parameters if p.is_floating_point())}
+    is_cast = torch.is_autocast_enabled(output.device.type)
+    if is_cast or not dtypes <= {torch.float32, torch.float64}:
+        what = "torch.autocast" if is_cast else ", ".join(sorted(map(str, dtypes)))
+        raise ArgumentError(f"{call}): complex states need float32 or float64, not {what}. Use phases='centered'.")
+    check_complex(energy.graph, f"{call})")
+    if not cost.is_holomorphic(output):
+        raise ArgumentError(
+            f"{call}, cost={ep.cost!r}): the cost cannot be evaluated at complex outputs, or is not holomorphic there "
+            "(moduli, comparisons, torch functions for real numbers alone). Way out: phases='centered', "
+            "cost='cross_entropy' or 'mse', or a cost that is written with exp, log and sums."
+        )
 
 
 def _check_compile(ep: Any) -> None:

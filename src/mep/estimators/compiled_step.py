@@ -22,7 +22,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from mep.cost import BatchCost, Cost
 from mep.energy import Energy, NodeEnergy, nudge
 from mep.errors import ArgumentError
-from mep.estimators.contrast import CONTRASTS, Phase, betas_of, chosen_beta, contrast
+from mep.estimators.contrast import Contrast, Phase, betas_of, chosen_beta, contrast
 from mep.estimators.estimate import Gradients
 from mep.estimators.layer_factors import LayerStatistics, layer_statistics
 from mep.graph import Graph
@@ -92,6 +92,7 @@ class CompiledStep:
         cost: BatchCost,
         output: Tensor,
         beta: float | None,
+        table: Contrast,
         sweeps: int,
     ):
         self.setting, self.graph, self.sweeps = setting, graph, sweeps
@@ -104,12 +105,16 @@ class CompiledStep:
         self.fixed = {name: value for name, value in inputs.items() if not isinstance(value, Tensor)}
         self.is_named = beta is not None
         """Whether beta is an argument; else the program chooses it."""
+        self.multiples = [multiple.real for multiple, _ in table if multiple]
+        self.weights = [weight for multiple, weight in table if multiple]
+        self.is_signed = setting.phases == "random-sign"
+        """Whether the one multiple of beta is an argument; else they are fixed."""
         self.buffers: list[Slot] = []
-        self.run = compiled(self._step, self._tensors(x, cost, beta))
+        self.run = compiled(self._step, self._tensors(x, cost, beta, table))
 
-    def __call__(self, x: Any, cost: BatchCost, beta: float | None) -> CompiledResult | None:
+    def __call__(self, x: Any, cost: BatchCost, beta: float | None, table: Contrast) -> CompiledResult | None:
         """The step, or None if something in it is not finite."""
-        numbers, loss, residual, betas, counts, *found = self.run(*self._tensors(x, cost, beta))
+        numbers, loss, residual, betas, counts, *found = self.run(*self._tensors(x, cost, beta, table))
         finite, worst, sweeps = numbers.tolist()
         if not (math.isfinite(finite) and math.isfinite(worst)):
             return None
@@ -122,15 +127,18 @@ class CompiledStep:
         ]
         return CompiledResult(gradients, loss, residual, int(sweeps), worst, betas, counts, layers, buffers)
 
-    def _tensors(self, x: Any, cost: BatchCost, beta: float | None) -> list[Tensor]:
-        """The inputs, the target, and beta."""
+    def _tensors(self, x: Any, cost: BatchCost, beta: float | None, table: Contrast) -> list[Tensor]:
+        """The inputs, the target, beta if it is named, and its sign if that is random."""
         inputs = self.graph.bind(x)
-        named = [] if beta is None else [torch.tensor(beta, dtype=torch.float64, device=self.output.device)]
-        return [*(inputs[name] for name in self.names), *cost.parts().values(), *named]
+        numbers = [] if beta is None else [beta]
+        numbers += [table[-1][0].real] if self.is_signed else []
+        made = [torch.tensor(number, dtype=torch.float64, device=self.output.device) for number in numbers]
+        return [*(inputs[name] for name in self.names), *cost.parts().values(), *made]
 
     def _step(self, *tensors: Tensor) -> list[Tensor]:
         """What is compiled."""
-        inputs, parts = tensors[: len(self.names)], tensors[len(self.names) : len(tensors) - self.is_named]
+        end = len(tensors) - self.is_named - self.is_signed
+        inputs, parts, own = tensors[: len(self.names)], tensors[len(self.names) : end], tensors[end:]
         cost = self.cost.with_parts(dict(zip(self.cost.parts(), parts, strict=True)))
         context = StepContext()
         bound = {**self.fixed, **dict(zip(self.names, inputs, strict=True))}
@@ -140,16 +148,16 @@ class CompiledStep:
         self.buffers = list(context.new_buffers)
         solver = self.setting.solver
         response = linear_response(energy, free)
-        beta: Beta = tensors[-1] if self.is_named else chosen_beta(energy, free, response, solver)
+        beta: Beta = own[0] if self.is_named else chosen_beta(energy, free, response, solver)
         idle = energy.has_nothing_to_settle(free, response.size)
         phases: list[Phase] = []
         courses = []
-        for multiple, weight in CONTRASTS[self.setting.phases]:
-            if multiple:
-                nudged = nudge(energy, cost, multiple * beta)
-                settled, course = solver.unrolled(nudged, free, Start(response.copy()), self.sweeps)
-                phases.append((weight * multiple, nudged, settled))
-                courses.append(course.masked_fill(idle, 0))
+        multiples: Sequence[Beta] = own[-1:] if self.is_signed else self.multiples
+        for multiple, weight in zip(multiples, self.weights, strict=True):
+            nudged = nudge(energy, cost, multiple * beta)
+            settled, course = solver.unrolled(nudged, free, Start(response.copy()), self.sweeps)
+            phases.append((weight, nudged, settled))
+            courses.append(course.masked_fill(idle, 0))
         gradients = contrast(phases, self.batch)
         self.parameters = list(gradients)
         self.layers = layer_statistics((e, s) for _, e, s in phases) if self.setting.observes else []
@@ -163,7 +171,7 @@ class CompiledStep:
         finite = torch.stack([t.sum().float() for t in checked]).sum()
         numbers = torch.stack([finite, course[-1].max().float(), counts.max().float()])
         used = [t for layer in self.layers for _, inputs, errors in layer.uses for t in (inputs, errors)]
-        betas = betas_of(beta, self.batch, loss.device)
+        betas = betas_of(phases[-1][1].beta, self.batch, loss.device)
         return [numbers, loss, course[-1], betas, counts, *gradients.values(), *context.new_buffers.values(), *used]
 
 
@@ -190,7 +198,7 @@ class CompiledSteps:
         for which in [which for which in self._programs if which[0][0] not in graphs]:
             del self._programs[which]
 
-    def step(self, graph: Graph, x: Any, target: Tensor, beta: float | None) -> CompiledResult | None:
+    def step(self, graph: Graph, x: Any, target: Tensor, beta: float | None, table: Contrast) -> CompiledResult | None:
         """What a program finds, or None if the step has to be made without one."""
         key = _key(graph, x, target)
         if key is None or key not in self._seen:
@@ -200,8 +208,8 @@ class CompiledSteps:
             return None
         cost = self.make_cost(output, target)
         which = key, beta is not None, sweeps
-        program = self._programs.get(which) or self._made(which, x, cost, output, beta)
-        found = program(x, cost, beta)
+        program = self._programs.get(which) or self._made(which, x, cost, output, beta, table)
+        found = program(x, cost, beta, table)
         if found is None:
             return None
         if self.setting.solver.adaptive and found.worst > rounded(self.setting.solver.tol, found.residual.dtype):
@@ -231,11 +239,11 @@ class CompiledSteps:
         return min(_rounded(needed), most) if solver.adaptive else needed
 
     def _made(
-        self, which: tuple[Key, bool, int], x: Any, cost: BatchCost, output: Tensor, beta: float | None
+        self, which: tuple[Key, bool, int], x: Any, cost: BatchCost, output: Tensor, beta: float | None, table: Contrast
     ) -> CompiledStep:
         graph: Graph = which[0][0]
         try:
-            program = CompiledStep(self.setting, graph, x, cost, output, beta, which[2])
+            program = CompiledStep(self.setting, graph, x, cost, output, beta, table, which[2])
         except Exception as error:
             raise ArgumentError(
                 f"compile=True: a step of {type(graph.model).__name__} cannot be compiled. "

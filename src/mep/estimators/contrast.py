@@ -3,7 +3,17 @@
     dC/dtheta ~ sum_k w_k dE/dtheta(s*(beta_k))
 
 Every variant of equilibrium propagation is a table of `(beta_k / beta, w_k beta)`. One-sided (Scellier and Bengio 2017,
-eq. 10) errs by O(beta), centered (Laborieux et al. 2021, arXiv:2006.03824, eq. 6) by O(beta^2).
+eq. 10) errs by O(beta), centered (Laborieux et al. 2021, arXiv:2006.03824, eq. 6) by O(beta^2). One-sided with a random
+sign of beta in every step (the same two papers) is the centered estimate in expectation, from one nudged phase a step.
+
+**Holomorphic** (Laborieux and Zenke 2022, arXiv:2209.00530): N points `beta_k = beta e^(i t_k)`, evenly on a circle,
+
+    dC/dtheta = 1/N sum_k dE/dtheta(s*(beta_k)) / beta_k + O(beta^N)
+
+since of the powers of beta_k in dE/dtheta all up to the N-th cancel, but the first. Energy and cost are real where beta
+is, so equilibria at conjugate betas are conjugate, and so are their terms: one of each pair is settled, and its real
+part counts twice. For even N the circle is turned so that no point is real, `t_k = (2k + 1) pi / N`: N/2 phases. With
+N = 2 that is the one point `i beta`, of the order of the two of the centered contrast. For odd N one point is beta.
 
 **Which beta**, if none is named: as strong as the bias allows, chosen before any state has moved. At beta the cost's
 gradient at the output changes by `|dC(s_beta) - dC(s_free)| <= L |s_beta - s_free|`, with L the cost's smoothness, and
@@ -12,8 +22,9 @@ the output has moved by `beta |M g|` to first order, g = dC(s_free). So the rela
 
     beta = largest / max(1, k L)
 
-keeps it at `largest` for each example: 0.1 for gradient descent, whose states have to stand out from their rounding;
-0.01 for solvers that carry errors, for which no beta is too small. Where Jacobians are constant the response M g of the
+keeps it at `largest` for each example, whatever the contrast: 0.1 for gradient descent, whose states have to stand out
+from their rounding; 0.01 for solvers that carry errors, for which no beta is too small (so there is nothing to gain
+from a larger one where the order is higher: it takes more sweeps). Where Jacobians are constant the response M g of the
 free equilibrium is known before any state has moved; then the bound is exact, and a tolerance of 0.01 takes one sweep.
 Elsewhere k is the gain `<g, M g> / <g, g> = sum_n |A_n^T g|^2 / |g|^2`, which the first backward walk gives exactly and
 which is no larger, and the Jacobians move as well: the gradient as a whole may be biased tens of times as much as the
@@ -22,8 +33,10 @@ output's error. There `largest` is 0.0002. Examples that are coupled have one be
 
 from __future__ import annotations
 
+import cmath
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cache as cached
 from functools import partial
 
@@ -35,6 +48,7 @@ from mep.energy import Energy, Free, State, example_norm, nudge
 from mep.errors import DivergedError
 from mep.estimators.estimate import Gradients
 from mep.graph import Point
+from mep.graph.holomorphic import complex_graph
 from mep.graph.node import Beta
 from mep.settle import Iterate, Response, Result, Settled, Solver, Start, settle
 from mep.solvers.networks.affine import LazyMapping
@@ -42,7 +56,8 @@ from mep.solvers.networks.network import are_independent, spread_length
 from mep.solvers.relaxation import FreePoint, has_constant_jacobians
 from mep.solvers.sweep import linear_response
 
-Contrast = tuple[tuple[float, float], ...]
+Contrast = tuple[tuple[complex, float], ...]
+"""Of every phase, the free one at 0: `beta_k / beta`, and `w_k beta_k`, or `w_k beta` of the free one."""
 
 Phase = tuple[float, Energy, Settled | Iterate]
 """The weight of an equilibrium, its energy, and the equilibrium."""
@@ -51,11 +66,48 @@ SettledPhase = tuple[float, Energy, Settled]
 
 CONTRASTS: dict[str, Contrast] = {
     "one-sided": ((0.0, -1.0), (1.0, 1.0)),
-    "centered": ((-1.0, -0.5), (1.0, 0.5)),
+    "centered": ((-1.0, 0.5), (1.0, 0.5)),
 }
+"""Those that are the same in every step."""
+PHASES = (*CONTRASTS, "random-sign", "holomorphic")
+POINTS = 4
+"""The default number of points on the circle: two phases."""
 
 
-Watch = Callable[[float, Energy, int, Iterate], None]
+def make_contrast(phases: str, points: int | None = None) -> Contrast:
+    """The contrast of one step; "random-sign" draws its sign from torch's generator on the CPU.
+
+    Example:
+        >>> make_contrast("one-sided")
+        ((0.0, -1.0), (1.0, 1.0))
+        >>> make_contrast("holomorphic", points=2)
+        ((1j, 1.0),)
+    """
+    if phases == "holomorphic":
+        return _circle(POINTS if points is None else points)
+    if phases == "random-sign":
+        sign = 1.0 - 2.0 * int(torch.randint(2, ()))
+        return (0.0, -sign), (sign, 1.0)
+    return CONTRASTS[phases]
+
+
+def _circle(points: int) -> Contrast:
+    """One of each pair of conjugate points, with the weight of both; the one nearest to beta last."""
+    if points == 1:
+        return CONTRASTS["one-sided"]
+    if points % 2 == 0:
+        places = [(2 * k + 1) / points for k in range(points // 2)]
+        return tuple((_at(place), 2 / points) for place in reversed(places))
+    places = [2 * k / points for k in range(1, points // 2 + 1)]
+    return (*((_at(place), 2 / points) for place in reversed(places)), (1.0, 1 / points))
+
+
+def _at(place: float) -> complex:
+    """`e^(i pi place)`; i is exactly that."""
+    return 1j if place == 0.5 else cmath.exp(1j * math.pi * place)
+
+
+Watch = Callable[[complex, Energy, int, Iterate], None]
 
 
 def settle_phases(
@@ -63,18 +115,18 @@ def settle_phases(
     free: Settled,
     cost: BatchCost,
     solver: Solver,
-    phases: str,
+    contrast: Contrast,
     beta: Beta | None,
     errors: State | None = None,
     watch: Watch | None = None,
 ) -> list[SettledPhase]:
-    """Settle every phase of the contrast at exactly its multiple of beta; the weights are over that multiple.
+    """Settle every phase of the contrast at exactly its multiple of beta.
 
     Args:
         energy: without a nudge, and `free` its equilibrium.
         cost: of the batch.
         solver: for all phases.
-        phases: the name of the contrast.
+        contrast: which phases.
         beta: that of every example, or one each, [batch]; None to choose it, see above.
         errors: scaled errors to begin with, for solvers that use warm starts.
         watch: called with the multiple of beta, the nudged energy, the number of iterations, and each iterate.
@@ -92,16 +144,19 @@ def settle_phases(
         assert response is not None
         beta = chosen_beta(unit, free.point, response, solver)
     found: list[SettledPhase] = []
-    contrast = CONTRASTS[phases]
     for i, (multiple, weight) in enumerate(contrast):
         if not multiple and is_forward:
             continue  # there dE/dtheta is zero
-        nudged = nudge(energy, cost, (multiple or 1.0) * beta, noted)
+        if isinstance(multiple, complex):
+            at = torch.as_tensor(beta, dtype=torch.float64, device=energy.output(free.point).device) * multiple
+            nudged = nudge(replace(energy, graph=complex_graph(energy.graph)), cost, at, noted)
+        else:
+            nudged = nudge(energy, cost, (multiple or 1.0) * beta, noted)
         settled = free
         if multiple:
             start = Start(response if response is None or i == len(contrast) - 1 else response.copy(), errors)
             settled = settle(nudged, free.point, solver, start, watch and partial(watch, multiple, nudged))
-        found.append((weight * (multiple or 1.0), nudged, settled))
+        found.append((weight, nudged, settled))
         if found[-1][2].result is Result.DIVERGED:
             raise DivergedError(
                 f"Settling diverged at {_named(beta)} with {solver}. Nothing was changed. Way out: "
@@ -185,7 +240,8 @@ def iter_gradients(phases: Sequence[Phase], batch: int) -> Iterator[Gradients]:
     for node in nodes:
         with torch.no_grad():
             for weight, energy, settled in phases:
-                _add(unfinished, energy.parameter_gradient(settled.point, settled.errors, weight / batch, [node]))
+                own = energy.graph.by_name[node.name]
+                _add(unfinished, energy.parameter_gradient(settled.point, settled.errors, weight / batch, [own]))
             found = finished({p: unfinished.pop(p) for p in list(unfinished) if last[p] is node})
         if found:
             yield found
@@ -198,10 +254,10 @@ def _add(total: Gradients, found: Gradients) -> None:
 
 
 def betas_of(beta: Beta, batch: int, device: torch.device) -> Tensor:
-    """The strengths of all examples, toward the target or away from it."""
+    """The strengths of all examples, below 0 where a random sign leads away from the target; moduli of complex ones."""
     if isinstance(beta, Tensor):
-        return beta.abs().expand(batch)
-    return torch.full((batch,), abs(beta), dtype=torch.float64, device=device)
+        return (beta.abs() if beta.is_complex() else beta).expand(batch)
+    return torch.full((batch,), beta, dtype=torch.float64, device=device)
 
 
 def finished(gradients: Gradients) -> Gradients:

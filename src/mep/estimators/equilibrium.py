@@ -18,9 +18,10 @@ from mep.capture.state import check_state
 from mep.cost import BatchCost, PerExample, make_cost
 from mep.energy import Energy, GroupEnergy, Hopfield, NodeEnergy, make_node_energy
 from mep.errors import ArgumentError, DivergedError, InputError, NotConvergedError, NotConvergedWarning, warn
-from mep.estimators.checks import check_groups, check_settings, check_solver, noise_undone_on_error
+from mep.estimators.checks import check_groups, check_holomorphic, check_settings, check_solver, noise_undone_on_error
 from mep.estimators.compiled_step import CompiledSteps, CompileOptions
 from mep.estimators.contrast import (
+    Contrast,
     SettledPhase,
     Watch,
     accumulate,
@@ -28,6 +29,7 @@ from mep.estimators.contrast import (
     contrast,
     finished,
     iter_gradients,
+    make_contrast,
     settle_phases,
 )
 from mep.estimators.estimate import Estimate, Gradients
@@ -49,7 +51,8 @@ class EquilibriumPropagation:
     """Fills `p.grad` from two equilibria of an energy, as `loss.backward()` would from a graph.
 
     One is free, one is nudged toward the target with strength `beta`; the contrast of their energies is the gradient,
-    to first order in beta (`phases="one-sided"`) or to second (`"centered"`).
+    to first order in beta (`phases="one-sided"`), in expectation to second (`"random-sign"`), or to second
+    (`"centered"`), or to any order (`"holomorphic"`).
 
     Args:
         model: any module that `torch.export` can record. It is captured with the first batch, and not changed.
@@ -62,7 +65,9 @@ class EquilibriumPropagation:
         solver: `mep.Sweep(...)` (the default for "prediction"), `mep.Relaxation(...)` (for "hopfield"), or
             `mep.Descent(...)`.
         energy: "prediction", "hopfield", or an object derived from `mep.NodeEnergy`.
-        phases: "one-sided" or "centered".
+        phases: "one-sided"; "centered", with a second nudged phase at -beta; or "random-sign", one-sided at beta or
+            -beta at random, drawn for each step from torch's generator on the CPU: `Estimate.betas` has the sign;
+            or "holomorphic", N complex betas on a circle, with a bias of order N in beta; see below.
         branches: "held" keeps ReLU-like gates and max-pool winners as in the free equilibrium while the nudged one is
             sought; "exact" seeks the equilibrium of the nonsmooth energy itself.
         leaves: modules to keep whole, see `mep.trace`.
@@ -84,6 +89,11 @@ class EquilibriumPropagation:
             rounding. Only for `mep.Sweep`, held branches, and affine graphs (linear layers, convolutions, pooling,
             piecewise-linear activations).
         groups: energies of groups of nodes beside those of single nodes, see `mep.GroupEnergy`; only for `mep.Descent`.
+        points: the number N of betas on the circle of `phases="holomorphic"`; 4 by default.
+
+    With `phases="holomorphic"` the model is continued to complex states (complex64 for float32): N/2 nudged phases for
+    an even N, since equilibria at conjugate betas are conjugate. `Estimate.betas` has the radius. Operations that have
+    no complex form are refused by name, and so are float16 and bfloat16. `observe` is given real parts.
 
     Raises:
         TraceError, ParameterError, ArgumentError: at once, from the constructor.
@@ -117,6 +127,7 @@ class EquilibriumPropagation:
         on_unsettled: str = "warn",
         proof: str = "amortised",
         groups: Sequence[GroupEnergy] = (),
+        points: int | None = None,
     ):
         check_model(model, "EquilibriumPropagation")
         check_state(model)
@@ -124,7 +135,7 @@ class EquilibriumPropagation:
         self.cost = cost
         self._cost = make_cost(cost)
         self.node_energy = make_node_energy(energy)
-        self.phases = phases
+        self.phases, self.points = phases, points
         self.branches = branches
         check_leaves(model, leaves, "EquilibriumPropagation")
         self.leaves = tuple(leaves)
@@ -161,13 +172,14 @@ class EquilibriumPropagation:
         """The estimated gradient of the mean cost for every trained parameter, without touching `p.grad`."""
         batch = self._check(x, target)
         graph = None
-        if self.compiled_steps is not None and indices is None:
-            graph = self._graphs.of(x, target)
-            if (found := self._compiled(graph, x, target)) is not None:
-                return found
         noise: Noise | None = generators()
         try:
-            step = self._settled(x, target, batch, indices, graph)
+            table = make_contrast(self.phases, self.points)
+            if self.compiled_steps is not None and indices is None:
+                graph = self._graphs.of(x, target)
+                if (found := self._compiled(graph, x, target, table)) is not None:
+                    return found
+            step = self._settled(x, target, batch, indices, table, graph)
             with region("contrast"):
                 gradients = finished(contrast(step.phases, batch))
             with uninterrupted():
@@ -191,7 +203,8 @@ class EquilibriumPropagation:
         batch = self._check(x, target)
         noise: Noise | None = generators()
         try:
-            step = self._settled(x, target, batch, indices, saves_memory=True)
+            table = make_contrast(self.phases, self.points)
+            step = self._settled(x, target, batch, indices, table, saves_memory=True)
             # Made twice: first to see that all are finite, since the first that is used changes a weight.
             deque(iter_gradients(step.phases, batch), maxlen=0)
             buffers = dict(step.energy.context.new_buffers)
@@ -233,8 +246,9 @@ class EquilibriumPropagation:
         noise = generators()
         recorder = Recorder() if record else None
         try:
-            step = self._settled(x, target, batch, indices, watch=recorder)
-            return view(step.estimate, step.energy, step.free, step.phases, recorder)
+            table = make_contrast(self.phases, self.points)
+            step = self._settled(x, target, batch, indices, table, watch=recorder)
+            return view(step.estimate, step.energy, step.free, step.phases, step.table, recorder)
         finally:
             set_generators(noise)
 
@@ -289,6 +303,7 @@ class EquilibriumPropagation:
         target: Tensor,
         batch: int,
         indices: Tensor | None,
+        table: Contrast,
         graph: Graph | None = None,
         saves_memory: bool = False,
         watch: Watch | None = None,
@@ -309,17 +324,19 @@ class EquilibriumPropagation:
                 f"The loss is {float(loss)} before settling: the target or the weights are not finite, or the "
                 "output overflows. Nothing was changed."
             )
+        if self.phases == "holomorphic":
+            check_holomorphic(self, energy, free.point, cost)
         errors = None  # those of the same examples at their last equilibrium
         if indices is not None and energy.is_forward:
             errors = self._cache.of(indices, energy.state(free.point))[0]
         with region("settling"):
-            phases = settle_phases(energy, free, cost, self.solver, self.phases, self.beta, errors, watch)
+            phases = settle_phases(energy, free, cost, self.solver, table, self.beta, errors, watch)
         estimate = self._estimate(loss, free, phases, graph)
         if estimate.coupling is not None:
             self._check_coupling(estimate)
         if estimate.result is not Result.CONVERGED and self.on_unsettled != "ignore":
             self._report(estimate, phases[-1][1], free)
-        return _Step(energy, free, phases, estimate)
+        return _Step(energy, free, phases, table, estimate)
 
     def _free(
         self, graph: Graph, x: Any, batch: int, indices: Tensor | None = None, target: Any = None
@@ -456,10 +473,10 @@ class EquilibriumPropagation:
             )
         return check_indices(indices, batch)
 
-    def _compiled(self, graph: Graph, x: Any, target: Tensor) -> tuple[Gradients, Estimate] | None:
+    def _compiled(self, graph: Graph, x: Any, target: Tensor, table: Contrast) -> tuple[Gradients, Estimate] | None:
         """The step by a compiled program, or None if it has to be made without one."""
         assert self.compiled_steps is not None
-        found = self.compiled_steps.step(graph, x, target, self.beta)
+        found = self.compiled_steps.step(graph, x, target, self.beta, table)
         if found is None:
             return None
         if self.observe is not None:
@@ -493,6 +510,7 @@ class _Step:
     energy: Energy
     free: Settled
     phases: list[SettledPhase]
+    table: Contrast
     estimate: Estimate
 
 

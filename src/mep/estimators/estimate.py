@@ -22,7 +22,7 @@ class Estimate:
         residual: of every example, [batch], the worst over nodes and phases; 0 for backprop. Converged: at most `tol`.
         iterations: sweeps or descent steps, the most of any phase and example; 0 for backprop.
         result: converged, or why not.
-        betas: the nudging strength of every example, [batch]; 0 for backprop.
+        betas: the nudging strength of every example, [batch], with its sign (`phases="random-sign"`); 0 for backprop.
         counts: the iterations of every example, [batch]; 0 for backprop.
         tol: the residual to which examples were to settle.
         left_branch: fraction of piecewise-linear units off the branch on which they were held; None if not asked.
@@ -72,8 +72,8 @@ class Estimate:
 
     @property
     def beta(self) -> float:
-        """The smallest nudging strength of any example: that which was named, if one was; 0 for backprop."""
-        return float(self.betas.min())
+        """The weakest nudge of any example: that which was named, if one was, with its sign; 0 for backprop."""
+        return float(self.betas[self.betas.abs().argmin()])
 
     @property
     def median_beta(self) -> float:

@@ -77,7 +77,8 @@ def layer_statistics(phases: Iterable[tuple[Energy, Settled | Iterate]]) -> list
             beside[bias].add(weight)
             saved = settled.point.saved[node.name]
             layer = layers.setdefault(weight, LayerStatistics(weight, bias))
-            layer.uses.append((step, node.weighted_input(saved), node.weighted_error(saved, errors[node.name])))
+            inputs, error = node.weighted_input(saved), node.weighted_error(saved, errors[node.name])
+            layer.uses.append((step, inputs.real, error.real))  # of complex phases the real parts count
     for layer in layers.values():
         layer.examples = examples
         bias = layer.bias

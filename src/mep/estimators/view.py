@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mep.energy import Energy
 from mep.errors import ArgumentError
-from mep.estimators.contrast import SettledPhase
+from mep.estimators.contrast import Contrast, SettledPhase
 from mep.estimators.estimate import Estimate
 from mep.graph import Point
 from mep.graph.node import Node
@@ -27,7 +27,8 @@ class PhaseView:
     """One equilibrium, node by node; every mapping is from the name of a node that has a state.
 
     Attributes:
-        beta: the multiple of the nudging strength: 0 for the free phase.
+        beta: the multiple of the nudging strength: 0 for the free phase; complex in phases of a holomorphic contrast,
+            whose states, predictions, errors and energies are complex, too.
         states, predictions: s and mu.
         errors: the scaled errors `de/dmu / beta`, for the prediction energy `(mu - s) / beta`; 0 in the free phase.
             Where the free equilibrium is not the forward pass: how far each state has moved from it, over beta.
@@ -36,7 +37,7 @@ class PhaseView:
         course: the residuals after every iteration, where they were recorded.
     """
 
-    beta: float
+    beta: complex
     states: Mapping[str, Tensor]
     predictions: Mapping[str, Tensor]
     errors: Mapping[str, Tensor]
@@ -61,7 +62,7 @@ class Equilibrium:
 
     @property
     def nudged(self) -> PhaseView:
-        """The equilibrium that is nudged toward the target."""
+        """The one that is nudged toward the target, or most nearly so; if the sign is random, perhaps away from it."""
         return self.phases[-1]
 
     def __str__(self) -> str:
@@ -71,7 +72,7 @@ class Equilibrium:
         for name, s in self.nudged.states.items():
             batch = len(self.nudged.residuals[name])
             sizes = [float(t.reshape(batch, -1).norm(dim=1).mean()) for t in (s, self.nudged.errors[name])]
-            energy, residual = self.nudged.energies[name].mean(), self.nudged.residuals[name].max()
+            energy, residual = self.nudged.energies[name].real.mean(), self.nudged.residuals[name].max()
             numbers = [f"{v:.3g}" for v in (*sizes, float(energy), float(residual))]
             rows.append((name, "x".join(map(str, s.shape)), *numbers))
         widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
@@ -107,9 +108,9 @@ class Equilibrium:
 class Recorder:
     """The residuals of all nodes after every iteration, by the multiple of beta of the phase."""
 
-    courses: dict[float, list[Residuals]] = field(default_factory=dict)
+    courses: dict[complex, list[Residuals]] = field(default_factory=dict)
 
-    def __call__(self, multiple: float, energy: Energy, iteration: int, iterate: Iterate) -> None:
+    def __call__(self, multiple: complex, energy: Energy, iteration: int, iterate: Iterate) -> None:
         """Called by `settle` with every iterate."""
         point = _complete(energy, iterate.point, iterate.errors)
         residuals = _residuals(energy, point, iterate.errors, iterate.turns is not None)
@@ -117,18 +118,22 @@ class Recorder:
 
 
 def view(
-    estimate: Estimate, energy: Energy, free: Settled, phases: Sequence[SettledPhase], recorder: Recorder | None
+    estimate: Estimate,
+    energy: Energy,
+    free: Settled,
+    phases: Sequence[SettledPhase],
+    contrast: Contrast,
+    recorder: Recorder | None,
 ) -> Equilibrium:
     """The phases of a step as an `Equilibrium`."""
     nudged = [(e, settled) for _, e, settled in phases if settled is not free]
-    courses = list(recorder.courses.items()) if recorder else [(1.0, [])] * len(nudged)
-    if len(nudged) == 2 and not recorder:
-        courses[0] = (-1.0, [])
-    views = [_phase(e, s, multiple, course) for (e, s), (multiple, course) in zip(nudged, courses, strict=True)]
+    multiples = [multiple for multiple, _ in contrast if multiple]
+    courses = recorder.courses if recorder else {}
+    views = [_phase(e, s, m, courses.get(m, [])) for (e, s), m in zip(nudged, multiples, strict=True)]
     return Equilibrium(estimate, _phase(energy, free, 0.0, []), tuple(views))
 
 
-def _phase(energy: Energy, settled: Settled, multiple: float, course: Sequence[Residuals]) -> PhaseView:
+def _phase(energy: Energy, settled: Settled, multiple: complex, course: Sequence[Residuals]) -> PhaseView:
     point = _complete(energy, settled.point, settled.errors)
     states = energy.state(point)
     if energy.nudge is None:

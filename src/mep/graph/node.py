@@ -25,10 +25,11 @@ from mep.graph.closed_forms.table import layer_op_of, weighted_op
 from mep.graph.ops import Op, Program, Ref, Slot, is_tensor, leaves_of
 from mep.graph.step_context import StepContext
 from mep.guards import generators, set_generators, without_hooks
-from mep.layout import as_laid_out, in_dtype, per_example
+from mep.layout import as_laid_out, in_dtype, numbers_like, per_example
 
 Beta = float | Tensor
-"""A nudging strength: a number, a tensor without dimensions where a step is compiled for any, or one each: [batch]."""
+"""A nudging strength: a number, a tensor without dimensions (where a step is compiled for any, and of complex ones), or
+one each: [batch]."""
 
 
 @dataclass(eq=False, repr=False)
@@ -364,7 +365,7 @@ def _layers(program: Sequence[Op], parents: Sequence[str], name: str) -> list[La
             return None  # one operation has the parameters
         layers.append(layer)
         previous = op.name
-    return _pooled_early(layers)
+    return _pooled_early(layers) if all(layer.is_affine for layer in layers) else layers
 
 
 def _is_trained(layer: LayerOp) -> bool:
@@ -422,7 +423,7 @@ def expand_beta(beta: Beta, like: Tensor) -> Beta:
         return beta
     if beta.ndim:
         beta = beta.view(-1, *[1] * (like.ndim - 1)) if len(beta) == len(like) else per_example(beta, like)
-    return beta.to(like.dtype)
+    return beta.to(numbers_like(like, beta) if beta.is_complex() else like.dtype)
 
 
 def select_beta(beta: Beta, rows: Tensor) -> Beta:

@@ -103,7 +103,7 @@ class Program:
     """
 
     def __init__(self, ops: Sequence[Op], inputs: Sequence[str], results: Sequence[str], owner: str = ""):
-        self.inputs, self.results = tuple(inputs), tuple(results)
+        self.ops, self.inputs, self.results, self.owner = tuple(ops), tuple(inputs), tuple(results), owner
         self._calls = [_Call(op, (owner, op.name)) for op in ops]
 
     def __call__(self, context: Any, *inputs: Any) -> tuple[Any, ...]:

@@ -27,7 +27,7 @@ from rich.progress import track
 from torch import Tensor, nn
 
 import mep
-from mep.estimators.contrast import contrast, settle_phases
+from mep.estimators.contrast import contrast, make_contrast, settle_phases
 from mep.guards import watch_regions
 from mep.lab.recipes import BASELINE, Recipe, recipes_of
 from mep.lab.timing import Batch, TimedRecipe, batches_of, build, estimator_of, in_turns, relative
@@ -159,7 +159,10 @@ class Reference:
         free = Settled(point, zeros, 0, Result.CONVERGED, zeros)
         nudge = equilibria.nudged(1.0).nudge
         assert nudge is not None
-        phases = settle_phases(energy, free, nudge.cost, EXACT, estimator.phases, betas.double())
+        # A random sign is in the betas already.
+        phases_of = "one-sided" if estimator.phases == "random-sign" else estimator.phases
+        table = make_contrast(phases_of, estimator.points)
+        phases = settle_phases(energy, free, nudge.cost, EXACT, table, betas.double())
         for _, nudged, settled in phases:
             if settled.result is not Result.CONVERGED:
                 raise mep.NotConvergedError(

@@ -19,6 +19,9 @@ should be is known before any state has moved (`network.py`): were the network i
 would balance along the output's error x where `a x = dC(s_free - beta k a x)`.
 
 Plain iteration, a = 1, diverges once beta times the gain exceeds one. These steps do not, toward the target.
+
+With a complex beta errors, residuals and lengths are complex, and `<u, v> = sum conj(u) v`: `a <y, r> / <y, y>` is then
+the complex number t that makes `|r - t y / a|` least, as it is the real one for a real beta.
 """
 
 from __future__ import annotations
@@ -73,6 +76,7 @@ class Sweep(Solver):
     uses_response = True
     compiles = True
     checkpoints = True
+    settles_complex = True
 
     def check(self, node_energy: NodeEnergy) -> None:
         if not node_energy.has_state:
@@ -133,6 +137,8 @@ def barzilai_borwein(a: Tensor, numerator: Tensor, denominator: Tensor) -> Tenso
         (tensor([0.5000]), tensor([1.]))
     """
     longer = a * (numerator / denominator)
+    if longer.is_complex():  # of any direction: no curvature 1 + beta m with a real m is near 0, for beta far from real
+        return within(torch.where((numerator != 0) & (denominator != 0), longer, a))
     return within(torch.where((numerator > 0) & (denominator > 0), longer, a))
 
 

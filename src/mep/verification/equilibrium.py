@@ -210,4 +210,4 @@ def _onto_simplex(v: Tensor) -> Tensor:
 
 def _signs(phases: Sequence[str]) -> list[float]:
     """The multiples of beta at which these contrasts need an equilibrium that is not the free one."""
-    return sorted({multiple for name in phases for multiple, _ in CONTRASTS[name] if multiple}, reverse=True)
+    return sorted({multiple.real for name in phases for multiple, _ in CONTRASTS[name] if multiple}, reverse=True)

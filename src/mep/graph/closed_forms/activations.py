@@ -47,7 +47,9 @@ class Activation:
         return set(self.kinks) <= {0.0}
 
     def linearized(self, x: Tensor, x0: Tensor) -> Tensor:
-        """The linear piece of f at `x0`, evaluated at `x` (piecewise-linear f only)."""
+        """The linear piece of f at `x0`, evaluated at `x`, which may be complex (piecewise-linear f only)."""
+        if x.is_complex():
+            return torch.complex(self.linearized(x.real, x0), self.backward(x.imag, x0))
         if self.homogeneous:
             return self.backward(x, x0)
         return self.value(x0) + self.backward(x - x0, x0)

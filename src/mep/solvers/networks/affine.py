@@ -143,7 +143,9 @@ class AffineNetwork(Network):
         errors, Mx, input_tangents = walk(self.energy, self.free, x, graph.rows(self.free.saved, rows))
         for whole, some in ((self._errors, errors), (self._input_tangents, input_tangents)):
             for name, value in some.items():
-                whole[name] = (whole[name] if self._is_ours else whole[name].clone()).index_copy_(0, rows, value)
+                # Those of the response are real, and belong to it.
+                held = whole[name].to(value.dtype, copy=not self._is_ours)
+                whole[name] = held.index_copy_(0, rows, value)
         self._is_ours = True
         if self.scale is not None:
             self.scale = self.scale.index_fill(0, rows, 1)

@@ -63,12 +63,12 @@ class GeneralNetwork(Network):
         return a
 
     def products(self) -> tuple[Tensor, Tensor]:
-        """`<r, y>` and `<y, y>`, with y the decrease of r: the shorter of the two lengths of Barzilai and Borwein."""
+        """`<y, r>` and `<y, y>`, with y the decrease of r: the shorter of the two lengths of Barzilai and Borwein."""
         along, square, batch = [], [], self.energy_in_play.batch
         for name, moved in self.moved.items():
             r = moved / spread_length(self.length, moved)  # as it was before the last move
             y = r - self.r[name]
-            along.append(example_dot(r, y, batch))
+            along.append(example_dot(y, r, batch))
             square.append(example_dot(y, y, batch))
         sums = torch.stack([torch.stack(along), torch.stack(square)]).sum(1)
         numerator, denominator = sums.sum(1) if self.is_coupled else sums

@@ -24,7 +24,7 @@ from mep.cost import BatchCost
 from mep.energy import Energy, example_dot
 from mep.graph import Point
 from mep.graph.node import Node, expand_beta
-from mep.layout import per_example
+from mep.layout import numbers_like, per_example
 from mep.settle import Response
 
 _SHORTEST, _LONGEST = 1e-4, 1.5
@@ -126,7 +126,10 @@ def output_residual(error: Tensor, wanted: Tensor) -> Tensor:
 
 
 def within(a: Tensor) -> Tensor:
-    """A length that is not too short to move nor so long that one wrong estimate does harm."""
+    """A length, or one of that modulus, not too short to move nor so long that one wrong estimate does harm."""
+    if a.is_complex():
+        size = a.abs()
+        return a * (size.clamp(_SHORTEST, _LONGEST) / size)
     return a.clamp(_SHORTEST, _LONGEST)
 
 
@@ -166,13 +169,13 @@ def length_along(
         slope = a * size - product(gradient) + size  # times a: what the secant through 0 rises
         gradient = None
         # Without curvature there is nothing to balance along x: the length stays.
-        a = torch.where((slope > 0) & (size > 0), a * size / slope, a)
+        a = torch.where((slope.real > 0) & (size.real > 0), a * size / slope, a)
     return within(a)
 
 
 def spread_length(a: Tensor, like: Tensor) -> Tensor:
     """A length, one an example or one for all, ready to be multiplied with a state."""
-    return (per_example(a, like) if a.ndim else a).to(like.dtype)
+    return (per_example(a, like) if a.ndim else a).to(numbers_like(like, a) if a.is_complex() else like.dtype)
 
 
 def no_autocast(device: torch.device) -> AbstractContextManager[object]:
