@@ -141,10 +141,7 @@ def _phase(energy: Energy, settled: Settled, multiple: float, course: Sequence[R
         elif energy.nudge.free:
             moved = {name: s - energy.nudge.free[name].state for name, s in states.items()}
             errors = {name: s / expand_beta(energy.beta, s) for name, s in moved.items()}
-    energies = {
-        name: energy.node_energy.energy(states[name], mu).reshape(energy.batch, -1).sum(1)
-        for name, mu in point.predictions.items()
-    }
+    energies = {name: energy.of_node(name, states[name], mu) for name, mu in point.predictions.items()}
     residuals = _residuals(energy, point, settled.errors, settled.turns is not None)
     errors = {name: errors[name] for name in states}
     return PhaseView(multiple, states, dict(point.predictions), dict(errors), energies, residuals, tuple(course))
