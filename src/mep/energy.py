@@ -5,10 +5,12 @@ r"""The energy of a graph's states, its forces, and its nudge toward a cost.
 
 The coupling `e` of a state to its prediction is an object, `NodeEnergy`. Two have names:
 
-| energy       | e(s, mu)              | de/ds  | -de/dmu | states                                  |
-|--------------|-----------------------|--------|---------|-----------------------------------------|
-| `prediction` | 1/2 \|s - mu\|^2      | s - mu | s - mu  | free                                    |
-| `hopfield`   | 1/2 \|s\|^2 - <s, mu> | s - mu | s       | behind the activations, each in its box |
+| energy       | e(s, mu)         | de/ds        | -de/dmu | states                               |
+|--------------|------------------|--------------|---------|--------------------------------------|
+| `prediction` | 1/2 \|s - mu\|^2 | s - mu       | s - mu  | free                                 |
+| `hopfield`   | G(s) - <s, mu>   | f^-1(s) - mu | s       | behind the activations f, G' = f^-1  |
+
+For activations that project on a box, G is 1/2 |s|^2 in that box (`mep.graph.closed_forms.potentials` has all).
 
 The force on a state is local: `dF/ds_n = de/ds_n - sum_c J_c^T (-de/dmu)_c`, plus `beta dC/ds` at the output.
 
@@ -21,10 +23,11 @@ Sources: Scellier and Bengio 2017 (arXiv:1602.05179), eq. 3 to 6; Whittington an
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -33,7 +36,7 @@ from torch import Tensor, nn
 from mep.cost import BatchCost
 from mep.errors import one_of, require
 from mep.graph import Graph, Point
-from mep.graph.closed_forms import Kink
+from mep.graph.closed_forms import FREE_STATE, Kink, Potential, Quadratic
 from mep.graph.node import Beta, Node, expand_beta, select_beta, state_from_error
 from mep.graph.step_context import StepContext
 from mep.guards import without_hooks
@@ -41,7 +44,7 @@ from mep.layout import accurate, by_example, in_dtype, numbers_like, select_exam
 
 State = dict[str, Tensor]
 Box = tuple[float, float]
-FREE: Box = (-math.inf, math.inf)
+FREE: Box = FREE_STATE.bounds
 
 
 class NodeEnergy(ABC):
@@ -82,6 +85,10 @@ class NodeEnergy(ABC):
         """That of the class, in lower case."""
         return type(self).__name__.lower()
 
+    def at(self, node: Node) -> NodeEnergy:
+        """The energy of one node, where it depends on the activation."""
+        return self
+
     @property
     def has_state(self) -> bool:
         """Whether `state` is there."""
@@ -108,7 +115,7 @@ class NodeEnergy(ABC):
         return self.ds(s, mu), self.dmu(s, mu).neg()
 
     def drive(self, s: Tensor, mu: Tensor) -> Tensor:
-        """`s - de/ds`: where a step of length one would lead if nothing else acted on the state."""
+        """`s - de/ds`: where a step of length one would lead if nothing else acted on the state; its pull, if it has."""
         return s - self.ds(s, mu)
 
 
@@ -137,15 +144,25 @@ class Prediction(NodeEnergy):
 
 
 class Hopfield(NodeEnergy):
-    """`e = 1/2 |s|^2 - <s, mu>` with s in a box: the deep Hopfield network of Scellier and Bengio 2017."""
+    """`e = G(s) - <s, mu>` with G' the inverse of the activation; in a box `1/2 |s|^2 - <s, mu>`.
+
+    With boxes it is the deep Hopfield network of Scellier and Bengio 2017, with sigmoids that of Hopfield 1984.
+    """
 
     behind_activations = True
+    potential: Potential = FREE_STATE
+    """That of the node whose energy this is."""
+
+    def at(self, node: Node) -> NodeEnergy:
+        own = copy(self)
+        own.potential = node.potential
+        return own
 
     def energy(self, s: Tensor, mu: Tensor) -> Tensor:
-        return 0.5 * s.square() - s * mu
+        return self.potential.value(s) - s * mu
 
     def ds(self, s: Tensor, mu: Tensor) -> Tensor:
-        return s - mu
+        return self.potential.force(s, mu)
 
     def dmu(self, s: Tensor, mu: Tensor) -> Tensor:
         return -s
@@ -255,7 +272,8 @@ class Energy:
 
         A `lean` one has only the values that a sweep through an affine graph reads: input, output, loose ends.
         """
-        return self.graph.evaluate(self.inputs, self.context, None if self._is_boxless else self.in_box, lean=lean)
+        is_free = not self.node_energy.behind_activations and self.node_energy.box is FREE
+        return self.graph.evaluate(self.inputs, self.context, None if is_free else self.respond, lean=lean)
 
     def at(self, state: Mapping[str, Tensor]) -> Point:
         """The graph evaluated at a state."""
@@ -271,33 +289,30 @@ class Energy:
 
         return self.graph.evaluate(self.inputs, self.context, place)
 
-    def in_box(self, node: Node, s: Tensor) -> Tensor:
-        """The point of the node's box that is nearest to s; with held branches a nudged unit on a face stays there.
+    def respond(self, node: Node, pull: Tensor) -> Tensor:
+        """Where a pull puts the state of a node; with held branches a nudged unit on a face of its box stays there.
 
         The others then leave the box if they are drawn so far: the energy is smooth, with the same limit beta -> 0.
         """
-        low, high = box = self.box_of(node)
-        if box == FREE:
-            return s
         free = self.free_of(node.name)
-        if free is None or not self.context.freeze_branches:
-            return s.clamp(low, high)
-        return torch.where((free.state > low) & (free.state < high), s, free.state)
+        held_at = None if free is None or not self.context.freeze_branches else free.state
+        return self.potential_of(node).respond(pull, held_at)
+
+    def potential_of(self, node: Node) -> Potential:
+        """What a node's state is limited by, and with the Hopfield energy the state's own energy."""
+        return node.potential if self.node_energy.behind_activations else self._common_box
 
     def box_of(self, node: Node) -> Box:
         """The bounds of a node's state."""
-        return node.box if self.node_energy.behind_activations else self.node_energy.box
+        return self.potential_of(node).bounds
 
-    @property
-    def _is_boxless(self) -> bool:
-        return not self.node_energy.behind_activations and self.node_energy.box is FREE
+    @cached_property
+    def _common_box(self) -> Potential:
+        return Quadratic(*self.node_energy.box)
 
     def errors(self, point: Point) -> State:
         """The scaled errors `de/dmu / beta` of every state; for the prediction energy `(mu - s) / beta`."""
-        dmu = self.node_energy.dmu
-        return {
-            name: dmu(point.values[name], mu) / expand_beta(self.beta, mu) for name, mu in point.predictions.items()
-        }
+        return {name: self._dmu(name, point) / expand_beta(self.beta, mu) for name, mu in point.predictions.items()}
 
     def displacements(self, point: Point) -> State:
         """How far the nudge has moved every state from where the free phase ended, over beta: `(s - s_free) / beta`."""
@@ -307,6 +322,9 @@ class Energy:
         assert self.nudge is not None and self.nudge.free is not None
         free = self.nudge.free
         return {name: (s - free[name].state) / expand_beta(self.beta, s) for name, s in self.state(point).items()}
+
+    def _dmu(self, name: str, point: Point) -> Tensor:
+        return self.node_energy.at(self.graph.by_name[name]).dmu(point.values[name], point.predictions[name])
 
     def state(self, point: Point) -> State:
         """The states of a point."""
@@ -324,12 +342,16 @@ class Energy:
         """`E(s)`, or `F(s)` when nudged, without the leftover of the free phase: [batch]."""
         total = torch.zeros(self.batch, dtype=self.output(point).dtype, device=self.output(point).device)
         for name, mu in point.predictions.items():
-            total = total + self.node_energy.energy(point.values[name], mu).reshape(self.batch, -1).sum(1)
+            total = total + self.of_node(name, point.values[name], mu)
         for group in self.groups:
             total = total + group.energy(*(point.values[name] for name in group.nodes))
         if self.nudge:
             total = total + self.nudge.beta * self.nudge.cost.value(self.output(point))
         return total
+
+    def of_node(self, name: str, s: Tensor, mu: Tensor) -> Tensor:
+        """`e(s, mu)` summed over one node: [batch]."""
+        return self.node_energy.at(self.graph.by_name[name]).energy(s, mu).reshape(self.batch, -1).sum(1)
 
     def output(self, point: Point) -> Tensor:
         """The state of the output node."""
@@ -369,7 +391,7 @@ class Energy:
             s, mu = point.values[node.name], point.predictions[node.name]
             force = torch.zeros_like(s) if force is None else force
             arriving[node.name] = force + of_groups[node.name] if node.name in of_groups else force
-            return self.node_energy.forces(s, mu)[1]
+            return self.node_energy.at(node).dmu(s, mu).neg()
 
         gradient = self.cost_gradient(point)
         nudge = None if gradient is None else -gradient * expand_beta(self.beta, gradient)
@@ -397,7 +419,7 @@ class Energy:
     def force(self, name: str, s: Tensor, mu: Tensor, incoming: Tensor) -> Tensor:
         """dF/ds of one state."""
         free = self.free_of(name)
-        force = self.node_energy.ds(s, mu) - incoming
+        force = self.node_energy.at(self.graph.by_name[name]).ds(s, mu) - incoming
         return force if free is None else force - free.leftover
 
     def free_of(self, name: str) -> Free | None:
@@ -425,18 +447,19 @@ class Energy:
         if self.is_forward:
             side, other = self.node_energy.ds(s, mu), incoming
         else:
-            # The state, and where all forces would move it inside its box. With a nudge both as they differ from the
+            # The state, and where all that acts on it would put it. With a nudge both as they differ from the
             # free state: else the response to a weak one would drown.
             side, other = s, self.node_energy.drive(s, mu) + incoming
             other = other if free is None else other + free.leftover
-            other = self.in_box(self.graph.by_name[name], other)
+            other = self.respond(self.graph.by_name[name], other)
             side, other = (side, other) if free is None else (side - free.state, other - free.state)
         if self.nudge is None:
             return relative_residual(side, other, batch)
         rounded = rounding(s, batch)
         unknown = rounded
         if free is not None:
-            unknown = unknown + self.free_share * example_norm(free.leftover, batch)
+            shift = self.potential_of(self.graph.by_name[name]).slope(free.state, free.leftover)
+            unknown = unknown + self.free_share * example_norm(shift, batch)
         return relative_residual(side, other, batch, unknown, 10 * rounded)
 
     @property
@@ -472,7 +495,7 @@ class Energy:
             gradients: dict[Any, Tensor] = point.displacement.contrast(weight, states)
         elif errors is None:
             names = [node.name for node in states]
-            errors = {n: self.node_energy.dmu(point.values[n], point.predictions[n]) for n in names}
+            errors = {n: self._dmu(n, point) for n in names}
             if self.nudge:
                 errors = {n: e / expand_beta(self.beta, e) for n, e in errors.items()}
             gradients = self.graph.param_vjp(point, errors, weight, nodes)

@@ -81,7 +81,7 @@ def capture(
 
     - "prediction", "held": states behind the operations that read parameters.
     - "prediction", "exact": every kink is a junction of its own as well, directly behind a state.
-    - "hopfield": states behind the activations, each in the interval onto which that projects.
+    - "hopfield": states behind the activations, each with the energy whose derivative is the activation's inverse.
     """
     if not isinstance(model, nn.Module):
         way_out = " Way out: model.module()." if isinstance(model, torch.export.ExportedProgram) else ""

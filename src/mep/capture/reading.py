@@ -28,24 +28,33 @@ from mep.capture.functional import source_line
 from mep.capture.rewriting import in_few_forms, label, value
 from mep.capture.whole import KeptModule, Whole
 from mep.errors import TraceError
-from mep.graph.closed_forms import activation_of, pool_of
+from mep.graph.closed_forms import FREE_STATE, Potential, activation_of, pool_of
 from mep.graph.closed_forms.activations import own_state
+from mep.graph.closed_forms.potentials import SOFTMAXES, softmax_of
 from mep.graph.graph import CostProgram, Graph, Write
 from mep.graph.inputs import flattened, input_names
 from mep.graph.node import Node, make_node
 from mep.graph.ops import Op, Program, Ref, Slot, leaves_of
 
-Box = tuple[float, float]
-_FREE: Box = (-math.inf, math.inf)
 _SHAPE_ONLY = {
     "ones_like", "zeros_like", "empty_like", "full_like", "rand_like", "randn_like", "randint_like", "new_zeros",
     "new_ones", "new_empty", "new_full", "sym_size", "sym_numel", "sym_stride",
 }  # fmt: skip
 """Operations whose result does not depend on the numbers that they are given."""
+_PRODUCTS = {"mul", "div", "matmul", "mm", "bmm", "baddbmm", "addbmm", "einsum", "dot", "mv", "addcmul", "linear"}
+_WEIGHTED = {"linear", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"}
+_LINEAR = {"add", "sub", "rsub", "neg", "mul", "div", "positive", "where", "masked_fill", "sign", "sgn", *_SHAPE_ONLY}
+"""Pointwise operations that are affine in one argument, or flat."""
+_CURVED = {
+    *SOFTMAXES, "log_softmax", "_log_softmax", "special_log_softmax", "scaled_dot_product_attention", "_attention",
+    "lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell", "glu",
+    "logsumexp", "log_sigmoid", "hardswish",
+}  # fmt: skip
+"""Nonlinearities of several units, and others that are not marked as pointwise."""
 
 
 class Reading:
-    """A recorded graph on its way to nodes: `roots` are the values with a state, and their boxes."""
+    """A recorded graph on its way to nodes: `roots` are the values with a state, and their energies by themselves."""
 
     def __init__(self, exported: Exported, model: nn.Module, x: Any):
         self.exported, self.model, self.fx, self.slots = exported, model, exported.graph, exported.slots
@@ -68,7 +77,8 @@ class Reading:
         self.needed: set[fx.Node] = set()
         self.output: fx.Node
         self.by_example: set[fx.Node] = set()
-        self.roots: dict[fx.Node, Box] = {}
+        self.roots: dict[fx.Node, Potential] = {}
+        self.stateless: list[fx.Node] = []
         self.junctions: set[fx.Node] = set()
         in_cost: set[fx.Node] = set()
         for n in self.nodes:
@@ -83,7 +93,7 @@ class Reading:
             if self._is_of_the_cost(n) or any(a in in_cost for a in n.all_input_nodes):
                 in_cost.add(n)
             elif (self.data[n] and self.parametrised[n] and self._can_be_state(n)) or n.target is own_state:
-                self.roots[n] = _FREE
+                self.roots[n] = FREE_STATE
             elif self._is_random(n) and not isinstance(value(n), (tuple, list)):
                 self.junctions.add(n)
         self.names = self._names()
@@ -125,7 +135,7 @@ class Reading:
                 owns_state=n in self.roots,
                 parameters=self._parameters(program),
                 writes=tuple((slot, self.names[v]) for v, slot in writes),
-                box=self.roots.get(n, _FREE),
+                potential=self.roots.get(n, FREE_STATE),
                 shape=tuple(value(n).shape) if isinstance(value(n), Tensor) else (),
             )
         kept = dict.fromkeys(p for module in self.exported.kept for p in module.parameters())
@@ -140,36 +150,82 @@ class Reading:
             cost=self.cost,
             kept=tuple(kept),
             sizes=self.exported.sizes,
+            stateless=tuple(
+                f"`{label(m)}` in node `{self.names[n]}`" + (f" ({line})" if (line := source_line(m)) else "")
+                for n, (program, _) in folded.items()
+                for m in program
+                if m in self.stateless
+            ),
         )
 
     def move_states_behind_activations(self) -> None:
-        """The input of every activation becomes a root whose box is the activation's; nothing else is one.
+        """The input of every activation becomes a root with the activation's own energy; nothing else is one.
 
-        The activation itself is gone: the state is what it returned.
+        The activation itself is gone: the state is what it returned. Nonlinear operations of which this does not hold
+        are noted as `stateless`: the prediction of some node goes through them.
         """
         self.roots = {}
         for n in self.data_ops():
-            activation = self.ops[n].activation
-            if activation is None or activation.name == "identity":
+            potential = self._potential(n)
+            if potential is None:
+                self.stateless += [n] if self._is_curved(n) else []
                 continue
             before = n.all_input_nodes[0]
-            if activation.box is None:
+            if before in self.roots and not (potential == self.roots[before] and potential.is_identity):
                 raise TraceError(
-                    f"The Hopfield energy has states in a box, and {self.place(n)} ({activation.name}) projects on "
-                    "none. Use ReLU, ReLU6, Hardtanh or clamp, or the energy 'prediction'."
+                    f"The Hopfield energy has one state for {self.place(before)}, and two activations in a row, the "
+                    f"second in {self.place(n)}, would be two. Leave one out, or use the energy 'prediction'."
                 )
             if len([u for u in before.users if u in self.needed]) > 1 or before.op == "placeholder":
                 raise TraceError(
                     f"The Hopfield energy cannot read {self.place(before)} both before and behind {self.place(n)}. "
                     "Use the energy 'prediction'."
                 )
-            self.roots[before] = activation.box
+            self.roots[before] = potential
             self.output = before if n is self.output else self.output
             n.replace_all_uses_with(before)
             self.nodes.remove(n)
             self.fx.erase_node(n)
-        self.roots.setdefault(self.output, _FREE)
+        self.roots.setdefault(self.output, FREE_STATE)
         self.ops = {n: self._op(n) for n in self.nodes}
+
+    def _potential(self, n: fx.Node) -> Potential | None:
+        """The energy of the state that an operation returns, if it is an activation with a state."""
+        op = self.ops[n]
+        if op.activation is None:
+            softmax = softmax_of(op.label, op.args[1:], op.kwargs, value(n).ndim) if op.label in SOFTMAXES else None
+            return None if softmax is None or self._is_multiplied(n) else softmax
+        if op.activation.name == "identity":
+            return None
+        if op.activation.potential is None:
+            raise TraceError(
+                f"The Hopfield energy needs the inverse of an activation, and {self.place(n)} ({op.activation.name}) "
+                "has none here. Use ReLU, ReLU6, Hardtanh, Hardsigmoid, clamp, Sigmoid, Tanh, Softplus (threshold 20 "
+                "at least) or Softmax, or the energy 'prediction'."
+            )
+        return op.activation.potential
+
+    def _is_multiplied(self, n: fx.Node) -> bool:
+        """Whether a value is multiplied with another one, before it enters a layer: as the weights of attention are."""
+        waiting = list(n.users)
+        while waiting:
+            u = waiting.pop()
+            moving = [a for a in u.all_input_nodes if self._is_data(a)]
+            if u not in self.needed:
+                continue
+            if label(u) in _PRODUCTS and len(moving) > 1:
+                return True
+            if label(u) not in _WEIGHTED and self.ops[u].activation is None:
+                waiting += u.users
+        return False
+
+    def _is_curved(self, n: fx.Node) -> bool:
+        """Whether an operation is a nonlinear one like activations, softmax, attention and recurrent layers."""
+        is_pointwise = torch.Tag.pointwise in getattr(n.target, "tags", ())
+        moving = [a for a in n.all_input_nodes if self._is_data(a)]
+        t = value(n)
+        is_alone = is_pointwise and len(moving) == 1 and isinstance(t, Tensor) and t.is_floating_point()
+        return label(n) in _CURVED or (is_alone and label(n) not in _LINEAR and self.ops[n].activation is None)
 
     def place(self, n: fx.Node) -> str:
         """The name of a value and the innermost line of the user's that made it."""
@@ -238,7 +294,7 @@ class Reading:
         else:
             assert result is not None
             self.output = result
-        self.roots[self.output] = _FREE
+        self.roots[self.output] = FREE_STATE
         self.junctions -= self.roots.keys()
         written = [n for n, _ in self.exported.writes if n.op == "call_function"]
         beside = self._closure(written, self.roots.keys() | self.junctions)[1]
@@ -247,7 +303,7 @@ class Reading:
     def _find_cost(self, cost: fx.Node, result: fx.Node | None) -> None:
         """All states that the cost reads, side by side, are the output; what else it reads is given to its program."""
         if result is not None:
-            self.roots[result] = _FREE
+            self.roots[result] = FREE_STATE
         noise = {n for n in self.junctions if n in self.by_example and self._has_examples(n)}
         crossing = self.roots.keys() | noise
         program, reads = self._closure([cost], crossing)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mep.capture.cost import cost_of
 from mep.cost import make_cost, mean_cost
-from mep.energy import FREE, Energy, make_node_energy
+from mep.energy import Energy, make_node_energy
 from mep.errors import TraceError
 from mep.graph.graph import Graph
 from mep.graph.inputs import call_model, flattened, unflattened
@@ -64,14 +64,14 @@ def by_graph(graph: Graph, cost: Any, x: Any, target: Any, energy_name: str, hel
     errors: dict[str, Tensor] = {}
 
     def transmit(node: Node, force: Tensor | None) -> Tensor | None:
-        """Forces pass a state as they are, inside its box."""
+        """Forces pass a state through its activation's slope: 1 inside a box, 0 on its faces."""
         if not node.owns_state:
             return force
-        mu = free.predictions[node.name]
+        s = free.values[node.name]
         if force is None:
-            force = torch.zeros_like(mu)
-        elif node.box != FREE:
-            force = force * ((mu > node.box[0]) & (mu < node.box[1]))
+            force = torch.zeros_like(s)
+        else:
+            force = node.potential.slope(s, node.potential.hold(s, force))
         errors[node.name] = force
         return force
 

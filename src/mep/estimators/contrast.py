@@ -173,8 +173,8 @@ def _noted(energy: Energy, free: Settled) -> Mapping[str, Free]:
     forces = cached(point.forces if isinstance(point, FreePoint) else partial(energy.forces, point))
 
     def note(name: str) -> Free:
-        s, force = point.values[name], forces()[name]
-        return Free(s, torch.where(s == (s - force).clamp(*energy.box_of(energy.graph.by_name[name])), 0, force))
+        s, potential = point.values[name], energy.potential_of(energy.graph.by_name[name])
+        return Free(s, potential.without_faces(s, forces()[name]))
 
     return LazyMapping(point.predictions, note)
 

@@ -147,7 +147,7 @@ class EquilibriumPropagation:
         self.beta = beta
         self.compile, self.checkpoint = compile, checkpoint
         self.on_unsettled, self._has_warned, self._has_warned_of_softmax = on_unsettled, False, False
-        self._has_warned_of_coupling = False
+        self._has_warned_of_coupling = self._has_warned_of_stateless = False
         self.proof = proof
         check_settings(self)
         self._cache = EquilibriumCache()
@@ -342,6 +342,8 @@ class EquilibriumPropagation:
         self, graph: Graph, x: Any, batch: int, indices: Tensor | None = None, target: Any = None
     ) -> tuple[Energy, Settled]:
         """The free equilibrium, and the energy as the nudged phases are to have it."""
+        if self.node_energy.behind_activations:
+            self._check_activations(graph)
         freeze, is_forward = self.branches == "held", self.node_energy.is_forward and not self.groups
         context = StepContext(freeze_branches=freeze and (is_forward or self.solver.holds_branches))
         energy = Energy(graph, self.node_energy, graph.bind(x), context, batch, groups=self.groups)
@@ -428,6 +430,25 @@ class EquilibriumPropagation:
             warn(
                 f"{type(self.model).__name__} ends in a softmax, and cost='cross_entropy' has one of its own: two of "
                 "them train slowly, and never to certainty. Let the model return what it gives to its softmax.",
+                UserWarning,
+            )
+
+    def _check_activations(self, graph: Graph) -> None:
+        """Refuse activations without a box for an energy of one's own, and warn, once, of functions without a state."""
+        curved = [n for n in graph.states if not n.potential.is_identity]
+        if curved and not isinstance(self.node_energy, Hopfield):
+            raise ArgumentError(
+                f"energy={self.node_energy.name!r}: states behind activations are put into a box, and {curved[0].where} "
+                f"is followed by {type(curved[0].potential).__name__}. Use ReLU, Hardtanh or clamp, or 'hopfield'."
+            )
+        if graph.stateless and not self._has_warned_of_stateless:
+            self._has_warned_of_stateless = True
+            warn(
+                f"Functions without a state of their own in a Hopfield network: {', '.join(graph.stateless)}. They are "
+                "part of a prediction mu in the energy -<s, mu>, as a layer is; nothing acts back on what they return. "
+                "A state stands behind ReLU, ReLU6, Hardtanh, Hardsigmoid, clamp, Sigmoid, Tanh, Softplus, and behind "
+                "Softmax where its result is not multiplied with another one, as in attention. Instead of log_softmax, "
+                "return what it is given, with cost='cross_entropy'.",
                 UserWarning,
             )
 

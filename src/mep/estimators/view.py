@@ -142,10 +142,7 @@ def _phase(energy: Energy, settled: Settled, multiple: complex, course: Sequence
         errors = energy.displacements(point)
     else:
         errors = energy.errors(point) if settled.errors is None else settled.errors
-    energies = {
-        name: energy.node_energy.energy(states[name], mu).reshape(energy.batch, -1).sum(1)
-        for name, mu in point.predictions.items()
-    }
+    energies = {name: energy.of_node(name, states[name], mu) for name, mu in point.predictions.items()}
     residuals = _residuals(energy, point, settled.errors, settled.turns is not None)
     errors = {name: errors[name] for name in states}
     return PhaseView(multiple, states, dict(point.predictions), dict(errors), energies, residuals, tuple(course))

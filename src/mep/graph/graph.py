@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from mep.errors import InputError
-from mep.graph.closed_forms import Kink
+from mep.graph.closed_forms import Kink, Softmax
+from mep.graph.closed_forms.potentials import SOFTMAXES
 from mep.graph.inputs import describe, flattened
 from mep.graph.node import Node
 from mep.graph.ops import Program, Ref, Slot, leaves_of
@@ -62,7 +63,8 @@ class Graph:
 
     `structure` is that of the batch that was captured, and `leaves` its leaves: the name of a tensor, or the value of
     anything else, which is fixed. `kept` are the parameters of modules kept whole. `sizes` has a number for every
-    dimension of every tensor that was recorded, or a symbol that stands for any size between two.
+    dimension of every tensor that was recorded, or a symbol that stands for any size between two. `stateless` are the
+    places of nonlinear operations without a state of their own, where states stand behind the activations.
     """
 
     model: nn.Module
@@ -75,6 +77,7 @@ class Graph:
     cost: CostProgram | None = None
     kept: tuple[nn.Parameter, ...] = ()
     sizes: Sequence[tuple[Any, ...]] = ()
+    stateless: tuple[str, ...] = ()
     kinks: Mapping[str, Kink] = field(default_factory=dict)
     """Junction -> the operation with kinks that it is, directly behind a state (`branches="exact"` only)."""
 
@@ -99,7 +102,8 @@ class Graph:
         self.is_affine_when_held = all(n.clamped or n.is_affine_when_held for n in self.nodes)
         """Whether no Jacobian changes while the branches are held: pointwise pieces and linear layers only."""
         last = self.by_name[self.output].program[-1].label if self.output in self.by_name else ""
-        self.ends_in_softmax = last in ("softmax", "_softmax")
+        output = self.by_name.get(self.output)
+        self.ends_in_softmax = last in SOFTMAXES or (output is not None and isinstance(output.potential, Softmax))
         self.is_separable: bool | None = None
         """Whether no Jacobian couples two examples; None until checked."""
         self.selects: dict[int, bool] = {}

@@ -12,7 +12,6 @@ other. An `AutogradNode` computes them for any operations through an autograd gr
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -20,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from mep.graph.closed_forms import FREE_STATE, Potential
 from mep.graph.closed_forms.layers import LayerOp, Pointwise, Pool, WeightedOp
 from mep.graph.closed_forms.table import layer_op_of, weighted_op
 from mep.graph.ops import Op, Program, Ref, Slot, is_tensor, leaves_of
@@ -38,9 +38,9 @@ class Node:
 
     `program` are the operations from the `parents` to the prediction, which is the value of `op`. `flows[i]` says
     whether a force may reach parent i (an input is clamped). `writes` are buffers of the model with the values, of this
-    program, that they are to have. `box` bounds the state of a Hopfield node. `weighted` is the linear layer or
-    convolution that has the node's parameters, where that is known. A junction owns no state: the sum of the forces of
-    its children is its own force on its parents.
+    program, that they are to have. `potential` is the energy that a Hopfield state has by itself. `weighted` is the
+    linear layer or convolution that has the node's parameters, where that is known. A junction owns no state: the sum
+    of the forces of its children is its own force on its parents.
     """
 
     name: str
@@ -51,7 +51,7 @@ class Node:
     parameters: tuple[nn.Parameter, ...]
     op: str = ""
     writes: tuple[tuple[Slot, str], ...] = ()
-    box: tuple[float, float] = (-math.inf, math.inf)
+    potential: Potential = FREE_STATE
     weighted: WeightedOp | None = None
     shape: tuple[Any, ...] = ()
 
@@ -64,6 +64,11 @@ class Node:
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.name}, reading {', '.join(self.parents)}>"
+
+    @property
+    def box(self) -> tuple[float, float]:
+        """The bounds of its state in a Hopfield network."""
+        return self.potential.bounds
 
     @property
     def where(self) -> str:

@@ -2,13 +2,16 @@
 
     v <- momentum v + dF/ds,    s <- s - settle_lr v        (then back into the box)
 
+States behind an activation f that is no projection move by their pulls: `s <- f(f^-1(s) - settle_lr v)`, the membrane
+equation of Hopfield 1984 (https://doi.org/10.1073/pnas.81.10.3088). They never leave the range of f.
+
 Every energy settles this way. A step takes at most one forward and one backward evaluation, in closed form: never a
 graph through the network. A signal moves one node per step, so a deep network needs at least as many steps as nodes;
 nodes that it has not reached yet are not computed.
 
 States are kept, not errors: where a nudge is so weak that its response drowns in their rounding, the residual shows it.
 
-How large a step may be depends on the **stiffness**, the largest eigenvalue of `d2F/ds2`: the iteration converges while
+How large a step may be depends on the **stiffness**, the largest eigenvalue of `d2F/ds2` (by pulls: of `d2F/ds2 f'`): the iteration converges while
 
     settle_lr * stiffness < 2 (1 + momentum)
 
@@ -95,11 +98,11 @@ class Descent(Solver):
             velocity.update(zip(moving, torch._foreach_add(forces, before, alpha=self.momentum), strict=True))
 
         # s <- s - lr v, into the box, in the examples that have not settled
-        before = [state[name] for name in names]
+        before = [energy.potential_of(energy.graph.by_name[name]).inverse(state[name]) for name in names]
         moved = torch._foreach_sub(before, [velocity[name] for name in names], alpha=current.lr)
-        for name, s, s_before in zip(names, moved, before, strict=True):
-            s = energy.in_box(energy.graph.by_name[name], s)
-            state[name] = s if active is None else torch.where(per_example(active, s), s, s_before)
+        for name, pull in zip(names, moved, strict=True):
+            s = energy.respond(energy.graph.by_name[name], pull)
+            state[name] = s if active is None else torch.where(per_example(active, s), s, state[name])
 
         place = lambda node, mu: state[node.name]  # noqa: E731
         there = _forces(energy, energy.graph.evaluate(energy.inputs, energy.context, place, current.point))
@@ -170,7 +173,7 @@ def _forces(energy: Energy, point: Point) -> DescentState:
         name, s, mu = node.name, point.values[node.name], point.predictions[node.name]
         # A state on its prediction, where no signal has arrived: nothing acts there, and nothing is computed below.
         is_calm = s is mu and energy.is_forward
-        ds, onward = (None, None) if is_calm else energy.node_energy.forces(s, mu)
+        ds, onward = (None, None) if is_calm else energy.node_energy.at(node).forces(s, mu)
         if name in of_groups:
             incoming = of_groups[name] if incoming is None else incoming + of_groups[name]
         if incoming is not None:
@@ -213,7 +216,10 @@ def stiffness(energy: Energy, point: Point) -> Tensor:
     norm = _norms(product.values(), energy.batch).norm(dim=0)
     for _ in range(_POWER_ITERATIONS):
         scale = _DISTANCE / norm.clamp(min=torch.finfo(norm.dtype).tiny)  # d = product * scale has length _DISTANCE
-        there = energy.at({name: s + product[name] * per_example(scale, s) for name, s in state.items()})
+        moved = {name: product[name] * per_example(scale, s) for name, s in state.items()}
+        there = energy.at(
+            {n: s + energy.potential_of(energy.graph.by_name[n]).slope(s, moved[n]) for n, s in state.items()}
+        )
         product = {name: force - rest[name] for name, force in energy.forces(there).items()}
         norm = _norms(product.values(), energy.batch).norm(dim=0)
     return norm / _DISTANCE

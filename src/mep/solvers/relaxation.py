@@ -1,10 +1,13 @@
 r"""Block relaxation: the equilibria of a Hopfield network, layer by layer.
 
-    E(s) = sum_n 1/2 |s_n|^2 - <s_n, mu_n(parents)>,      s_n in its box
+    E(s) = sum_n G_n(s_n) - <s_n, mu_n(parents)>,      G' = f^-1, f the activation
 
-With its neighbours fixed, the best state of a layer is known: its prediction and what its children c send back,
+With its neighbours fixed, the best state of a layer is known: the activation of its prediction and of what its children
+c send back. Over-relaxation is by the pull at which the state is the response, `v = f^-1(s)`:
 
-    pull_n = mu_n + sum_c J_c^T s_c,        s_n <- box((1 - omega) s_n + omega pull_n)
+    pull_n = mu_n + sum_c J_c^T s_c,        v_n <- (1 - omega) v_n + omega pull_n,        s_n = f(v_n)
+
+For activations that project on a box (ReLU, Hardtanh), v is s itself and f puts it into the box.
 
 **Free phase.** A forward pass, then one backward walk for the messages J_c^T s_c and one forward walk that places the
 layers in turn: projected successive over-relaxation. On a chain of layers the best omega follows from the largest
@@ -18,7 +21,8 @@ its digits. Where no Jacobian J changes, the force that the free phase has left 
     delta_n = hold(sum_p J_n delta_p + sum_c J_c^T delta_c - [n is the output] dC/ds(s_free + beta delta_n))
 
 `hold` keeps units on a face of their box there, delta = 0, and leaves the others free (`branches="held"`); or it clamps
-to the box, [(low - s) / beta, (high - s) / beta], the outward pull of a unit on a face added (`"exact"`). A sweep goes
+to the box, [(low - s) / beta, (high - s) / beta], the outward pull of a unit on a face added (`"exact"`). For other
+activations it is `(f(v + beta q) - f(v)) / beta` of what is in its brackets, q, in closed form. A sweep goes
 backward first: the first is backpropagation's signal. Then the same relaxation. It converges to a minimum or not at all
 (Ostrowski and Reich): where the curvature is indefinite, displacements grow, and are given up.
 
@@ -43,14 +47,12 @@ import torch
 from torch import Tensor, nn
 
 from mep.cost import BatchCost, SquaredError
-from mep.energy import FREE, Energy, Hopfield, NodeEnergy, State, example_norm
+from mep.energy import FREE, Energy, Hopfield, NodeEnergy, State, example_dot, example_norm
 from mep.errors import ArgumentError, require
 from mep.graph import Graph, Point
 from mep.graph.node import Beta, Node, expand_beta
 from mep.layout import per_example
 from mep.settle import Iterate, Solver, Start
-
-aten = torch.ops.aten
 
 _FREE_SHARE = 0.5
 """Of the tolerance: what the free phase may leave; the nudged phase has the rest."""
@@ -227,13 +229,14 @@ class FreePoint(Point):
 
     arriving: dict[str, Tensor]
     left: dict[str, Tensor]
+    graph: Graph
 
     def forces(self) -> State:
         """dE/ds of every state."""
         found = {}
         for name, mu in self.predictions.items():
             pull = mu + self.arriving[name] if name in self.arriving else mu
-            found[name] = self.values[name] - pull
+            found[name] = self.graph.by_name[name].potential.force(self.values[name], pull)
         return found
 
 
@@ -248,6 +251,8 @@ class Relaxed:
         output = energy.output(point)
         dtype = torch.promote_types(output.dtype, torch.float32)
         self.ones = torch.ones(energy.batch, dtype=dtype, device=output.device)
+        self.drawn: State = {}
+        """The pulls at which states were placed, where these are not the states themselves."""
         self._arrive(point)
         self.sizes: State = {}
         """Of the states that a sweep may move, as they were first."""
@@ -259,7 +264,7 @@ class Relaxed:
     def point(self) -> Point:
         """Where the states are."""
         found = FreePoint(self._point.values, self._point.predictions, self._point.saved)
-        found.arriving, found.left = self.arriving, self.left
+        found.arriving, found.left, found.graph = self.arriving, self.left, self.energy.graph
         return found
 
     def sweep(self, omega: float) -> None:
@@ -274,11 +279,14 @@ class Relaxed:
             pull = mu if message is None else mu + message
             if free is not None:
                 pull = pull + free.leftover
-            if name == energy.graph.output and not self.is_free:
-                pull = self._nudged(pull, s)
-            if omega != 1 and name in self.sizes:
-                pull = torch.lerp(s, pull, omega)
-            return energy.in_box(node, pull)
+            is_nudged = name == energy.graph.output and not self.is_free
+            if is_nudged or (omega != 1 and name in self.sizes):
+                old = self.drawn[name] if name in self.drawn else node.potential.inverse(s)
+                pull = self._nudged(node, pull, s, old) if is_nudged else pull
+                pull = torch.lerp(old, pull, omega) if omega != 1 and name in self.sizes else pull
+            if not node.potential.is_identity:
+                self.drawn[name] = pull
+            return energy.respond(node, pull)
 
         self._arrive(energy.graph.evaluate(energy.inputs, energy.context, place))
         self.sweeps += 1
@@ -297,7 +305,7 @@ class Relaxed:
             size = size if smoothness is None else size / smoothness
         for name in self.sizes:
             s, mu, message = self._point.values[name], self._point.predictions[name], self.arriving.get(name)
-            gap = energy.in_box(energy.graph.by_name[name], mu if message is None else mu + message) - s
+            gap = energy.respond(energy.graph.by_name[name], mu if message is None else mu + message) - s
             rounding = _ROUNDING * torch.finfo(s.dtype).eps
             gain = self.memory.gains.get(name)
             if self.sweeps < 3 or gain is None:
@@ -314,7 +322,7 @@ class Relaxed:
         worst = self.ones - 1 if worst is None else worst
         if self.sweeps > _PATIENT:
             for name, size in self.sizes.items():
-                if name == energy.graph.output or math.isfinite(sum(energy.box_of(energy.graph.by_name[name]))):
+                if name == energy.graph.output or energy.graph.by_name[name].potential.is_bounded:
                     continue  # states in a box cannot run away, and neither can an output that reads such states
                 grown = example_norm(self._point.values[name], energy.batch) > _GROWTH * (size + size.mean())
                 self.diverging |= bool(grown.any())
@@ -330,13 +338,13 @@ class Relaxed:
         self._point, self.arriving = point, _to_parents(self.energy, point, point.values)
         self.left: State = {}
 
-    def _nudged(self, pull: Tensor, s: Tensor) -> Tensor:
-        """The output's minimum, `s + beta dC/ds(s) = pull`, by a step with the cost's curvature."""
+    def _nudged(self, node: Node, pull: Tensor, s: Tensor, old: Tensor) -> Tensor:
+        """The output's minimum, `v + beta dC/ds(f(v)) = pull`, by a step with the cost's curvature from `f(old) = s`."""
         energy = self.energy
         assert energy.nudge is not None
         gradient = energy.nudge.cost.gradient(s)
-        curvature = cost_curvature(energy, s, gradient)
-        return (pull + curvature * s - gradient * expand_beta(energy.beta, s)) / (1 + curvature)
+        curvature = cost_curvature(energy, s, gradient) * node.potential.steepest
+        return (pull + curvature * old - gradient * expand_beta(energy.beta, s)) / (1 + curvature)
 
 
 class Displacement:
@@ -353,10 +361,14 @@ class Displacement:
         self.dtype = torch.promote_types(output.dtype, torch.float32)
         self.ones = torch.ones(energy.batch, dtype=self.dtype, device=output.device)
         self.gradient = self.cost.gradient(output)  # dC/ds where the output is now
-        self.free_gradient, self.curvature = self.gradient, cost_curvature(energy, output, self.gradient)
+        self.free_gradient = self.gradient
+        steepest = energy.graph.by_name[energy.graph.output].potential.steepest
+        self.curvature = cost_curvature(energy, output, self.gradient) * steepest
         self.has_minimum = not isinstance(self.cost, SquaredError) or bool(torch.as_tensor(self.curvature > -1).all())
         """Over the output alone: not where the nudge leads away from the target by more than the energy holds back."""
         self.delta: State = {}
+        self.drawn: State = {}
+        """What states were drawn to, over beta, where that is not the displacement itself."""
         self.dmu: State = {}
         self.tangents: State = {}
         self.inputs: dict[str, Any] = {}
@@ -388,13 +400,16 @@ class Displacement:
                 return force
             if force is not None:
                 arriving[name] = force
-            pull, old = _sum(dmu.get(name), force), before.get(name)
+            pull = _sum(dmu.get(name), force)
+            old = before.get(name) if node.potential.is_identity else self.drawn.get(name)
             if name == output:
                 pull = self._nudged(pull, old)
             if pull is None:
                 return None
             if old is not None and omega != 1:
                 pull = torch.lerp(old, pull, omega)
+            if not node.potential.is_identity:
+                self.drawn[name] = pull
             delta[name] = self._hold(node, pull)
             return delta[name]
 
@@ -472,27 +487,31 @@ class Displacement:
         """The fraction of states behind activations that are inside their boxes; 1 if there are none."""
         count, every = 0, 0
         for node in self.energy.graph.states:
-            low, high = self.energy.box_of(node)
-            if (low, high) != FREE:
-                s = self.free.values[node.name]
-                count, every = count + int(((s > low) & (s < high)).sum()), every + s.numel()
+            inside = node.potential.inside(self.free.values[node.name])
+            if inside is not None:
+                count, every = count + int(inside.sum()), every + inside.numel()
         return count / every if every else 1.0
 
     def coupling(self) -> float:
-        """The largest eigenvalue of the coupling, faces held, of any example: |W v| / |v|, `v <- W v` from delta."""
+        """The largest eigenvalue of the coupling f' W, faces held, of any example, by `v <- f' W v` from delta.
+
+        f' W is symmetric in the inner product of 1/f', in which `|v|^2 = <q, v>` for `v = f' q`.
+        """
         v, batch, largest = dict(self.delta), self.energy.batch, self.ones
+        size = _size(v, batch)
         for _ in range(_POWER_ITERATIONS):
-            size = _size(v, batch)
             unit = {n: t / per_example(size, t).to(t.dtype) for n, t in v.items()}
             arriving, (_, dmu, _) = _to_parents(self.energy, self.free, unit), self._follow(unit)
-            v = {}
+            v, squares = {}, []
             for node in self.energy.graph.states:
                 if (pull := _sum(dmu.get(node.name), arriving.get(node.name))) is not None:
-                    low, high = self.energy.box_of(node)
-                    v[node.name] = aten.hardtanh_backward(pull, self.free.values[node.name], low, high)
+                    s = self.free.values[node.name]
+                    v[node.name] = node.potential.slope(s, node.potential.hold(s, pull))
+                    squares.append(example_dot(pull, v[node.name], batch))
             if not v:
                 return 0.0
-            largest = _size(v, batch)
+            largest = torch.stack(squares).sum(0).sqrt()
+            size = largest.clamp(min=torch.finfo(largest.dtype).tiny)
         return float(largest.nan_to_num(0.0).max())
 
     def _move(self) -> None:
@@ -517,18 +536,12 @@ class Displacement:
         return tangents, dmu, inputs
 
     def _hold(self, node: Node, pull: Tensor) -> Tensor:
-        """The displacement that is allowed: none on a face of the box, any elsewhere; or in the box itself."""
-        low, high = self.energy.box_of(node)
-        if low == -math.inf and high == math.inf:
-            return pull
-        s = self.free.values[node.name]
-        if self.energy.context.freeze_branches:
-            held: Tensor = aten.hardtanh_backward(pull, s, low, high)
-            return held
+        """How far a pull displaces a state: not at all on a face of its box, as far elsewhere; or in the box itself."""
+        s, held = self.free.values[node.name], self.energy.context.freeze_branches
         beta = expand_beta(self.energy.beta, s)
-        excess = self._excess(node.name)
-        one, two = (low - s) / beta, (high - s) / beta
-        return (pull + excess / beta).clamp(torch.minimum(one, two), torch.maximum(one, two))
+        if not held and node.box != FREE:
+            pull = pull + self._excess(node.name) / beta
+        return node.potential.displacement(s, pull, beta, held)
 
     def _excess(self, name: str) -> Tensor:
         """The outward pull on units on a face at the free equilibrium, 0 elsewhere."""
@@ -556,6 +569,7 @@ class Displacement:
             return residual
         for name, first in self.first.items():
             self.delta[name] = torch.where(per_example(grown, first), first, self.delta[name])
+        self.drawn.clear()
         self._move()
         self.gradient = self.cost.gradient(self._output(self.delta[self.energy.graph.output]))
         return residual.masked_fill(grown, 1.0)

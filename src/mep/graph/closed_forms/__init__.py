@@ -7,8 +7,12 @@ from typing import Any
 
 from mep.graph.closed_forms.activations import Activation, activation_of
 from mep.graph.closed_forms.maxima import Largest, MaxPool, Windows, pool_of
+from mep.graph.closed_forms.potentials import FREE_STATE, Potential, Quadratic, Softmax
 
-__all__ = ["Activation", "Kink", "Largest", "MaxPool", "Windows", "activation_of", "kink_of_call", "pool_of"]
+__all__ = [
+    "FREE_STATE", "Activation", "Kink", "Largest", "MaxPool", "Potential", "Quadratic", "Softmax", "Windows",
+    "activation_of", "kink_of_call", "pool_of",
+]  # fmt: skip
 
 Kink = Activation | Largest
 """Operations with a rule for `branches="exact"`."""

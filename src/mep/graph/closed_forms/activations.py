@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mep.graph.closed_forms.potentials import FREE_STATE, Potential, Quadratic, Sigmoid, Softplus, Tanh
+
 aten = torch.ops.aten
 
 
@@ -24,8 +26,8 @@ aten = torch.ops.aten
 class Activation:
     """`y = value(x)` and `backward(grad, x) = grad * f'(x)`, elementwise; from y in place of x if `from_result`.
 
-    A piecewise-linear f has `slopes`, and `kinks` between them, both from left to right; others have neither. `box` is
-    the interval onto which f projects, if f is a projection: a Hopfield state then lives there.
+    A piecewise-linear f has `slopes`, and `kinks` between them, both from left to right; others have neither.
+    `potential` is the energy of the Hopfield state that f returns, if there is one.
     """
 
     name: str
@@ -33,7 +35,7 @@ class Activation:
     backward: Callable[[Tensor, Tensor], Tensor]
     kinks: tuple[float, ...] = ()
     slopes: tuple[float, ...] = ()
-    box: tuple[float, float] | None = None
+    potential: Potential | None = None
     from_result: bool = False
 
     @property
@@ -70,7 +72,7 @@ def own_state(x: Tensor) -> Tensor:
 
 def _make_relu() -> Activation:
     backward = partial(aten.threshold_backward.default, threshold=0)
-    return Activation("relu", torch.relu, backward, (0.0,), (0.0, 1.0), (0.0, math.inf))
+    return Activation("relu", torch.relu, backward, (0.0,), (0.0, 1.0), Quadratic(0.0, math.inf))
 
 
 def _make_leaky_relu(negative_slope: float = 0.01) -> Activation:
@@ -84,7 +86,7 @@ def _make_hardtanh(min_val: float = -1.0, max_val: float = 1.0) -> Activation:
     value, backward = partial(F.hardtanh, **bounds), partial(aten.hardtanh_backward.default, **bounds)
     kinks = tuple(k for k in (min_val, max_val) if math.isfinite(k))
     slopes = (0.0,) * math.isfinite(min_val) + (1.0,) + (0.0,) * math.isfinite(max_val)
-    return Activation("hardtanh", value, backward, kinks, slopes, (min_val, max_val))
+    return Activation("hardtanh", value, backward, kinks, slopes, Quadratic(min_val, max_val))
 
 
 def _make_relu6() -> Activation:
@@ -111,7 +113,9 @@ def _make_hardsigmoid() -> Activation:
     def backward(grad: Tensor, x: Tensor) -> Tensor:
         return torch.where(x.abs() < 3, grad / 6, 0)
 
-    return Activation("hardsigmoid", F.hardsigmoid, backward, (-3.0, 3.0), (0.0, 1 / 6, 0.0))
+    return Activation(
+        "hardsigmoid", F.hardsigmoid, backward, (-3.0, 3.0), (0.0, 1 / 6, 0.0), Quadratic(0.0, 1.0, 1 / 6, 0.5)
+    )
 
 
 def _make_softshrink(lambd: float = 0.5) -> Activation:
@@ -126,11 +130,11 @@ def _make_abs() -> Activation:
 
 
 def _make_tanh() -> Activation:
-    return Activation("tanh", torch.tanh, aten.tanh_backward.default, from_result=True)
+    return Activation("tanh", torch.tanh, aten.tanh_backward.default, potential=Tanh(), from_result=True)
 
 
 def _make_sigmoid() -> Activation:
-    return Activation("sigmoid", torch.sigmoid, aten.sigmoid_backward.default, from_result=True)
+    return Activation("sigmoid", torch.sigmoid, aten.sigmoid_backward.default, potential=Sigmoid(), from_result=True)
 
 
 def _make_gelu(approximate: str = "none") -> Activation:
@@ -151,11 +155,14 @@ def _make_elu(alpha: float = 1.0) -> Activation:
 
 def _make_softplus(beta: float = 1.0, threshold: float = 20.0) -> Activation:
     options: dict[str, Any] = {"beta": beta, "threshold": threshold}
-    return Activation("softplus", partial(F.softplus, **options), partial(aten.softplus_backward.default, **options))
+    value, backward = partial(F.softplus, **options), partial(aten.softplus_backward.default, **options)
+    # Below a threshold of 20 it jumps by more than 2e-9 to its straight line, and has no inverse.
+    potential = Softplus(beta) if beta > 0 and threshold >= 20 else None
+    return Activation("softplus", value, backward, potential=potential)
 
 
 def _make_identity() -> Activation:
-    return Activation("identity", own_state, lambda grad, _: grad, (), (1.0,), (-math.inf, math.inf))
+    return Activation("identity", own_state, lambda grad, _: grad, (), (1.0,), FREE_STATE)
 
 
 Builder = Callable[..., Activation | None]
@@ -176,6 +183,7 @@ TABLE: dict[str, Builder] = {
     "absolute": _make_abs,
     "tanh": _make_tanh,
     "sigmoid": _make_sigmoid,
+    "special_expit": _make_sigmoid,
     "gelu": _make_gelu,
     "silu": _make_silu,
     "elu": _make_elu,

@@ -58,7 +58,7 @@ class Pointwise(LayerOp):
     def __init__(self, activation: Activation, key: Key):
         self.activation, self.key, self.is_affine = activation, key, activation.piecewise
         self.is_homogeneous = activation.homogeneous
-        self.keeps_result = activation.box is not None and activation.homogeneous
+        self.keeps_result = activation.potential is not None and activation.piecewise and activation.homogeneous
         """Whether y has the branch of h, as that of ReLU: y > 0 where h > 0. The next operation keeps y anyway."""
         self.never_falls = activation.piecewise and min(activation.slopes) >= 0
 
