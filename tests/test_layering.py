@@ -19,7 +19,7 @@ ARROWS = {
     "errors": "",
     "layout": "",
     "guards": "",
-    "cost": "errors",
+    "cost": "errors guards",
     "updates": "errors",
     "graph": "cost errors guards layout",
     "energy": "cost errors graph guards layout",

@@ -224,6 +224,7 @@ KEYWORDS = {
     "branches": (("held", "exact"), {"beta": 1.0}),
     "leaves": (((), ("2",)), {}),
     "groups": (((), (Inhibition(),)), {"settle_lr": 0.2, "lr": 1e-3}),
+    "readout": ((None, nn.Linear(3, 3).requires_grad_(False)), {}),
     "settle_steps": ((1, 2), {"tol": 1e-6}),
     "settle_lr": ((None, 0.2), {}),
     "adaptive": ((False, True), {"settle_steps": 10}),

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mep.errors import ArgumentError, InputError
+from mep.guards import Noise, generators, set_generators, without_hooks
 
 PerExample = Callable[[Tensor, Tensor], Tensor]
 
@@ -237,6 +238,118 @@ def is_holomorphic(function: Callable[[Tensor], Tensor], output: Tensor) -> bool
     return bool((other - 1j * one).norm() <= 1e-3 * one.norm())
 
 
+class WithReadout(nn.Module):
+    """A cost behind a readout: `C(readout(s_out), y)`, given wherever a cost is.
+
+    Args:
+        readout: any module that turns the output of the model into what the cost takes, example by example.
+        cost: what `make_cost` takes.
+    """
+
+    def __init__(self, readout: nn.Module, cost: str | PerExample | type[BatchCost]):
+        super().__init__()
+        self.readout, self.cost = readout, cost
+        self.make_cost = make_cost(cost)
+
+    def read(self, output: Tensor) -> Tensor:
+        """What the readout makes of an output."""
+        name = type(self.readout).__name__
+        try:
+            read = self.readout(output)
+        except RuntimeError as error:
+            if not any(word in str(error) for word in ("shape", "size", "dtype", "scalar type")):
+                raise
+            raise InputError(
+                f"readout: {name} cannot be applied to the output of the model, {output.dtype} of shape "
+                f"{tuple(output.shape)}: {error}"
+            ) from error
+        if not isinstance(read, Tensor) or read.shape[:1] != output.shape[:1]:
+            got = f"shape {tuple(read.shape)}" if isinstance(read, Tensor) else type(read).__name__
+            raise InputError(
+                f"readout: {name} must return a tensor with {len(output)} rows, one an example; got {got}."
+            )
+        return read
+
+
+class ReadoutCost(BatchCost):
+    """The cost of one batch behind a readout, by autograd through the readout alone.
+
+    With z = readout(s) its gradient is `J^T dC/dz`. What the readout draws at random is the same in every evaluation.
+    """
+
+    def __init__(self, whole: WithReadout, output: Tensor, target: Tensor):
+        self.whole = whole
+        self.noise: Noise | None = None
+        homes = [m._buffers for m in whole.modules()]
+        buffers = [(home, key, b, b.detach().clone()) for home in homes for key, b in home.items() if b is not None]
+        before = generators()
+        read = self._read(output.detach().requires_grad_())
+        written = [kept for kept in buffers if not _is_kept(*kept)]
+        if written:
+            with torch.no_grad():
+                for home, key, b, value in written:
+                    home[key] = b.copy_(value)
+            raise ArgumentError(
+                f"readout: {type(whole.readout).__name__} writes to its buffers when it is run, and a step runs it "
+                "many times. Way out: readout.eval(), or let the layer that does so be a part of the model."
+            )
+        if not read.requires_grad:
+            raise InputError("readout: it must be differentiable; it returned a constant.")
+        self.noise = before if before.differs(generators()) else None
+        self.cost = whole.make_cost(read.detach(), target)
+
+    @cached_property
+    def smoothness(self) -> float | Tensor | None:
+        """For a linear readout that of the cost times `|W|^2`."""
+        own, readout = self.cost.smoothness, self.whole.readout
+        if own is None or type(readout) is not nn.Linear:
+            return None
+        W = readout.weight.detach().float()
+        return own * torch.linalg.eigvalsh(W @ W.T if len(W) <= W.shape[1] else W.T @ W)[-1]
+
+    def value(self, output: Tensor) -> Tensor:
+        value = self._value(output)
+        return value if torch.is_grad_enabled() else value.detach()
+
+    def gradient(self, output: Tensor) -> Tensor:
+        leaf = output.detach().requires_grad_()
+        read = self._read(leaf)
+        (gradient,) = torch.autograd.grad(read, leaf, self.cost.gradient(read.detach()), materialize_grads=True)
+        return gradient
+
+    @property
+    def parameters(self) -> tuple[nn.Parameter, ...]:
+        return tuple(p for p in self.whole.parameters() if p.requires_grad)
+
+    def parameter_gradient(self, output: Tensor, weight: float) -> dict[nn.Parameter, Tensor]:
+        trained = self.parameters
+        if not trained:
+            return {}
+        with without_hooks(trained), torch.enable_grad():
+            found = torch.autograd.grad(self._value(output.detach()).sum(), trained, allow_unused=True)
+        return {p: g.to_dense() * weight for p, g in zip(trained, found, strict=True) if g is not None}
+
+    @torch.enable_grad()
+    def _value(self, output: Tensor) -> Tensor:
+        return self.cost.value(self._read(output))
+
+    @torch.enable_grad()
+    def _read(self, output: Tensor) -> Tensor:
+        if self.noise is None:
+            return self.whole.read(output)
+        after = generators()
+        set_generators(self.noise)
+        try:
+            return self.whole.read(output)
+        finally:
+            set_generators(after)
+
+
+def _is_kept(home: Mapping[str, Tensor | None], key: str, buffer: Tensor, value: Tensor) -> bool:
+    """Whether a buffer is where it was and has the value that it had; NaN equals NaN."""
+    return home.get(key) is buffer and torch.equal(buffer.nan_to_num(), value.nan_to_num())
+
+
 Cost = Callable[[Tensor, Tensor], BatchCost]
 """From the output and the target of a batch to its cost."""
 
@@ -247,8 +360,8 @@ NAMED: dict[str, Cost] = {
 }
 
 
-def make_cost(cost: str | PerExample | type[BatchCost]) -> Cost:
-    """A cost from its name, a per-example function, or a class derived from `BatchCost`.
+def make_cost(cost: str | PerExample | type[BatchCost] | WithReadout) -> Cost:
+    """A cost from its name, a per-example function, or a class derived from `BatchCost`; also behind a readout.
 
     Example:
         >>> output, target = torch.tensor([[1.0, 3.0]]), torch.tensor([[0.0, 3.0]])
@@ -257,6 +370,8 @@ def make_cost(cost: str | PerExample | type[BatchCost]) -> Cost:
     """
     if isinstance(cost, str) and cost in NAMED:
         return NAMED[cost]
+    if isinstance(cost, WithReadout):
+        return partial(ReadoutCost, cost)
     if not callable(cost):
         raise ArgumentError(f"cost={cost!r}: choose one of {sorted(NAMED)}, or pass a per-example function.")
     given: Any = cost
@@ -281,10 +396,10 @@ def make_cost(cost: str | PerExample | type[BatchCost]) -> Cost:
 def recorded_function(cost: object) -> Callable[..., Tensor] | None:
     """The cost as a function that is recorded together with the model; None where it reads output and target alone."""
     is_class = isinstance(cost, type) and issubclass(cost, BatchCost)
-    return cost if callable(cost) and not is_class else None
+    return cost if callable(cost) and not is_class and not isinstance(cost, WithReadout) else None
 
 
-def mean_cost(cost: str | PerExample | type[BatchCost], output: Any, target: Any) -> Tensor:
+def mean_cost(cost: str | PerExample | type[BatchCost] | WithReadout, output: Any, target: Any) -> Tensor:
     """The mean cost of a batch, with autograd's graph: of what a model returned, a tensor or what the cost takes."""
     if (function := recorded_function(cost)) is not None:
         value = function(output, target)
@@ -302,6 +417,8 @@ def mean_cost(cost: str | PerExample | type[BatchCost], output: Any, target: Any
             f"The model returns {type(output).__name__}; cost={cost!r} takes one tensor. Way out: a cost function that "
             "takes what it needs from the result, cost=lambda out, y: ..."
         )
+    if isinstance(cost, WithReadout):
+        return mean_cost(cost.cost, cost.read(output), target)
     return make_cost(cost)(output.detach(), target).value(output).mean()
 
 

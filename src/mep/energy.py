@@ -487,8 +487,8 @@ class Energy:
     ) -> dict[Any, Tensor]:
         """`weight * dE/dtheta`, over beta where there is a nudge, summed over the batch and over the nodes (or all).
 
-        `errors` are the scaled ones, `de/dmu / beta`, where they are known. Without `nodes`, the gradient of the cost's
-        own parameters is added. From displacements follows the difference from the free equilibrium, over beta.
+        `errors` are the scaled ones, `de/dmu / beta`, where they are known. From displacements follows the difference
+        from the free equilibrium, over beta.
         """
         states = self.graph.states if nodes is None else nodes
         if point.displacement is not None:
@@ -501,8 +501,6 @@ class Energy:
             gradients = self.graph.param_vjp(point, errors, weight, nodes)
         else:
             gradients = self.graph.param_vjp(point, errors, weight, nodes)
-        if self.nudge and self.nudge.cost.parameters and nodes is None:
-            add_gradients(gradients, self.nudge.cost.parameter_gradient(self.output(point), weight))
         if nodes is None:
             for group in self.groups:
                 add_gradients(gradients, self._group_gradient(group, point, weight))

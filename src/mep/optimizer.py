@@ -86,6 +86,7 @@ class EPOptimizer(torch.optim.Optimizer):
                 "itself, with a closure that calls opt.zero_grad() and returns estimator(x, target).loss."
             )
         super().__init__(update.param_groups, update.defaults)
+        self._check_readout()
         self.state = update.state
         self._share()
 
@@ -192,6 +193,18 @@ class EPOptimizer(torch.optim.Optimizer):
                 "Nothing was changed. Way out: build the optimizer anew, from model.parameters()."
             )
 
+    def _check_readout(self) -> None:
+        """Refuse a readout whose trained parameters would never move."""
+        readout, own = getattr(self.estimator, "readout", None), set(self._parameters())
+        trained = [] if readout is None else [p for p in readout.parameters() if p.requires_grad]
+        missing = [tuple(p.shape) for p in trained if p not in own]
+        if missing:
+            raise ParameterError(
+                f"{len(missing)} parameters of the readout, of shapes {missing[:3]}, are not in the optimizer, so that "
+                "they never move. Way out: give it [*model.parameters(), *readout.parameters()]; or freeze them, "
+                "readout.requires_grad_(False)."
+            )
+
     def _step_in_pieces(self, x: Any, target: Tensor, **known: Any) -> Tensor:
         """Every parameter moves as soon as its gradient is there, which is then dropped.
 
@@ -289,8 +302,8 @@ Home = tuple[dict[str, Any], str]
 
 
 def homes_of(estimator: Estimator) -> tuple[dict[nn.Parameter, Home], list[tuple[dict[str, Any], str, Any]]]:
-    """Where the parameters of an estimator's model stand, and of its cost and groups where these are; and modules."""
-    others = [getattr(estimator, "cost", None), *getattr(estimator, "groups", ())]
+    """Where the parameters of an estimator's model stand, and of its cost, readout and groups; and modules."""
+    others = [getattr(estimator, "cost", None), getattr(estimator, "readout", None), *getattr(estimator, "groups", ())]
     parameters: dict[nn.Parameter, Home] = {}
     modules: list[tuple[dict[str, Any], str, Any]] = []
     for root in (estimator.model, *(other for other in others if isinstance(other, nn.Module))):

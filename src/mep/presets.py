@@ -56,6 +56,7 @@ class Settling(TypedDict, total=False):
     branches: str
     leaves: Leaves
     groups: Sequence[GroupEnergy]
+    readout: nn.Module | None
     settle_steps: int | None
     settle_lr: float | None
     adaptive: bool | None
@@ -70,9 +71,9 @@ class Settling(TypedDict, total=False):
 
 _DEFAULTS: dict[str, Any] = {
     "cost": "cross_entropy", "beta": None, "energy": "prediction", "phases": "one-sided", "points": None,
-    "branches": "held", "leaves": (), "groups": (), "settle_steps": None, "settle_lr": None, "adaptive": None,
-    "tol": 1e-2, "patience": 1,
-    "on_unsettled": "warn", "proof": "amortised", "compile": False, "checkpoint": False, "low_memory": False,
+    "branches": "held", "leaves": (), "groups": (), "readout": None, "settle_steps": None, "settle_lr": None,
+    "adaptive": None, "tol": 1e-2, "patience": 1, "on_unsettled": "warn", "proof": "amortised", "compile": False,
+    "checkpoint": False, "low_memory": False,
 }  # fmt: skip
 HOPFIELD_DEFAULTS: dict[str, dict[str, Any]] = {
     "eqprop": {"lr": 0.2, "momentum": 0.5},
@@ -131,10 +132,10 @@ def eqprop(
     """Equilibrium propagation with the fewest parts: its gradient, and `torch.optim.SGD`.
 
     Args:
-        params: the parameters to train, or groups of them; they must be the model's.
+        params: the parameters to train, or groups of them; they must be the model's (or those of a readout).
         model: the model.
         lr, momentum, weight_decay, nesterov: as in `torch.optim.SGD`.
-        cost, beta, energy, phases, points, branches, leaves, groups, compile, checkpoint, proof: as in
+        cost, beta, energy, phases, points, branches, leaves, groups, readout, compile, checkpoint, proof: as in
             `mep.EquilibriumPropagation`.
         settle_steps, settle_lr, adaptive, tol, patience, on_unsettled: how the states settle, see `mep.presets`.
         low_memory: as in `mep.EPOptimizer`.
@@ -167,11 +168,11 @@ def smep(
     """Spectral Muon EP: equilibrium propagation, Muon, and a bound on the largest singular value of every weight.
 
     Args:
-        params: the parameters to train, or groups of them; they must be the model's.
+        params: the parameters to train, or groups of them; they must be the model's (or those of a readout).
         model: the model.
         lr, momentum, weight_decay, nesterov: as in `mep.Muon`.
         gamma: the bound, see `mep.spectral_bound`. Weights of embedding layers are left out.
-        cost, beta, energy, phases, points, branches, leaves, groups, compile, checkpoint, proof: as in
+        cost, beta, energy, phases, points, branches, leaves, groups, readout, compile, checkpoint, proof: as in
             `mep.EquilibriumPropagation`.
         settle_steps, settle_lr, adaptive, tol, patience, on_unsettled: how the states settle, see `mep.presets`.
         low_memory: as in `mep.EPOptimizer`.
@@ -308,12 +309,13 @@ def natural_ep(
     has computed already, so they need no backward pass.
 
     Args:
-        params: the parameters to train, or groups of them; they must be the model's.
+        params: the parameters to train, or groups of them; they must be the model's (or those of a readout).
         model: the model.
         lr, momentum, weight_decay, nesterov, damping, kl_clip, decay, factors_every, inverse_every, rank,
             use_diagonal_fisher, orthogonalise: as in `mep.NaturalGradient`. Weight decay is 0.02 by default, because
             natural-gradient steps overfit small data quickly.
-        cost, beta, energy, phases, points, branches, leaves, compile, proof: as in `mep.EquilibriumPropagation`.
+        cost, beta, energy, phases, points, branches, leaves, readout, compile, proof: as in
+            `mep.EquilibriumPropagation`.
         settle_steps, settle_lr, adaptive, tol, patience, on_unsettled: how the states settle, see `mep.presets`.
 
     Example:
@@ -367,10 +369,10 @@ def local_ep(
     network: it computes the gain, so pass a beta for a strictly local rule.
 
     Args:
-        params: the parameters to train, or groups of them; they must be the model's.
+        params: the parameters to train, or groups of them; they must be the model's (or those of a readout).
         model: the model.
         lr, momentum, weight_decay, nesterov: as in `torch.optim.SGD`.
-        cost, beta, phases, leaves, on_unsettled, proof: as in `mep.EquilibriumPropagation`.
+        cost, beta, phases, leaves, readout, on_unsettled, proof: as in `mep.EquilibriumPropagation`.
         tol, schedule: as in `mep.Local`.
         low_memory: as in `mep.EPOptimizer`.
 

@@ -8,8 +8,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 
-from mep.cost import BatchCost
+from mep.capture.state import check_state
+from mep.cost import BatchCost, PerExample, WithReadout
 from mep.energy import Energy, GroupEnergy
 from mep.errors import A_FLAG, ArgumentError, one_of, require, whole_number
 from mep.estimators.compiled_step import MOST_SWEEPS
@@ -37,6 +39,14 @@ def check_solver(solver: Any) -> None:
     """Refuse what is no solver."""
     if not isinstance(solver, Solver):
         raise ArgumentError(f"{_CALL}(solver={solver!r}): must be a mep.Sweep, mep.Descent, ...")
+
+
+def with_readout(cost: str | PerExample | type[BatchCost], readout: Any) -> WithReadout:
+    """The cost behind the readout, if that can be one."""
+    require(_CALL, "readout", readout, lambda module: isinstance(module, nn.Module), "a torch.nn.Module")
+    whole = WithReadout(readout, cost)
+    check_state(whole)
+    return whole
 
 
 def check_groups(groups: Sequence[GroupEnergy], graph: Graph) -> None:
@@ -143,6 +153,8 @@ def _check_compile(ep: Any) -> None:
         )
     if ep.branches == "exact":
         raise ArgumentError(f"{call}, branches='exact'): only held branches are compiled.")
+    if ep.readout is not None:
+        raise ArgumentError(f"{call}, readout=...): a readout is not compiled. Leave out one of the two.")
     if ep.diagnostics:
         raise ArgumentError(f"{call}, diagnostics=True): leave out one of the two.")
     if ep.cost not in ("cross_entropy", "mse"):

@@ -53,7 +53,7 @@ from mep.graph.node import Beta
 from mep.settle import Iterate, Response, Result, Settled, Solver, Start, settle
 from mep.solvers.networks.affine import LazyMapping
 from mep.solvers.networks.network import are_independent, spread_length
-from mep.solvers.relaxation import FreePoint, has_constant_jacobians
+from mep.solvers.relaxation import FreePoint, cost_curvature, has_constant_jacobians
 from mep.solvers.sweep import linear_response
 
 Contrast = tuple[tuple[complex, float], ...]
@@ -181,9 +181,7 @@ def _noted(energy: Energy, free: Settled) -> Mapping[str, Free]:
 
 def weak_beta(energy: Energy, free: Point) -> Tensor:
     """One number for all examples, where no beta is too small for the digits of the solver: a bias of about 0.1%."""
-    assert energy.nudge is not None
-    smoothness = energy.nudge.cost.smoothness
-    strongest = torch.as_tensor(1.0 if smoothness is None else smoothness).clamp(min=1.0)
+    strongest = torch.as_tensor(cost_curvature(energy, energy.output(free), energy.wanted_error(free))).clamp(min=1.0)
     return (0.001 if has_constant_jacobians(energy, free) else 0.02) / strongest
 
 
@@ -220,7 +218,17 @@ def contrast(phases: Iterable[Phase], batch: int) -> Gradients:
     return total
 
 
-def iter_gradients(phases: Sequence[Phase], batch: int) -> Iterator[Gradients]:
+def total_gradient(phases: Sequence[Phase], output: Tensor, batch: int) -> Gradients:
+    """`dC/dtheta` of the mean cost: the contrast, and where the cost itself reads theta, its own derivative.
+
+    That is taken at the free output, where it is exact: `dC(s_free(theta), theta)/dtheta` has no other such part.
+    """
+    total = contrast(phases, batch)
+    _add(total, _of_cost(phases, output, batch))
+    return total
+
+
+def iter_gradients(phases: Sequence[Phase], output: Tensor, batch: int) -> Iterator[Gradients]:
     """The same, finished, node by node: every gradient once, as soon as the last node that uses the parameter is done.
 
     Only gradients that are not complete are held. A weight may be changed once its gradient was there: no later one
@@ -228,12 +236,8 @@ def iter_gradients(phases: Sequence[Phase], batch: int) -> Iterator[Gradients]:
     """
     nodes = phases[0][1].graph.states
     last = {p: node for node in nodes for p in node.parameters}
-    unfinished: Gradients = {}
     with torch.no_grad():
-        for weight, energy, settled in phases:
-            if energy.nudge and energy.nudge.cost.parameters:
-                of_cost = energy.nudge.cost.parameter_gradient(energy.output(settled.point), weight / batch)
-                _add(unfinished, of_cost)
+        unfinished = _of_cost(phases, output, batch)
     alone = finished({p: unfinished.pop(p) for p in list(unfinished) if p not in last})
     if alone:
         yield alone
@@ -246,6 +250,11 @@ def iter_gradients(phases: Sequence[Phase], batch: int) -> Iterator[Gradients]:
         if found:
             yield found
         del found  # before the next is made
+
+
+def _of_cost(phases: Sequence[Phase], output: Tensor, batch: int) -> Gradients:
+    nudge = phases[0][1].nudge
+    return nudge.cost.parameter_gradient(output, 1 / batch) if nudge and nudge.cost.parameters else {}
 
 
 def _add(total: Gradients, found: Gradients) -> None:

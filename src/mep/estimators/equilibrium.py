@@ -15,10 +15,17 @@ from mep.capture import Leaves, check_leaves
 from mep.capture.cache import Graphs
 from mep.capture.cost import cost_of
 from mep.capture.state import check_state
-from mep.cost import BatchCost, PerExample, make_cost
+from mep.cost import BatchCost, PerExample, WithReadout, make_cost
 from mep.energy import Energy, GroupEnergy, Hopfield, NodeEnergy, make_node_energy
 from mep.errors import ArgumentError, DivergedError, InputError, NotConvergedError, NotConvergedWarning, warn
-from mep.estimators.checks import check_groups, check_holomorphic, check_settings, check_solver, noise_undone_on_error
+from mep.estimators.checks import (
+    check_groups,
+    check_holomorphic,
+    check_settings,
+    check_solver,
+    noise_undone_on_error,
+    with_readout,
+)
 from mep.estimators.compiled_step import CompiledSteps, CompileOptions
 from mep.estimators.contrast import (
     Contrast,
@@ -26,11 +33,11 @@ from mep.estimators.contrast import (
     Watch,
     accumulate,
     betas_of,
-    contrast,
     finished,
     iter_gradients,
     make_contrast,
     settle_phases,
+    total_gradient,
 )
 from mep.estimators.estimate import Estimate, Gradients
 from mep.estimators.layer_factors import LayerStatistics, layer_statistics
@@ -90,6 +97,12 @@ class EquilibriumPropagation:
             piecewise-linear activations).
         groups: energies of groups of nodes beside those of single nodes, see `mep.GroupEnergy`; only for `mep.Descent`.
         points: the number N of betas on the circle of `phases="holomorphic"`; 4 by default.
+        readout: a module outside of the energy, which turns the output of the equilibrium into what the cost takes: the
+            cost is `C(readout(s_out), y)`, and `predict` returns `readout(s_out)`. It pulls on the states by
+            `J^T dC/dz`, z = readout(s_out), and its own gradient is backpropagation's through the readout alone, at the
+            free equilibrium. Give the optimizer its parameters, too: `[*model.parameters(), *readout.parameters()]`.
+            With dropout it draws once a step. A layer that writes to buffers (batch normalisation in training mode) is
+            refused, and so is `compile=True`.
 
     With `phases="holomorphic"` the model is continued to complex states (complex64 for float32): N/2 nudged phases for
     an even N, since equilibria at conjugate betas are conjugate. `Estimate.betas` has the radius. Operations that have
@@ -107,7 +120,8 @@ class EquilibriumPropagation:
         >>> estimate.converged, net[0].weight.grad.shape
         (True, torch.Size([8, 4]))
 
-    Source: Scellier and Bengio 2017, arXiv:1602.05179, theorem 1.
+    Sources: Scellier and Bengio 2017, arXiv:1602.05179, theorem 1; for the readout Laborieux et al. 2021,
+    arXiv:2006.03824.
     """
 
     def __init__(
@@ -128,12 +142,14 @@ class EquilibriumPropagation:
         proof: str = "amortised",
         groups: Sequence[GroupEnergy] = (),
         points: int | None = None,
+        readout: nn.Module | None = None,
     ):
         check_model(model, "EquilibriumPropagation")
         check_state(model)
         self.model = model
-        self.cost = cost
-        self._cost = make_cost(cost)
+        self.cost, self.readout = cost, readout
+        self._whole_cost = cost if readout is None else with_readout(cost, readout)
+        self._cost = make_cost(self._whole_cost)
         self.node_energy = make_node_energy(energy)
         self.phases, self.points = phases, points
         self.branches = branches
@@ -181,7 +197,7 @@ class EquilibriumPropagation:
                     return found
             step = self._settled(x, target, batch, indices, table, graph)
             with region("contrast"):
-                gradients = finished(contrast(step.phases, batch))
+                gradients = finished(total_gradient(step.phases, step.output, batch))
             with uninterrupted():
                 self._finish(step, x, target, indices)
                 noise = None
@@ -206,7 +222,7 @@ class EquilibriumPropagation:
             table = make_contrast(self.phases, self.points)
             step = self._settled(x, target, batch, indices, table, saves_memory=True)
             # Made twice: first to see that all are finite, since the first that is used changes a weight.
-            deque(iter_gradients(step.phases, batch), maxlen=0)
+            deque(iter_gradients(step.phases, step.output, batch), maxlen=0)
             buffers = dict(step.energy.context.new_buffers)
             step.energy.context.new_buffers.clear()  # autograd has kept the old ones for the gradients still to be made
             with uninterrupted():
@@ -218,7 +234,7 @@ class EquilibriumPropagation:
             raise
 
         def gradients() -> Iterator[Gradients]:
-            yield from iter_gradients(step.phases, batch)
+            yield from iter_gradients(step.phases, step.output, batch)
             with torch.no_grad():
                 _write(buffers)
 
@@ -254,12 +270,15 @@ class EquilibriumPropagation:
 
     @torch.no_grad()
     def predict(self, x: Any) -> Tensor:
-        """The output of the free equilibrium; for the prediction energy that is `model(x)`."""
+        """The output of the free equilibrium, or what the readout makes of it; for the prediction energy `model(x)`."""
         batch = checked_batch(x)
         with noise_undone_on_error():
             energy, free = self._free(self._graphs.of(x), x, batch)
+            output = energy.output(free.point)
+            if isinstance(self._whole_cost, WithReadout):
+                output = self._whole_cost.read(output)
         _write(energy.context.new_buffers)
-        return energy.output(free.point)
+        return output
 
     def share_graphs(self, graphs: Graphs) -> None:
         """Use the graphs of another estimator of the same model, cost, energy, branches and leaves, as they are."""
@@ -284,7 +303,7 @@ class EquilibriumPropagation:
     def _trace(self) -> None:
         """What belongs to this very model."""
         states = "hopfield" if self.node_energy.behind_activations else "prediction"
-        self._graphs = Graphs(self.model, self.leaves, states, self.branches, self.cost, self.proof)
+        self._graphs = Graphs(self.model, self.leaves, states, self.branches, self._whole_cost, self.proof)
         self.compiled_steps: CompiledSteps | None = None
         if self.compile:
             options = CompileOptions(self.solver, self.node_energy, self.phases, self.observe is not None)
@@ -336,7 +355,7 @@ class EquilibriumPropagation:
             self._check_coupling(estimate)
         if estimate.result is not Result.CONVERGED and self.on_unsettled != "ignore":
             self._report(estimate, phases[-1][1], free)
-        return _Step(energy, free, phases, table, estimate)
+        return _Step(energy, free, output, phases, table, estimate)
 
     def _free(
         self, graph: Graph, x: Any, batch: int, indices: Tensor | None = None, target: Any = None
@@ -367,7 +386,9 @@ class EquilibriumPropagation:
             point = energy.at({n: torch.where(per_example(seen, s), s, point.values[n]) for n, s in states.items()})
         cost = None
         if target is not None:  # how well the free phase has to settle depends on the nudge
+            noise = generators()
             cost = cost_of(graph, self._cost, energy.inputs, energy.output(point), target)
+            set_generators(noise)  # that of the nudge itself draws the same
         free = settle(energy, point, self.solver.for_free_phase(), Start(cost=cost))
         if free.result is Result.DIVERGED:
             hint = self.solver.failure_hint(energy, point)
@@ -526,10 +547,14 @@ def default_solver(energy: NodeEnergy) -> Solver:
 
 @dataclass(frozen=True)
 class _Step:
-    """A step whose equilibria have been found: the energy without its nudge and where it is least, and the phases."""
+    """A step whose equilibria have been found: the energy without its nudge, where it is least, and the phases.
+
+    `output` is that of the free equilibrium.
+    """
 
     energy: Energy
     free: Settled
+    output: Tensor
     phases: list[SettledPhase]
     table: Contrast
     estimate: Estimate
