@@ -1,6 +1,6 @@
 """What a step of a Hopfield network costs beside backpropagation on the same network: not a test, a measurement.
 
-    OMP_NUM_THREADS=1 python tests/compare_hopfield.py [784-512-10 784-256-256-10 conv]
+    OMP_NUM_THREADS=1 python tests/compare_hopfield.py [--compile] [784-512-10 784-256-256-10 conv]
 
 Both steps are interleaved, with the same update, `torch.optim.SGD`. Medians of ratios of processor time on one thread,
 as torch initialises the network and after some training; beside them the residual, certified by the step itself.
@@ -47,13 +47,13 @@ def timed(step, *batch):
     return time.process_time() - start, result
 
 
-def measure(name):
+def measure(name, compile):
     make, batch, lr, count = NETWORKS[name]
     torch.manual_seed(0)
     data = load("mnist5k")
     model = make()
     twin = copy.deepcopy(model)
-    ep = mep.EquilibriumPropagation(model, "one_hot_mse", energy="hopfield")
+    ep = mep.EquilibriumPropagation(model, "one_hot_mse", energy="hopfield", compile=compile)
     ours, theirs = (torch.optim.SGD(net.parameters(), lr=1e-9) for net in (model, twin))
 
     def settle(x, y):
@@ -87,7 +87,7 @@ def measure(name):
             sweeps.append(e.iterations)
             settled.append(float(e.settled.float().mean()))
         print(
-            f"{name:15} {stage:9} {statistics.median(ratios[4:]):5.2f} times backprop, residual "
+            f"{name:15} {'compiled' if compile else 'eager':8} {stage:9} {statistics.median(ratios[4:]):5.2f} times backprop, residual "
             f"{statistics.median(residuals[4:]):.1e} at beta {e.beta:g}, {statistics.mean(sweeps[4:]):.1f} sweeps, "
             f"{statistics.mean(settled[4:]):.1%} settled, coupling {e.coupling:.2f}, inside {e.inside:.2f}",
             flush=True,
@@ -97,5 +97,5 @@ def measure(name):
 if __name__ == "__main__":
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    for chosen in sys.argv[1:] or NETWORKS:
-        measure(chosen)
+    for chosen in [name for name in sys.argv[1:] if name != "--compile"] or NETWORKS:
+        measure(chosen, "--compile" in sys.argv)

@@ -220,8 +220,19 @@ class Solver(ABC):
         return replace(self, tol=self.tol / _FREE)
 
     def unrolled(self, energy: Energy, point: Point, start: Start, steps: int) -> tuple[Iterate, Tensor]:
-        """Where so many steps lead, and the residuals after each, [steps, batch]; only where `compiles`."""
+        """Where so many steps lead, and the residuals after each, [steps, batch]; only where `compiles`.
+
+        Without a decision that depends on a number. Of an energy without a nudge: the free phase, where that has to
+        settle; what it leaves counts in the residuals of the nudged ones.
+        """
         raise NotImplementedError
+
+    def needs_eager_step(self) -> bool:
+        """Whether the next step is to be made without a program, because it measures what the others depend on."""
+        return False
+
+    def count_compiled_step(self) -> None:  # noqa: B027 - most solvers count nothing
+        """A step was made by a program."""
 
     def failure_hint(self, energy: Energy, point: Point) -> str:
         """What to do where this has diverged, or not settled, from a point."""

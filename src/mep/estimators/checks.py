@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from mep.capture.state import check_state
-from mep.cost import BatchCost, PerExample, WithReadout
+from mep.cost import NAMED, BatchCost, PerExample, WithReadout
 from mep.energy import Energy, GroupEnergy
 from mep.errors import A_FLAG, ArgumentError, one_of, require, whole_number
 from mep.estimators.compiled_step import MOST_SWEEPS
@@ -144,9 +144,11 @@ def check_holomorphic(ep: Any, energy: Energy, free: Point, cost: BatchCost) -> 
 def _check_compile(ep: Any) -> None:
     call = f"{_CALL}(compile=True"
     if not ep.solver.compiles:
-        raise ArgumentError(f"{call}, solver={ep.solver}): only solvers with `unrolled` are compiled: mep.Sweep.")
+        raise ArgumentError(
+            f"{call}, solver={ep.solver}): only solvers with `unrolled` are compiled: mep.Sweep and mep.Relaxation."
+        )
     if ep.solver.patience > 1:
-        raise ArgumentError(f"{call}, solver=Sweep(patience={ep.solver.patience})): patience must be 1.")
+        raise ArgumentError(f"{call}, solver={ep.solver}): patience must be 1.")
     if not ep.solver.adaptive and ep.solver.settle_steps > MOST_SWEEPS:
         raise ArgumentError(
             f"{call}, solver={ep.solver}): at most {MOST_SWEEPS} sweeps are compiled. Give fewer, or adaptive=True."
@@ -157,8 +159,10 @@ def _check_compile(ep: Any) -> None:
         raise ArgumentError(f"{call}, readout=...): a readout is not compiled. Leave out one of the two.")
     if ep.diagnostics:
         raise ArgumentError(f"{call}, diagnostics=True): leave out one of the two.")
-    if ep.cost not in ("cross_entropy", "mse"):
-        raise ArgumentError(f"{call}, cost={ep.cost!r}): only 'cross_entropy' and 'mse' are compiled.")
+    if ep.cost not in tuple(NAMED):
+        raise ArgumentError(
+            f"{call}, cost={ep.cost!r}): only costs that have names are compiled, {', '.join(map(repr, NAMED))}."
+        )
 
 
 def _check_checkpoint(ep: Any) -> None:

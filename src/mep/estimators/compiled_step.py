@@ -22,7 +22,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from mep.cost import BatchCost, Cost
 from mep.energy import Energy, NodeEnergy, nudge
 from mep.errors import ArgumentError
-from mep.estimators.contrast import Contrast, Phase, betas_of, chosen_beta, contrast
+from mep.estimators.contrast import Contrast, Phase, beta_and_response, betas_of, contrast, noted_free
 from mep.estimators.estimate import Gradients
 from mep.estimators.layer_factors import LayerStatistics, layer_statistics
 from mep.graph import Graph
@@ -30,8 +30,7 @@ from mep.graph.inputs import flattened
 from mep.graph.node import Beta
 from mep.graph.ops import Slot
 from mep.graph.step_context import StepContext
-from mep.settle import Settled, Solver, Start, rounded
-from mep.solvers.sweep import linear_response
+from mep.settle import Solver, Start, rounded
 
 aten = torch.ops.aten
 _EAGER = 4
@@ -42,7 +41,7 @@ _RECENT = 64
 """Recent steps from whose sweep counts that of the next is predicted."""
 _RARE = 10
 """Compile for the 90th percentile of recent sweep counts; a step that needs more is repeated without a program."""
-_SWEEPS = (1, 2, 3, 4, 6)
+_SWEEPS = (1, 2, 3, 4, 6, 8, 10, 12)
 """The numbers of sweeps that programs are made for: few, since each takes seconds to compile, or minutes."""
 MOST_SWEEPS = _SWEEPS[-1]
 _MOST_VISITS = 400
@@ -142,20 +141,23 @@ class CompiledStep:
         cost = self.cost.with_parts(dict(zip(self.cost.parts(), parts, strict=True)))
         context = StepContext()
         bound = {**self.fixed, **dict(zip(self.names, inputs, strict=True))}
-        energy = nudge(Energy(self.graph, self.setting.node_energy, bound, context, self.batch), cost, 1.0)
-        free = energy.free_point()
+        energy = Energy(self.graph, self.setting.node_energy, bound, context, self.batch)
+        solver, free, noted = self.setting.solver, energy.free_point(), None
         context.recording = False
         self.buffers = list(context.new_buffers)
-        solver = self.setting.solver
-        response = linear_response(energy, free)
-        beta: Beta = own[0] if self.is_named else chosen_beta(energy, free, response, solver)
-        idle = energy.has_nothing_to_settle(free, response.size)
+        if not energy.is_forward:
+            free = solver.unrolled(energy, free, Start(cost=cost), self.sweeps)[0].point
+            noted = noted_free(energy, free)
+        unit = nudge(energy, cost, 1.0, noted)
+        beta, response = beta_and_response(unit, free, solver, own[0] if self.is_named else None)
+        idle = unit.has_nothing_to_settle(free, response.size if response else None)
         phases: list[Phase] = []
         courses = []
         multiples: Sequence[Beta] = own[-1:] if self.is_signed else self.multiples
         for multiple, weight in zip(multiples, self.weights, strict=True):
-            nudged = nudge(energy, cost, multiple * beta)
-            settled, course = solver.unrolled(nudged, free, Start(response.copy()), self.sweeps)
+            nudged = nudge(energy, cost, multiple * beta, noted)
+            start = Start(response.copy() if response else None)
+            settled, course = solver.unrolled(nudged, free, start, self.sweeps)
             phases.append((weight, nudged, settled))
             courses.append(course.masked_fill(idle, 0))
         gradients = contrast(phases, self.batch)
@@ -204,7 +206,7 @@ class CompiledSteps:
         if key is None or key not in self._seen:
             return None
         steps, output = self._seen[key]
-        if steps < _EAGER or (sweeps := self._sweeps(graph)) is None:
+        if steps < _EAGER or (sweeps := self._sweeps(graph)) is None or self.setting.solver.needs_eager_step():
             return None
         cost = self.make_cost(output, target)
         which = key, beta is not None, sweeps
@@ -216,18 +218,19 @@ class CompiledSteps:
             self._at_least = sweeps + 1
             return None
         self.recent_sweeps.append(found.sweeps)
+        self.setting.solver.count_compiled_step()
         for buffer, value in found.buffers:
             buffer.copy_(value)
         return found
 
-    def record_eager_step(self, x: Any, target: Tensor, energy: Energy, settled: Settled) -> None:
-        """Note a step that was made without a program."""
-        if (key := _key(energy.graph, x, target)) is not None:
+    def record_eager_step(self, graph: Graph, x: Any, target: Tensor, output: Tensor, iterations: int) -> None:
+        """Note a step that was made without a program, and how many iterations its longest phase took."""
+        if (key := _key(graph, x, target)) is not None:
             steps, _ = self._seen.pop(key, (0, None))
-            self._seen[key] = steps + 1, torch.zeros_like(energy.output(settled.point))
+            self._seen[key] = steps + 1, torch.zeros_like(output)
             if len(self._seen) > _KINDS:
                 del self._seen[next(iter(self._seen))]
-        self.recent_sweeps.append(max(settled.iterations, self._at_least))
+        self.recent_sweeps.append(max(iterations, self._at_least))
         self._at_least = 0
 
     def _sweeps(self, graph: Graph) -> int | None:

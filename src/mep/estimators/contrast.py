@@ -135,14 +135,9 @@ def settle_phases(
         DivergedError: settling a phase leads out of the finite numbers.
     """
     is_forward = energy.is_forward
-    noted = None if is_forward else _noted(energy, free)
+    noted = None if is_forward else noted_free(energy, free.point)
     unit = nudge(energy, cost, 1.0, noted)
-    if beta is None and not is_forward and solver.carries_errors:
-        beta = weak_beta(unit, free.point)
-    response = linear_response(unit, free.point) if beta is None or solver.uses_response else None
-    if beta is None:
-        assert response is not None
-        beta = chosen_beta(unit, free.point, response, solver)
+    beta, response = beta_and_response(unit, free.point, solver, beta)
     found: list[SettledPhase] = []
     for i, (multiple, weight) in enumerate(contrast):
         if not multiple and is_forward:
@@ -167,9 +162,21 @@ def settle_phases(
     return found
 
 
-def _noted(energy: Energy, free: Settled) -> Mapping[str, Free]:
+def beta_and_response(energy: Energy, free: Point, solver: Solver, beta: Beta | None) -> tuple[Beta, Response | None]:
+    """The beta that is given, or the one that is chosen, and the response of the free equilibrium if that is of use.
+
+    `energy` is nudged with beta 1.
+    """
+    is_weak = not energy.is_forward and solver.carries_errors
+    needs_response = solver.uses_response or (beta is None and not is_weak)
+    response = linear_response(energy, free) if needs_response else None
+    if beta is None:
+        beta = weak_beta(energy, free) if response is None else chosen_beta(energy, free, response, solver)
+    return beta, response
+
+
+def noted_free(energy: Energy, point: Point) -> Mapping[str, Free]:
     """The free equilibrium, node by node, and the forces left there; what a face of the box holds back is none."""
-    point = free.point
     forces = cached(point.forces if isinstance(point, FreePoint) else partial(energy.forces, point))
 
     def note(name: str) -> Free:

@@ -86,9 +86,9 @@ class EquilibriumPropagation:
         compile: after a few steps of one shape, make the next ones by a program that inductor has compiled as a whole.
             It needs a C++ compiler and takes seconds, for deep models minutes, for every shape and number of sweeps; a
             step that it does not settle is made without it, and so are all where steps of late have needed more than
-            six sweeps, or the sweeps times the nodes are more than four hundred.
-            What the model reads besides tensors and attributes of its modules is then fixed. Only for `mep.Sweep`, held
-            branches, the costs that have names, and models without noise.
+            twelve sweeps, or the sweeps times the nodes are more than four hundred.
+            What the model reads besides tensors and attributes of its modules is then fixed. Only for `mep.Sweep` and
+            `mep.Relaxation`, held branches, the costs that have names, and models without noise.
         proof: when the graph is compared with the model, on the batch of a step: "amortised" before steps 1, 4, 16, 64,
             ... of every graph, "always", or "never". The same loss, new buffers and gradient, or a TraceError.
         checkpoint: keep neither states nor errors of all nodes, and compute them again where they are needed: memory
@@ -431,7 +431,7 @@ class EquilibriumPropagation:
         _write(energy.context.new_buffers)
         if self.compiled_steps is not None:
             self.compiled_steps.keep(self._graphs.graphs)  # a graph that is new takes its first steps here
-            self.compiled_steps.record_eager_step(x, target, energy, last)
+            self.compiled_steps.record_eager_step(energy.graph, x, target, step.output, step.estimate.iterations)
         if indices is not None:
             # Scaled errors of the nudged equilibrium; where the free one is not the forward pass, its states.
             kept: Mapping[str, Tensor] = energy.state(step.free.point)
@@ -533,7 +533,10 @@ class EquilibriumPropagation:
             found.betas,
             found.counts,
             self.solver.tol,
-            in_leaves=graph.share_kept,
+            None,
+            None,
+            graph.share_kept,
+            *self.solver.diagnosis(),
         )
         return found.gradients, estimate
 

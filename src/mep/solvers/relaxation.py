@@ -72,6 +72,8 @@ _WINNERS_MOVE = 6
 """Sweeps of a free phase after which held winners of max pooling stay: two that push each other down alternate."""
 _MEASURED_EVERY = 16
 """So many batches have one measurement of their boxes and coupling, which costs as much as a few sweeps."""
+_EAGER_EVERY = 4 * _MEASURED_EVERY
+"""Of compiled steps one in so many is made without a program, with its measurement."""
 _POWER_ITERATIONS = 6
 """From displacements, in which strong couplings show: a lower bound of the largest eigenvalue, within some percent."""
 _HIGHEST = 1.6
@@ -141,6 +143,7 @@ class Relaxation(Solver):
 
     carries_errors = True
     holds_branches = True
+    compiles = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -203,12 +206,38 @@ class Relaxation(Solver):
             residual = current.bounded(residual, self.tol)
         if self.adaptive:
             current.note(self.memory)
-        if isinstance(current, Displacement) and current.sweeps:
-            if self.memory.batches % _MEASURED_EVERY == 0:
+        if energy.nudge is not None and current.sweeps:
+            if isinstance(current, Displacement) and self.memory.batches % _MEASURED_EVERY == 0:
                 self.memory.inside, self.memory.coupling = current.inside(), current.coupling()
                 self.memory.strongest = max(self.memory.coupling, self.memory.strongest - 0.01)
             self.memory.batches += 1
         return replace(iterate, residual=residual, exact=True, point=current.point)
+
+    def unrolled(self, energy: Energy, point: Point, start: Start, steps: int) -> tuple[Iterate, Tensor]:
+        if energy.nudge is None:
+            free = Relaxed(energy, point, start.cost, self.memory)
+            for _ in range(steps):
+                free.sweep(self.factor)
+            for name in free.sizes:
+                free.measure(name)
+            return Iterate(free.ones, free.point, state=free), free.ones.unsqueeze(0)
+        if not has_constant_jacobians(energy, point):
+            raise ArgumentError("the Jacobians of this Hopfield network change with its states")
+        nudged, course = Displacement(energy, point, decides=False), list[Tensor]()
+        # Where the output has no minimum no example has settled, as `has_minimum` has it without a program.
+        has_none = torch.as_tensor(nudged.curvature <= -1).any()
+        for _ in range(steps):
+            nudged.sweep(self.factor)
+            course.append((nudged.worst() if self.adaptive else nudged.residual()).masked_fill(has_none, 1))
+        if not self.adaptive:  # else what has not settled is not used
+            course[-1] = nudged.bounded(course[-1], self.tol)
+        return Iterate(course[-1], nudged.point, state=nudged), torch.stack(course)
+
+    def needs_eager_step(self) -> bool:
+        return self.memory.batches % _EAGER_EVERY == 0
+
+    def count_compiled_step(self) -> None:
+        self.memory.batches += 1
 
     def diagnosis(self) -> tuple[float | None, float | None]:
         return self.memory.inside, self.memory.coupling
@@ -304,14 +333,10 @@ class Relaxed:
             smoothness = self.cost.smoothness
             size = size if smoothness is None else size / smoothness
         for name in self.sizes:
-            s, mu, message = self._point.values[name], self._point.predictions[name], self.arriving.get(name)
-            gap = energy.respond(energy.graph.by_name[name], mu if message is None else mu + message) - s
-            rounding = _ROUNDING * torch.finfo(s.dtype).eps
-            gain = self.memory.gains.get(name)
+            rounding, gain = self._rounding(name), self.memory.gains.get(name)
             if self.sweeps < 3 or gain is None:
-                self.sizes[name] = example_norm(s, energy.batch)
-            left = example_norm(gap, energy.batch).sub_(self.sizes[name], alpha=rounding).clamp_(min=0)
-            self.left[name] = left
+                self.sizes[name] = example_norm(self._point.values[name], energy.batch)
+            left = self.measure(name)
             if size is None or gain is None:
                 unit = self.sizes[name] / _BY_STATE
             else:
@@ -327,6 +352,17 @@ class Relaxed:
                 grown = example_norm(self._point.values[name], energy.batch) > _GROWTH * (size + size.mean())
                 self.diverging |= bool(grown.any())
         return worst
+
+    def measure(self, name: str) -> Tensor:
+        """How far one state of the free phase is from where it is drawn, beyond rounding: [batch], kept in `left`."""
+        s, mu, message = self._point.values[name], self._point.predictions[name], self.arriving.get(name)
+        gap = self.energy.respond(self.energy.graph.by_name[name], mu if message is None else mu + message) - s
+        left = example_norm(gap, self.energy.batch).sub_(self.sizes[name], alpha=self._rounding(name)).clamp_(min=0)
+        self.left[name] = left
+        return left
+
+    def _rounding(self, name: str) -> float:
+        return _ROUNDING * torch.finfo(self._point.values[name].dtype).eps
 
     def note(self, memory: Memory) -> None:
         """How many sweeps were needed."""
@@ -351,10 +387,10 @@ class Displacement:
     """The displacements `delta` of a nudged phase, where no Jacobian changes: relaxed from none at all.
 
     `tangents` are how far values move by them, over beta, `dmu` predictions, and `inputs` what weights are applied to.
-    `arriving` are the messages of the children, `J_c^T delta_c`.
+    `arriving` are the messages of the children, `J_c^T delta_c`. One that is compiled `decides` nothing by a number.
     """
 
-    def __init__(self, energy: Energy, free: Point):
+    def __init__(self, energy: Energy, free: Point, decides: bool = True):
         assert energy.nudge is not None and energy.nudge.free is not None
         self.energy, self.free, self.cost = energy, free, energy.nudge.cost
         output = energy.output(free)
@@ -364,7 +400,9 @@ class Displacement:
         self.free_gradient = self.gradient
         steepest = energy.graph.by_name[energy.graph.output].potential.steepest
         self.curvature = cost_curvature(energy, output, self.gradient) * steepest
-        self.has_minimum = not isinstance(self.cost, SquaredError) or bool(torch.as_tensor(self.curvature > -1).all())
+        self.decides, self.has_minimum = decides, True
+        if decides and isinstance(self.cost, SquaredError):
+            self.has_minimum = bool(torch.as_tensor(self.curvature > -1).all())
         """Over the output alone: not where the nudge leads away from the target by more than the energy holds back."""
         self.delta: State = {}
         self.drawn: State = {}
@@ -440,10 +478,14 @@ class Displacement:
             found[name] = violated.div_(larger.add_(torch.finfo(larger.dtype).tiny))
         return found
 
-    def residual(self) -> Tensor:
-        """Of the worst layer of every example, [batch]."""
+    def worst(self) -> Tensor:
+        """The residual of the worst layer of every example, [batch]."""
         found = list(self.residuals().values())
-        worst = found[0] if len(found) == 1 else torch.stack(found).amax(0)
+        return found[0] if len(found) == 1 else torch.stack(found).amax(0)
+
+    def residual(self) -> Tensor:
+        """The same, after examples whose displacements run away were given up."""
+        worst = self.worst()
         if not self.has_minimum:
             return self.ones
         return worst if self.sweeps <= _PATIENT else self.without_runaways(worst, _RUNAWAY)
@@ -451,7 +493,9 @@ class Displacement:
     def bounded(self, residual: Tensor, tol: float) -> Tensor:
         """The residuals, after examples that have not settled were given up if they have grown much."""
         unsettled = ~(residual <= tol)
-        return self.without_runaways(residual, _UNSETTLED, unsettled) if self.first and unsettled.any() else residual
+        if not self.first or (self.decides and not unsettled.any()):
+            return residual
+        return self.without_runaways(residual, _UNSETTLED, unsettled)
 
     def note(self, memory: Memory) -> None:
         """How many sweeps were needed, and how large displacements were."""
@@ -565,7 +609,7 @@ class Displacement:
         now = torch.stack([self.sizes[name] for name in self.first]).norm(dim=0)
         grown = ~(now <= limit * _size(self.first, self.energy.batch))
         grown = grown if among is None else grown & among
-        if not grown.any():
+        if self.decides and not grown.any():
             return residual
         for name, first in self.first.items():
             self.delta[name] = torch.where(per_example(grown, first), first, self.delta[name])
@@ -616,9 +660,8 @@ def cost_curvature(energy: Energy, output: Tensor, gradient: Tensor) -> Beta:
         near = cost.gradient(output - gradient * per_example(step, gradient).to(gradient.dtype))
         smoothness = (example_norm(near - gradient, energy.batch) / (step * size)).nan_to_num(0.0).max()
     curvature = beta * smoothness
-    away = bool((curvature < 0).any()) if isinstance(curvature, Tensor) else curvature < 0
-    if away and not isinstance(cost, SquaredError):
-        return 0.0  # a step with the least curvature that there may be would be too long
+    if not isinstance(cost, SquaredError):  # a step with the least curvature that there may be would be too long
+        curvature = curvature.clamp(min=0) if isinstance(curvature, Tensor) else max(curvature, 0.0)
     return expand_beta(curvature, output)
 
 
