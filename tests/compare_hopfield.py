@@ -87,7 +87,8 @@ def measure(name, compile):
             sweeps.append(e.iterations)
             settled.append(float(e.settled.float().mean()))
         print(
-            f"{name:15} {'compiled' if compile else 'eager':8} {stage:9} {statistics.median(ratios[4:]):5.2f} times backprop, residual "
+            f"{name:15} {'compiled' if compile else 'eager':8} {stage:9} "
+            f"{statistics.median(ratios[4:]):5.2f} times backprop, residual "
             f"{statistics.median(residuals[4:]):.1e} at beta {e.beta:g}, {statistics.mean(sweeps[4:]):.1f} sweeps, "
             f"{statistics.mean(settled[4:]):.1%} settled, coupling {e.coupling:.2f}, inside {e.inside:.2f}",
             flush=True,
