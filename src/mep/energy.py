@@ -140,6 +140,7 @@ class Hopfield(NodeEnergy):
     """`e = 1/2 |s|^2 - <s, mu>` with s in a box: the deep Hopfield network of Scellier and Bengio 2017."""
 
     behind_activations = True
+    is_holomorphic = True
 
     def energy(self, s: Tensor, mu: Tensor) -> Tensor:
         return 0.5 * s.square() - s * mu

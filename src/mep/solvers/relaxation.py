@@ -20,7 +20,8 @@ its digits. Where no Jacobian J changes, the force that the free phase has left 
 `hold` keeps units on a face of their box there, delta = 0, and leaves the others free (`branches="held"`); or it clamps
 to the box, [(low - s) / beta, (high - s) / beta], the outward pull of a unit on a face added (`"exact"`). A sweep goes
 backward first: the first is backpropagation's signal. Then the same relaxation. It converges to a minimum or not at all
-(Ostrowski and Reich): where the curvature is indefinite, displacements grow, and are given up.
+(Ostrowski and Reich): where the curvature is indefinite, displacements grow, and are given up. With a complex beta
+(`phases="holomorphic"`) the equations are the same, and delta is complex; only the cost's gradient is no longer real.
 
 **Gradient.** Without a difference of nearly equal numbers: with the weighted input h and its displacement dh,
 
@@ -141,6 +142,7 @@ class Relaxation(Solver):
 
     carries_errors = True
     holds_branches = True
+    settles_complex = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -169,6 +171,12 @@ class Relaxation(Solver):
             nudged = self._displacement(energy, point)
             nudged.due = self.memory.nudged_from
             return Iterate(nudged.ones, point, exact=False, state=nudged)
+        if is_complex(energy.beta):
+            raise ArgumentError(
+                f"phases='holomorphic', energy='hopfield': Jacobians of {type(energy.graph.model).__name__} change "
+                "with the states (a product of states, softmax, ...), and such states are not relaxed at complex "
+                "betas. Way out: phases='centered'."
+            )
         states = Relaxed(energy, point, start.cost, self.memory)
         states.due = self.memory.free_from if states.is_free else 0
         measured = energy.nudge is not None or self.memory.free_from == 0 or not self.adaptive
@@ -177,7 +185,8 @@ class Relaxation(Solver):
     def _displacement(self, energy: Energy, free: Point) -> Displacement:
         """By conjugate gradients where that pays: strong couplings between two colours of layers, held faces."""
         colours = None
-        if self.omega is None and energy.context.freeze_branches and self.memory.strongest > _STRONG:
+        can_have = not is_complex(energy.beta)  # conjugate gradients need a Hermitian matrix
+        if can_have and self.omega is None and energy.context.freeze_branches and self.memory.strongest > _STRONG:
             colours = two_colours(energy.graph)
         if colours is not None:
             return ConjugateGradients(energy, free, colours, self.tol)
@@ -372,8 +381,12 @@ class Displacement:
         self.ones = torch.ones(energy.batch, dtype=self.dtype, device=output.device)
         self.gradient = self.cost.gradient(output)  # dC/ds where the output is now
         self.free_gradient, self.curvature = self.gradient, cost_curvature(energy, output, self.gradient)
-        self.has_minimum = not isinstance(self.cost, SquaredError) or bool(torch.as_tensor(self.curvature > -1).all())
+        self.has_minimum = True
         """Over the output alone: not where the nudge leads away from the target by more than the energy holds back."""
+        if is_complex(energy.beta):
+            self.gradient = self.gradient.to(self.gradient.dtype.to_complex())
+        elif isinstance(self.cost, SquaredError):
+            self.has_minimum = bool(torch.as_tensor(self.curvature > -1).all())
         self.delta: State = {}
         self.dmu: State = {}
         self.tangents: State = {}
@@ -498,7 +511,7 @@ class Displacement:
 
     def coupling(self) -> float:
         """The largest eigenvalue of the coupling, faces held, of any example: |W v| / |v|, `v <- W v` from delta."""
-        v, batch, largest = dict(self.delta), self.energy.batch, self.ones
+        v, batch, largest = {n: t.real for n, t in self.delta.items()}, self.energy.batch, self.ones
         for _ in range(_POWER_ITERATIONS):
             size = _size(v, batch)
             pulls = self._messages({n: t / per_example(size, t).to(t.dtype) for n, t in v.items()}).pulls
@@ -546,6 +559,8 @@ class Displacement:
             return pull
         s = self.free.values[node.name]
         if self.energy.context.freeze_branches:
+            if pull.is_complex():
+                return torch.where((s > low) & (s < high), pull, 0)
             held: Tensor = aten.hardtanh_backward(pull, s, low, high)
             return held
         beta = expand_beta(self.energy.beta, s)
@@ -794,10 +809,15 @@ def cost_curvature(energy: Energy, output: Tensor, gradient: Tensor) -> Beta:
         near = cost.gradient(output - gradient * per_example(step, gradient).to(gradient.dtype))
         smoothness = (example_norm(near - gradient, energy.batch) / (step * size)).nan_to_num(0.0).max()
     curvature = beta * smoothness
-    away = bool((curvature < 0).any()) if isinstance(curvature, Tensor) else curvature < 0
+    away = bool((curvature.real < 0).any()) if isinstance(curvature, Tensor) else curvature < 0
     if away and not isinstance(cost, SquaredError):
         return 0.0  # a step with the least curvature that there may be would be too long
     return expand_beta(curvature, output)
+
+
+def is_complex(beta: Beta) -> bool:
+    """Whether a nudge is that of a phase of a holomorphic contrast."""
+    return isinstance(beta, Tensor) and beta.is_complex()
 
 
 def _is_stuck(totals: list[float], residual: Tensor, tol: float) -> bool:
