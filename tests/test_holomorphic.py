@@ -3,6 +3,7 @@
 import copy
 import math
 import pickle
+from functools import partial
 
 import mpmath
 import pytest
@@ -591,7 +592,7 @@ def test_the_error_function_of_complex_numbers():
 
 
 aten = torch.ops.aten
-W, B = torch.randn(3, 4).double(), torch.randn(3).double()
+W, B, BILINEAR = torch.randn(3, 4).double(), torch.randn(3).double(), torch.randn(3, 4, 4).double()
 FORMS = {
     "erf": (aten.erf, (2, 4), ()),
     "erfc": (aten.erfc, (2, 4), ()),
@@ -615,6 +616,10 @@ FORMS = {
     "scaled_dot_product_attention": (
         lambda x: aten.scaled_dot_product_attention(x, x + 1, x * 2, None, 0.0, True), (1, 2, 3, 4), (),
     ),
+    "einsum": (lambda x, w: torch.einsum("bi,ij->bj", x, w), (2, 4), (W.T,)),
+    "bilinear": (lambda x: F.bilinear(x, x + 1, BILINEAR, B), (2, 4), ()),
+    "var": (lambda x: aten.var(x, [1], correction=1), (2, 4), ()),
+    "std": (lambda x: aten.std(x, [0, 2], correction=0, keepdim=True), (2, 4, 3), ()),
     "layer_norm": (aten.layer_norm, (2, 4), ([4], W[0], W[1])),
     "rms_norm": (aten.rms_norm, (2, 4), ([4], W[0])),
     "group_norm": (aten.group_norm, (2, 4, 3), (2, W[0], W[1])),
@@ -632,7 +637,16 @@ FORMS = {
     "cumsum": (aten.cumsum, (2, 4), (1,)),
     "prod": (lambda x: x.prod(1), (2, 4), ()),
 }  # fmt: skip
-INNER = {"scaled_dot_product_attention": (None, 0.0, True)}
+WRITTEN = {
+    "einsum": lambda form, x, w: form("bi,ij->bj", (x, w)),
+    "bilinear": lambda form, x: form(x, x + 1, BILINEAR, B),
+    "var": lambda form, x: form(x, [1], correction=1),
+    "std": lambda form, x: form(x, [0, 2], correction=0, keepdim=True),
+    "addmm": lambda form, x, w: form(B, x, w),
+    "scaled_dot_product_attention": lambda form, x: form(x, x + 1, x * 2, None, 0.0, True),
+    "gelu, tanh": lambda form, x: form(x, approximate="tanh"),
+}
+"""How forms are called that take other arguments than the functions of `FORMS`."""
 
 
 @pytest.mark.parametrize("name", FORMS)
@@ -641,12 +655,8 @@ def test_a_complex_form_is_torch_s_own_on_real_numbers_and_holomorphic(name):
     function, shape, args = FORMS[name]
     label = name.partition(",")[0]
     form = ComplexOp(function, TABLE[label])
-    if label == "addmm":
-        form = lambda x, w: ComplexOp(aten.addmm, TABLE["addmm"])(B, x, w)  # noqa: E731
-    elif label == "scaled_dot_product_attention":
-        form = lambda x: ComplexOp(None, TABLE[label])(x, x + 1, x * 2, None, 0.0, True)  # noqa: E731
-    elif label == "gelu" and "tanh" in name:
-        form = lambda x: ComplexOp(None, TABLE["gelu"])(x, approximate="tanh")  # noqa: E731
+    if name in WRITTEN:
+        form = partial(WRITTEN[name], ComplexOp(None, TABLE[label]))
     x = 2 * torch.randn(shape).double()
     torch.testing.assert_close(form(x.to(torch.complex128), *args).real, function(x, *args), rtol=1e-11, atol=1e-12)
     assert form(x.to(torch.complex128), *args).imag.abs().max() < 1e-12
