@@ -3,6 +3,7 @@
 import copy
 import math
 import pickle
+from functools import partial
 
 import mpmath
 import pytest
@@ -10,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from cases import COSTS, MODELS, call, mlp
 from equilibria import distance
-from reference import backprop
+from reference import backprop, energy, implicit_gradient, predictions_of_modules
 from torch import nn
 
 import mep
@@ -133,7 +134,7 @@ def test_the_order_of_other_models(name):
     y = torch.arange(len(x[0]) if isinstance(x, tuple) else len(x)) % 4
     exact, errors = exact_gradient(model, x, y), []
     ep = estimator(model, 4, solver=mep.Sweep(tol=1e-11, settle_steps=400))
-    for ep.beta in (0.06, 0.03):
+    for ep.beta in (0.03, 0.015):
         found, estimate = ep.gradients(x, y)
         assert estimate.converged
         errors.append(distance(model, found, exact))
@@ -316,6 +317,155 @@ def test_memory_is_saved_by_parts_of_the_gradient():
     assert all(torch.allclose(a, b) for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True))
 
 
+# Hopfield networks.
+
+
+def hopfield(dtype=torch.float64, batch=8, activation=lambda: nn.Hardtanh(0, 1)):
+    torch.manual_seed(0)
+    model = mlp(activation, 6, 12, 10, 4).to(dtype)
+    return model, torch.rand(batch, 6, dtype=dtype), torch.arange(batch) % 4
+
+
+def relaxed(model, points, cost, beta=0.1, **more):
+    solver = mep.Relaxation(tol=1e-12, settle_steps=400)
+    return estimator(model, points, cost, beta, **{"energy": "hopfield", "solver": solver, **more})
+
+
+def hopfield_energy(model, x):
+    """E as a function of the states, which stand behind the activations."""
+    predict = predictions_of_modules(model, x, behind=True)
+    return lambda states: energy(predict, states, "hopfield")
+
+
+@pytest.mark.parametrize("points", BETAS)
+@pytest.mark.parametrize("cost", ["one_hot_mse", "cross_entropy"])
+def test_hopfield_networks_have_the_order_of_the_number_of_points(cost, points):
+    model, x, y = hopfield()
+    free = {n: s.detach() for n, s in relaxed(model, 2, cost).settle(x, y).free.states.items()}
+    costs = {
+        "one_hot_mse": lambda s: (s[OUT] - F.one_hot(y, 4)).square().mean(1),
+        "cross_entropy": lambda s: F.cross_entropy(s[OUT], y, reduction="none"),
+    }
+    boxes = {n: (0.0, 1.0) for n in free} | {OUT: (-math.inf, math.inf)}
+    exact = implicit_gradient(hopfield_energy(model, x), costs[cost], free, list(model.parameters()), boxes)
+    exact, errors = dict(zip(model.parameters(), exact, strict=True)), []
+    ep = relaxed(model, points, cost)
+    for ep.beta in (BETAS[points], BETAS[points] / 2):
+        found, estimate = ep.gradients(x, y)
+        assert estimate.converged and estimate.beta == ep.beta
+        errors.append(distance(model, found, exact))
+    assert math.log2(errors[0] / errors[1]) == pytest.approx(points, abs=0.35)
+
+
+ENTROPIES = {
+    nn.Sigmoid: lambda s: s * s.log() + (1 - s) * (1 - s).log(),
+    nn.Tanh: lambda s: ((1 + s) * (1 + s).log() + (1 - s) * (1 - s).log()) / 2,
+}
+
+
+@pytest.mark.parametrize("points", BETAS)
+@pytest.mark.parametrize("activation", ENTROPIES)
+def test_smooth_hopfield_networks_have_the_order_too(activation, points):
+    model, x, y = hopfield(activation=activation)
+    free = {n: s.detach() for n, s in relaxed(model, 2, "one_hot_mse").settle(x, y).free.states.items()}
+    predict = predictions_of_modules(model, x, behind=True)
+
+    def total(states):
+        own = {n: ENTROPIES[activation](s) if n != OUT else s.square() / 2 for n, s in states.items()}
+        return sum((own[n] - states[n] * mu).sum(1) for n, mu in predict(states).items())
+
+    cost = lambda s: (s[OUT] - F.one_hot(y, 4)).square().mean(1)  # noqa: E731
+    boxes = {n: (-math.inf, math.inf) for n in free}
+    exact = implicit_gradient(total, cost, free, list(model.parameters()), boxes)
+    exact, errors = dict(zip(model.parameters(), exact, strict=True)), []
+    ep = relaxed(model, points, "one_hot_mse")
+    for ep.beta in (BETAS[points], BETAS[points] / 2):
+        found, estimate = ep.gradients(x, y)
+        assert estimate.converged
+        errors.append(distance(model, found, exact))
+    assert math.log2(errors[0] / errors[1]) == pytest.approx(points, abs=0.35), errors
+
+
+OUT = "4"
+
+
+def test_hopfield_displacements_solve_the_linear_equations_of_the_inside_units():
+    model, x, y = hopfield(batch=1)
+    equilibrium = relaxed(model, 6, "one_hot_mse", beta=0.4).settle(x, y)
+    free, total = equilibrium.free.states, hopfield_energy(model, x)
+    names, sizes = list(free), [s.numel() for s in free.values()]
+
+    def flat_energy(flat):
+        return total({n: v.view_as(free[n]) for n, v in zip(names, flat.split(sizes), strict=True)}).sum()
+
+    flat = torch.cat([s.flatten() for s in free.values()])
+    hessian = torch.autograd.functional.hessian(flat_energy, flat).to(torch.complex128)
+    pull, curvature = torch.zeros_like(flat), torch.zeros_like(flat)
+    pull[-4:], curvature[-4:] = 0.5 * (free[OUT] - F.one_hot(y, 4)).flatten(), 0.5
+    inside = (flat > 0) & (flat < 1)
+    inside[-4:] = True
+    assert 0 < inside.sum() < len(inside)
+    for phase in equilibrium.phases:
+        matrix = (hessian + 0.4 * phase.beta * torch.diag(curvature))[inside][:, inside]
+        delta = torch.zeros_like(hessian[0])
+        delta[inside] = torch.linalg.solve(matrix, -pull[inside].to(matrix.dtype))
+        for n, part in zip(names, delta.split(sizes), strict=True):
+            torch.testing.assert_close(phase.errors[n].flatten(), part, rtol=1e-9, atol=1e-10)
+            moved = phase.states[n] - free[n]
+            torch.testing.assert_close(moved.flatten(), 0.4 * phase.beta * part, rtol=1e-9, atol=1e-10)
+
+
+HOPFIELD_MODELS = {
+    "conv": lambda: nn.Sequential(
+        nn.Unflatten(1, (1, 2, 3)), nn.Conv2d(1, 4, 2), nn.Hardtanh(0, 1), nn.MaxPool2d((1, 2)), nn.Flatten(),
+        nn.Linear(4, 4),
+    ),
+    "a skip": lambda: Net(
+        lambda n, x: n.c((h := F.hardtanh(n.a(x), 0, 1)) + 0.2 * F.hardtanh(n.b(h), 0, 1)),
+        a=nn.Linear(6, 5), b=nn.Linear(5, 5), c=nn.Linear(5, 4),
+    ),
+    "relu": lambda: mlp(nn.ReLU, 6, 5, 4),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HOPFIELD_MODELS)
+def test_other_hopfield_networks(name):
+    torch.manual_seed(0)
+    model = HOPFIELD_MODELS[name]().double()
+    for p in model.parameters():
+        p.data.mul_(0.8)
+    x, y = torch.rand(8, 6).double(), torch.arange(8) % 4
+    best, _ = relaxed(model, 8, "one_hot_mse", beta=0.02).gradients(x, y)
+    ep, errors = relaxed(model, 2, "one_hot_mse"), []
+    for ep.beta in (0.1, 0.05):
+        pieces, estimate = ep.iter_gradients(x, y)
+        assert estimate.converged
+        errors.append(distance(model, {p: g for piece in pieces for p, g in piece.items()}, best))
+    assert math.log2(errors[0] / errors[1]) == pytest.approx(2, abs=0.1)
+
+
+@pytest.mark.parametrize("beta", [None, 0.3])
+def test_hopfield_networks_train_with_it(beta):
+    model, x, y = hopfield(torch.float32, batch=32)
+    opt = mep.eqprop(model.parameters(), model=model, energy="hopfield", phases="holomorphic", points=2, beta=beta)
+    losses = [float(opt.step(x=x, target=y)) for _ in range(40)]
+    assert losses[-1] < losses[0] and opt.last.converged and opt.last.coupling is not None
+    assert all(t.dtype == torch.complex64 for t in opt.estimator.settle(x, y).nudged.states.values())
+
+
+def test_hopfield_networks_whose_jacobians_change_are_refused():
+    torch.manual_seed(0)
+    gate = Net(
+        lambda n, x: n.c(F.hardtanh(n.a(x), 0, 1) * F.hardtanh(n.b(x), 0, 1)),
+        a=nn.Linear(6, 5), b=nn.Linear(6, 5), c=nn.Linear(5, 4),
+    ).double()  # fmt: skip
+    _, x, y = hopfield()
+    said = refused(gate, x, y, energy="hopfield", cost="one_hot_mse")
+    assert "change with the states" in said and "centered" in said
+    with pytest.raises(mep.ArgumentError, match=r"Descent settles no complex states. Use mep\.Relaxation"):
+        mep.EquilibriumPropagation(gate, energy="hopfield", phases="holomorphic", solver=mep.Descent())
+
+
 # Energies and costs of one's own.
 
 
@@ -471,7 +621,7 @@ def test_the_error_function_of_complex_numbers():
 
 
 aten = torch.ops.aten
-W, B = torch.randn(3, 4).double(), torch.randn(3).double()
+W, B, BILINEAR = torch.randn(3, 4).double(), torch.randn(3).double(), torch.randn(3, 4, 4).double()
 FORMS = {
     "erf": (aten.erf, (2, 4), ()),
     "erfc": (aten.erfc, (2, 4), ()),
@@ -495,6 +645,10 @@ FORMS = {
     "scaled_dot_product_attention": (
         lambda x: aten.scaled_dot_product_attention(x, x + 1, x * 2, None, 0.0, True), (1, 2, 3, 4), (),
     ),
+    "einsum": (lambda x, w: torch.einsum("bi,ij->bj", x, w), (2, 4), (W.T,)),
+    "bilinear": (lambda x: F.bilinear(x, x + 1, BILINEAR, B), (2, 4), ()),
+    "var": (lambda x: aten.var(x, [1], correction=1), (2, 4), ()),
+    "std": (lambda x: aten.std(x, [0, 2], correction=0, keepdim=True), (2, 4, 3), ()),
     "layer_norm": (aten.layer_norm, (2, 4), ([4], W[0], W[1])),
     "rms_norm": (aten.rms_norm, (2, 4), ([4], W[0])),
     "group_norm": (aten.group_norm, (2, 4, 3), (2, W[0], W[1])),
@@ -512,7 +666,16 @@ FORMS = {
     "cumsum": (aten.cumsum, (2, 4), (1,)),
     "prod": (lambda x: x.prod(1), (2, 4), ()),
 }  # fmt: skip
-INNER = {"scaled_dot_product_attention": (None, 0.0, True)}
+WRITTEN = {
+    "einsum": lambda form, x, w: form("bi,ij->bj", (x, w)),
+    "bilinear": lambda form, x: form(x, x + 1, BILINEAR, B),
+    "var": lambda form, x: form(x, [1], correction=1),
+    "std": lambda form, x: form(x, [0, 2], correction=0, keepdim=True),
+    "addmm": lambda form, x, w: form(B, x, w),
+    "scaled_dot_product_attention": lambda form, x: form(x, x + 1, x * 2, None, 0.0, True),
+    "gelu, tanh": lambda form, x: form(x, approximate="tanh"),
+}
+"""How forms are called that take other arguments than the functions of `FORMS`."""
 
 
 @pytest.mark.parametrize("name", FORMS)
@@ -521,12 +684,8 @@ def test_a_complex_form_is_torch_s_own_on_real_numbers_and_holomorphic(name):
     function, shape, args = FORMS[name]
     label = name.partition(",")[0]
     form = ComplexOp(function, TABLE[label])
-    if label == "addmm":
-        form = lambda x, w: ComplexOp(aten.addmm, TABLE["addmm"])(B, x, w)  # noqa: E731
-    elif label == "scaled_dot_product_attention":
-        form = lambda x: ComplexOp(None, TABLE[label])(x, x + 1, x * 2, None, 0.0, True)  # noqa: E731
-    elif label == "gelu" and "tanh" in name:
-        form = lambda x: ComplexOp(None, TABLE["gelu"])(x, approximate="tanh")  # noqa: E731
+    if name in WRITTEN:
+        form = partial(WRITTEN[name], ComplexOp(None, TABLE[label]))
     x = 2 * torch.randn(shape).double()
     torch.testing.assert_close(form(x.to(torch.complex128), *args).real, function(x, *args), rtol=1e-11, atol=1e-12)
     assert form(x.to(torch.complex128), *args).imag.abs().max() < 1e-12

@@ -221,6 +221,7 @@ KEYWORDS = {
     "beta": ((0.05, 0.1), {}),
     "energy": (("prediction", "hopfield"), {"settle_lr": 0.2, "lr": 1e-3}),
     "phases": (("one-sided", "centered"), {}),
+    "points": ((1, 4), {"phases": "holomorphic", "beta": 0.1}),
     "branches": (("held", "exact"), {"beta": 1.0}),
     "leaves": (((), ("2",)), {}),
     "groups": (((), (Inhibition(),)), {"settle_lr": 0.2, "lr": 1e-3}),

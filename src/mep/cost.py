@@ -233,7 +233,7 @@ def is_holomorphic(function: Callable[[Tensor], Tensor], output: Tensor) -> bool
     there = torch.complex(output.detach(), 0.1 * size * phase)
     try:
         one, other = gradient_of(function, there), gradient_of(function, there, 1j)
-    except (RuntimeError, TypeError, ValueError, ArithmeticError):  # whatever torch or the function says of it
+    except Exception:  # whatever torch or the function raises at complex numbers
         return False
     return bool((other - 1j * one).norm() <= 1e-3 * one.norm())
 

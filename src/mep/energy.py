@@ -150,6 +150,7 @@ class Hopfield(NodeEnergy):
     """
 
     behind_activations = True
+    is_holomorphic = True
     potential: Potential = FREE_STATE
     """That of the node whose energy this is."""
 

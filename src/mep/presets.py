@@ -247,7 +247,7 @@ def sdmep(
     return EPOptimizer(estimator, update, [_bound(gamma, model)], settling["low_memory"])
 
 
-@_settles("compile", "checkpoint", settle_steps=30, settle_lr=0.15, adaptive=False)
+@_settles("points", "compile", "checkpoint", settle_steps=30, settle_lr=0.15, adaptive=False)
 def O1MemoryEPv2(
     params: ParamsT,
     model: nn.Module,
@@ -267,7 +267,7 @@ def O1MemoryEPv2(
     autograd through the whole energy.
 
     By default it makes exactly `settle_steps` iterations, converged or not: `opt.last.residual` has the residual of
-    each example. Takes the arguments of `smep`, but `compile` and `checkpoint`; `settle_lr` must be a number.
+    each example. Takes the arguments of `smep`, but `points`, `compile` and `checkpoint`; `settle_lr` must be a number.
 
     Example:
         >>> import torch, mep

@@ -103,17 +103,14 @@ def _check_contrast(ep: Any) -> None:
         return
     if ep.points is not None:
         require(_CALL, "points", ep.points, *whole_number(1))
-    solver, energy = type(ep.solver).__name__, ep.node_energy.name
+    name, other = type(ep.solver).__name__, "Relaxation" if ep.node_energy.behind_activations else "Sweep"
+    real = "it is for real states alone, see `is_holomorphic` of mep.NodeEnergy. Use phases='centered'"
     for asked, what, way_out in (
+        (not ep.node_energy.is_holomorphic, f"energy={ep.node_energy.name!r}", real),
         (
             not ep.solver.settles_complex,
             f"solver={ep.solver}",
-            f"{solver} settles no complex states. Use mep.Sweep(...)",
-        ),
-        (
-            not ep.node_energy.is_holomorphic,
-            f"energy={energy!r}",
-            "it does not say that it takes complex states (`is_holomorphic` of mep.NodeEnergy). Use phases='centered'",
+            f"{name} settles no complex states. Use mep.{other}(...)",
         ),
         (ep.branches == "exact", "branches='exact'", "kinks have no complex form. Use branches='held'"),
         (ep.compile, "compile=True", "complex phases are not compiled. Leave out one of the two"),
@@ -132,7 +129,8 @@ def check_holomorphic(ep: Any, energy: Energy, free: Point, cost: BatchCost) -> 
     if is_cast or not dtypes <= {torch.float32, torch.float64}:
         what = "torch.autocast" if is_cast else ", ".join(sorted(map(str, dtypes)))
         raise ArgumentError(f"{call}): complex states need float32 or float64, not {what}. Use phases='centered'.")
-    check_complex(energy.graph, f"{call})")
+    if energy.is_forward:  # else the solver judges: where no Jacobian changes nothing is evaluated at complex states
+        check_complex(energy.graph, f"{call})")
     if not cost.is_holomorphic(output):
         raise ArgumentError(
             f"{call}, cost={ep.cost!r}): the cost cannot be evaluated at complex outputs, or is not holomorphic there "

@@ -162,7 +162,7 @@ class CurvedNode(ComplexNode):
             return self.node.predict(parents, context)
         try:
             mu, saved = self._autograd.predict(parents, context)
-        except MepError:
+        except (MepError, torch.OutOfMemoryError):
             raise
         except (RuntimeError, TypeError, ArithmeticError, AttributeError) as error:
             raise _refused(

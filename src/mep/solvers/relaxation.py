@@ -24,7 +24,8 @@ its digits. Where no Jacobian J changes, the force that the free phase has left 
 to the box, [(low - s) / beta, (high - s) / beta], the outward pull of a unit on a face added (`"exact"`). For other
 activations it is `(f(v + beta q) - f(v)) / beta` of what is in its brackets, q, in closed form. A sweep goes
 backward first: the first is backpropagation's signal. Then the same relaxation. It converges to a minimum or not at all
-(Ostrowski and Reich): where the curvature is indefinite, displacements grow, and are given up.
+(Ostrowski and Reich): where the curvature is indefinite, displacements grow, and are given up. With a complex beta
+(`phases="holomorphic"`) the equations are the same, and delta is complex; only the cost's gradient is no longer real.
 
 **Gradient.** Without a difference of nearly equal numbers: with the weighted input h and its displacement dh,
 
@@ -144,6 +145,7 @@ class Relaxation(Solver):
     carries_errors = True
     holds_branches = True
     compiles = True
+    settles_complex = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -172,6 +174,12 @@ class Relaxation(Solver):
             nudged = Displacement(energy, point)
             nudged.due = self.memory.nudged_from
             return Iterate(nudged.ones, point, exact=False, state=nudged)
+        if is_complex(energy.beta):
+            raise ArgumentError(
+                f"phases='holomorphic', energy='hopfield': Jacobians of {type(energy.graph.model).__name__} change "
+                "with the states (a product of states, softmax, ...), and such states are not relaxed at complex "
+                "betas. Way out: phases='centered'."
+            )
         states = Relaxed(energy, point, start.cost, self.memory)
         states.due = self.memory.free_from if states.is_free else 0
         measured = energy.nudge is not None or self.memory.free_from == 0 or not self.adaptive
@@ -401,9 +409,11 @@ class Displacement:
         steepest = energy.graph.by_name[energy.graph.output].potential.steepest
         self.curvature = cost_curvature(energy, output, self.gradient) * steepest
         self.decides, self.has_minimum = decides, True
-        if decides and isinstance(self.cost, SquaredError):
-            self.has_minimum = bool(torch.as_tensor(self.curvature > -1).all())
         """Over the output alone: not where the nudge leads away from the target by more than the energy holds back."""
+        if is_complex(energy.beta):
+            self.gradient = self.gradient.to(self.gradient.dtype.to_complex())
+        elif decides and isinstance(self.cost, SquaredError):
+            self.has_minimum = bool(torch.as_tensor(self.curvature > -1).all())
         self.delta: State = {}
         self.drawn: State = {}
         """What states were drawn to, over beta, where that is not the displacement itself."""
@@ -541,7 +551,7 @@ class Displacement:
 
         f' W is symmetric in the inner product of 1/f', in which `|v|^2 = <q, v>` for `v = f' q`.
         """
-        v, batch, largest = dict(self.delta), self.energy.batch, self.ones
+        v, batch, largest = {n: t.real for n, t in self.delta.items()}, self.energy.batch, self.ones
         size = _size(v, batch)
         for _ in range(_POWER_ITERATIONS):
             unit = {n: t / per_example(size, t).to(t.dtype) for n, t in v.items()}
@@ -661,8 +671,16 @@ def cost_curvature(energy: Energy, output: Tensor, gradient: Tensor) -> Beta:
         smoothness = (example_norm(near - gradient, energy.batch) / (step * size)).nan_to_num(0.0).max()
     curvature = beta * smoothness
     if not isinstance(cost, SquaredError):  # a step with the least curvature that there may be would be too long
-        curvature = curvature.clamp(min=0) if isinstance(curvature, Tensor) else max(curvature, 0.0)
+        if isinstance(curvature, Tensor):
+            curvature = torch.where(curvature.real < 0, 0, curvature)
+        else:
+            curvature = max(curvature, 0.0)
     return expand_beta(curvature, output)
+
+
+def is_complex(beta: Beta) -> bool:
+    """Whether a nudge is that of a phase of a holomorphic contrast."""
+    return isinstance(beta, Tensor) and beta.is_complex()
 
 
 def _is_stuck(totals: list[float], residual: Tensor, tol: float) -> bool:

@@ -98,6 +98,16 @@ def _added_product(target: Target, b: Tensor, x: Tensor, y: Tensor, *, beta: flo
     return beta * b + alpha * _product(torch.matmul, x, y)
 
 
+def _einsum(target: Target, equation: str, tensors: Sequence[Tensor], **_: Any) -> Tensor:
+    dtype = next(t.dtype for t in tensors if t.is_complex())
+    return torch.einsum(equation, *(t.to(dtype) for t in tensors))
+
+
+def _bilinear(target: Target, x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    z = _einsum(target, "...i,kij,...j->...k", (x, weight, y))
+    return z if bias is None else z + bias
+
+
 def _linear(target: Target, h: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     y = _product(torch.matmul, h, weight.mT)
     return y if bias is None else y + bias
@@ -161,6 +171,23 @@ def _attend(
         scores = scores.masked_fill(~mask, -math.inf) if mask.dtype is torch.bool else scores + mask
     weights = complex_softmax(scores, -1)
     return _product(torch.matmul, weights * dropout_p if isinstance(dropout_p, Tensor) else weights, v)
+
+
+def _variance(
+    target: Target,
+    z: Tensor,
+    dim: Any = None,
+    unbiased: bool = True,
+    keepdim: bool = False,
+    *,
+    correction: float | None = None,
+) -> Tensor:
+    """`sum (z - mean)^2 / (n - 1)`, without a modulus, or with another correction of n."""
+    dims = list(range(z.ndim)) if dim is None else dim
+    less = float(unbiased) if correction is None else correction
+    total = (z - z.mean(dims, keepdim=True)).square().sum(dims, keepdim=keepdim)
+    count = z.numel() // max(total.numel(), 1)
+    return total / (count - less)
 
 
 def _normalised(z: Tensor, dims: list[int], eps: float) -> Tensor:
@@ -270,6 +297,8 @@ TABLE: dict[str, Target | None] = {
     **dict.fromkeys(_PLAIN.split()),
     **dict.fromkeys(("matmul", "mm", "bmm", "mv", "dot"), _product),
     **dict.fromkeys(("addmm", "baddbmm"), _added_product),
+    "einsum": _einsum,
+    "bilinear": _bilinear,
     "linear": _linear,
     **dict.fromkeys(("conv1d", "conv2d", "conv3d", "conv_transpose1d"), _convolution),
     **dict.fromkeys(("conv_transpose2d", "conv_transpose3d"), _convolution),
@@ -289,6 +318,8 @@ TABLE: dict[str, Target | None] = {
     **dict.fromkeys(("log_softmax", "_log_softmax"), _log_softmax),
     "logsumexp": _logsumexp,
     **dict.fromkeys(("scaled_dot_product_attention", "_attention"), _attend),
+    "var": _variance,
+    "std": lambda *args, **kwargs: torch.sqrt(_variance(*args, **kwargs)),
     "layer_norm": _layer_norm,
     "rms_norm": _rms_norm,
     "group_norm": _group_norm,
@@ -349,6 +380,10 @@ def complex_ops(ops: Iterable[Op], moving: Iterable[str]) -> tuple[list[Op], Op 
 
 
 def complex_program(program: Program, moving: Iterable[str]) -> tuple[Program, Op | None]:
-    """The same program for complex values of these inputs, and the first operation that has no complex form."""
+    """The same program for complex values of these inputs, and the first operation that has no complex form.
+
+    There are no branches on which its operations could be held.
+    """
     ops, missing = complex_ops(program.ops, moving)
+    missing = missing or next((op for op in ops if isinstance(op.target, HeldOp)), None)
     return Program(ops, program.inputs, program.results, program.owner), missing

@@ -81,7 +81,7 @@ class Potential(ABC):
 
     @abstractmethod
     def displacement(self, s: Tensor, q: Tensor, beta: float | Tensor, held: bool) -> Tensor:
-        """`(f(a + beta q) - f(a)) / beta` with `f(a) = s`. `held`: units on a face stay there, and others may leave."""
+        """`(f(a + beta q) - f(a)) / beta` with `f(a) = s`, of a complex beta, too. `held`: units on a face stay there, and others may leave."""
 
     def force(self, s: Tensor, pull: Tensor) -> Tensor:
         """The derivative of `G(s) - <s, pull>`."""
@@ -153,7 +153,12 @@ class Quadratic(Potential):
         return torch.where(s == self.respond(self.inverse(s) - force), 0, force)
 
     def hold(self, s: Tensor, v: Tensor) -> Tensor:
-        return v if self.bounds == FREE else aten.hardtanh_backward(v, s, self.low, self.high)
+        if self.bounds == FREE:
+            return v
+        if v.is_complex():
+            return torch.where((s > self.low) & (s < self.high), v, 0)
+        held: Tensor = aten.hardtanh_backward(v, s, self.low, self.high)
+        return held
 
     def inside(self, s: Tensor) -> Tensor | None:
         return None if self.bounds == FREE else (s > self.low) & (s < self.high)
@@ -174,7 +179,7 @@ class Sigmoid(Potential):
         return _within_one(s).logit()
 
     def value(self, s: Tensor) -> Tensor:
-        return -(torch.special.entr(s) + torch.special.entr(1 - s))
+        return -(_entropy(s) + _entropy(1 - s))
 
     def slope(self, s: Tensor, v: Tensor) -> Tensor:
         return s * (1 - s) * v
@@ -194,7 +199,7 @@ class Tanh(Potential):
         return _within_ones(s).atanh()
 
     def value(self, s: Tensor) -> Tensor:
-        return -0.5 * (torch.special.entr(1 + s) + torch.special.entr(1 - s))
+        return -0.5 * (_entropy(1 + s) + _entropy(1 - s))
 
     def slope(self, s: Tensor, v: Tensor) -> Tensor:
         return (1 - s) * (1 + s) * v
@@ -228,6 +233,8 @@ class Softplus(Potential):
 
     def displacement(self, s: Tensor, q: Tensor, beta: float | Tensor, held: bool) -> Tensor:
         h = self.sharpness * beta * q
+        if h.is_complex():
+            return torch.log1p(self._rate(s) * torch.expm1(h)) / (self.sharpness * beta)
         small = torch.log1p(self._rate(s) * torch.expm1(h.clamp(-1, 1)))
         # A difference of numbers that are far from equal loses nothing.
         large = _softplus(self.sharpness * self.inverse(s) + h) - self.sharpness * s
@@ -260,7 +267,7 @@ class Softmax(Potential):
         return force - force.mean(self.dim, keepdim=True)
 
     def value(self, s: Tensor) -> Tensor:
-        return -torch.special.entr(s)
+        return -_entropy(s)
 
     def slope(self, s: Tensor, v: Tensor) -> Tensor:
         return s * (v - (s * v).sum(self.dim, keepdim=True))
@@ -268,6 +275,8 @@ class Softmax(Potential):
     def displacement(self, s: Tensor, q: Tensor, beta: float | Tensor, held: bool) -> Tensor:
         # s_i exp(h_i) / sum_j s_j exp(h_j) - s_i = s_i (exp(h_i - c) - 1), c = log sum_j s_j exp(h_j); h up to a number
         h = beta * q
+        if h.is_complex():
+            return s * torch.expm1(h - torch.log1p((s * torch.expm1(h)).sum(self.dim, keepdim=True))) / beta
         h = h - h.amax(self.dim, keepdim=True)
         less = (s * torch.expm1(h)).sum(self.dim, keepdim=True)
         c = torch.where(less > -0.5, torch.log1p(less), (s * h.exp()).sum(self.dim, keepdim=True).log())
@@ -307,6 +316,8 @@ def logistic_change(up: Tensor, down: Tensor, h: Tensor) -> Tensor:
         >>> logistic_change(a.sigmoid(), (-a).sigmoid(), torch.tensor([1e-20, 200.0]))
         tensor([1.9661e-21, 9.5257e-01])
     """
+    if h.is_complex():
+        return up * down * torch.expm1(h) / (down + up * h.exp())
     # up down (1 - e^-|h|) / (near + far e^-|h|) in the direction of h, near being the side from which it comes
     less = torch.expm1(-h.abs())
     near, far = torch.where(h < 0, down, up), torch.where(h < 0, up, down)
@@ -320,8 +331,8 @@ def softplus_energy(s: Tensor) -> Tensor:
     log 2; below s = log 2 its reflection, `Li2(z) + Li2(1 - z) = pi^2 / 6 - log(z) log(1 - z)`, leads there, and
     cancels pi^2 / 6 (Lewin 1981, Polylogarithms and associated functions, chapter 1).
     """
-    s = _positive(s)
-    small = s < math.log(2)
+    s = s if s.is_complex() else _positive(s)
+    small = s.real < math.log(2)
     log = torch.log(-torch.expm1(-s))
     u = torch.where(small, s, -log)
     series, power = u - u.square() / 4, u
@@ -338,6 +349,11 @@ _BERNOULLI = (1 / 6, -1 / 30, 1 / 42, -1 / 30, 5 / 66, -691 / 2730, 7 / 6, -3617
 def _softplus(a: Tensor) -> Tensor:
     """log(1 + exp(a)), without the straight line that torch takes from a threshold on."""
     return _positive(a.clamp(min=0) + torch.log1p(torch.exp(-a.abs())))
+
+
+def _entropy(s: Tensor) -> Tensor:
+    """-s log s, 0 at 0."""
+    return -s * s.log() if s.is_complex() else torch.special.entr(s)
 
 
 def _positive(s: Tensor) -> Tensor:
