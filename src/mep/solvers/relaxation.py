@@ -278,6 +278,12 @@ class Relaxed:
         for node in energy.graph.states:
             if node.name in self.arriving or not node.clamped:
                 self.sizes[node.name] = example_norm(point.values[node.name], energy.batch)
+        is_flat = not all(node.potential.is_identity for node in energy.graph.states)
+        if self.is_free and cost is not None and is_flat and not memory.gains:
+            # Behind flat activations displacements may be much smaller than states: by backpropagation, the first time.
+            size = example_norm(cost.gradient(output), energy.batch)
+            for name, moved in _backpropagated(energy, point, cost).items():
+                memory.gains[name] = _low_share(example_norm(moved, energy.batch), size)
 
     @property
     def point(self) -> Point:
@@ -479,7 +485,7 @@ class Displacement:
         memory.nudged_from = max(1, _look_from(self.sweeps))
         size = example_norm(self.free_gradient, self.energy.batch)
         for name in self.left:
-            share = (self.sizes[name] / size).nan_to_num(math.inf, math.inf).kthvalue(1 + len(size) // 10).values
+            share = _low_share(self.sizes[name], size)
             known = memory.gains.get(name)
             memory.gains[name] = share if known is None else torch.lerp(known, share, 0.3)
 
@@ -820,6 +826,11 @@ def _is_stuck(totals: list[float], residual: Tensor, tol: float) -> bool:
     return len(totals) > 4 and not totals[-1] < totals[-5] - 0.05
 
 
+def _low_share(one: Tensor, other: Tensor) -> Tensor:
+    """One size over the other: a tenth of the examples have a smaller share."""
+    return (one / other).nan_to_num(math.inf, math.inf).kthvalue(1 + len(other) // 10).values
+
+
 def _look_from(sweeps: int) -> int:
     """From which sweep on residuals are measured, where so many were needed last."""
     return max(0, sweeps - 1) if sweeps < 5 else 2 * sweeps // 3
@@ -859,6 +870,21 @@ def _pattern(like: Tensor) -> Tensor:
     """Numbers of the size of a tensor's, in no particular order, and without a random number generator."""
     waves = torch.arange(like.numel(), device=like.device).mul(1.7).cos().to(like.dtype)
     return waves.view(like.shape) * (1 + like.abs())
+
+
+def _backpropagated(energy: Energy, point: Point, cost: BatchCost) -> State:
+    """The displacements of the states to first order, as if nothing acted back on them."""
+    found: State = {}
+
+    def transmit(node: Node, force: Tensor | None) -> Tensor | None:
+        if not node.owns_state or force is None:
+            return force
+        s = point.values[node.name]
+        found[node.name] = node.potential.slope(s, node.potential.hold(s, force))
+        return found[node.name]
+
+    energy.graph.vjp(point.saved, cost.gradient(energy.output(point)), transmit)
+    return found
 
 
 def _to_parents(energy: Energy, point: Point, sent: Mapping[str, Any]) -> State:
