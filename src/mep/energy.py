@@ -113,7 +113,7 @@ class NodeEnergy(ABC):
         return self.ds(s, mu), self.dmu(s, mu).neg()
 
     def drive(self, s: Tensor, mu: Tensor) -> Tensor:
-        """`s - de/ds`: where a step of length one would lead if nothing else acted on the state; its pull, if it has."""
+        """`s - de/ds`: where a step of length one would lead if nothing else acted on the state."""
         return s - self.ds(s, mu)
 
 
@@ -165,6 +165,7 @@ class Hopfield(NodeEnergy):
         return -s
 
     def drive(self, s: Tensor, mu: Tensor) -> Tensor:
+        """As a pull, an argument of the activation."""
         return mu
 
 
@@ -309,9 +310,7 @@ class Energy:
 
     def errors(self, point: Point) -> State:
         """The scaled errors `de/dmu / beta` of every state; for the prediction energy `(mu - s) / beta`."""
-        return {
-            name: self._dmu(name, point) / expand_beta(self.beta, mu) for name, mu in point.predictions.items()
-        }
+        return {name: self._dmu(name, point) / expand_beta(self.beta, mu) for name, mu in point.predictions.items()}
 
     def _dmu(self, name: str, point: Point) -> Tensor:
         return self.node_energy.at(self.graph.by_name[name]).dmu(point.values[name], point.predictions[name])

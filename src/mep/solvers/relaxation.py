@@ -364,7 +364,7 @@ class Relaxed:
         self.left: State = {}
 
     def _nudged(self, node: Node, pull: Tensor, s: Tensor, old: Tensor) -> Tensor:
-        """The output's minimum, `v + beta dC/ds(f(v)) = pull`, by a step with the cost's curvature from `f(old) = s`."""
+        """The output's minimum, `v + beta dC/ds(f(v)) = pull`, by a step with the cost's curvature from v = old."""
         energy = self.energy
         assert energy.nudge is not None
         gradient = energy.nudge.cost.gradient(s)

@@ -111,7 +111,9 @@ def _make_hardsigmoid() -> Activation:
     def backward(grad: Tensor, x: Tensor) -> Tensor:
         return torch.where(x.abs() < 3, grad / 6, 0)
 
-    return Activation("hardsigmoid", F.hardsigmoid, backward, (-3.0, 3.0), (0.0, 1 / 6, 0.0), Quadratic(0.0, 1.0, 1 / 6, 0.5))
+    return Activation(
+        "hardsigmoid", F.hardsigmoid, backward, (-3.0, 3.0), (0.0, 1 / 6, 0.0), Quadratic(0.0, 1.0, 1 / 6, 0.5)
+    )
 
 
 def _make_softshrink(lambd: float = 0.5) -> Activation:
