@@ -102,6 +102,13 @@ class Memory:
             self._model = ref(graph.model)
         return self
 
+    def note_gain(self, name: str, moved: Tensor, gradient: Tensor) -> None:
+        """That of one state, from the sizes of displacements and of dC/ds; where none has a dC/ds there is none."""
+        gain = (moved / gradient).nan_to_num(math.inf, math.inf).kthvalue(1 + len(gradient) // 10).values
+        if math.isfinite(float(gain)):
+            known = self.gains.get(name)
+            self.gains[name] = gain if known is None else torch.lerp(known, gain, 0.3)
+
     def forget(self) -> None:
         """As before the first batch."""
         self.batches = 0
@@ -283,7 +290,7 @@ class Relaxed:
             # Behind flat activations displacements may be much smaller than states: by backpropagation, the first time.
             size = example_norm(cost.gradient(output), energy.batch)
             for name, moved in _backpropagated(energy, point, cost).items():
-                memory.gains[name] = _low_share(example_norm(moved, energy.batch), size)
+                memory.note_gain(name, example_norm(moved, energy.batch), size)
 
     @property
     def point(self) -> Point:
@@ -485,9 +492,7 @@ class Displacement:
         memory.nudged_from = max(1, _look_from(self.sweeps))
         size = example_norm(self.free_gradient, self.energy.batch)
         for name in self.left:
-            share = _low_share(self.sizes[name], size)
-            known = memory.gains.get(name)
-            memory.gains[name] = share if known is None else torch.lerp(known, share, 0.3)
+            memory.note_gain(name, self.sizes[name], size)
 
     def contrast(self, weight: float, nodes: Sequence[Node]) -> dict[Any, Tensor]:
         """`weight (dE/dtheta(s_beta) - dE/dtheta(s_free)) / beta` of these nodes, without a small difference."""
@@ -824,11 +829,6 @@ def _is_stuck(totals: list[float], residual: Tensor, tol: float) -> bool:
     """Whether the residuals that exceed tol have hardly fallen since four measurements ago."""
     totals.append(float(residual.clamp(min=tol).log().sum()))
     return len(totals) > 4 and not totals[-1] < totals[-5] - 0.05
-
-
-def _low_share(one: Tensor, other: Tensor) -> Tensor:
-    """One size over the other: a tenth of the examples have a smaller share."""
-    return (one / other).nan_to_num(math.inf, math.inf).kthvalue(1 + len(other) // 10).values
 
 
 def _look_from(sweeps: int) -> int:
