@@ -182,7 +182,6 @@ class Forked(nn.Module):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: mlp(nn.Tanh, 4, 5, 3), r"tanh.*Use ReLU"),
         (lambda: mlp(nn.GELU, 4, 5, 3), r"gelu.*Use ReLU"),
         (lambda: mlp(nn.LeakyReLU, 4, 5, 3), r"leaky_relu.*Use ReLU"),
         (BothSides, r"both before and behind"),

@@ -115,7 +115,7 @@ class NodeEnergy(ABC):
         return self.ds(s, mu), self.dmu(s, mu).neg()
 
     def drive(self, s: Tensor, mu: Tensor) -> Tensor:
-        """`s - de/ds`: where a step of length one would lead if nothing else acted on the state; its pull, if it has."""
+        """`s - de/ds`: where a step of length one would lead if nothing else acted on the state."""
         return s - self.ds(s, mu)
 
 
@@ -169,6 +169,7 @@ class Hopfield(NodeEnergy):
         return -s
 
     def drive(self, s: Tensor, mu: Tensor) -> Tensor:
+        """As a pull, an argument of the activation."""
         return mu
 
 

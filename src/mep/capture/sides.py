@@ -68,10 +68,7 @@ def by_graph(graph: Graph, cost: Any, x: Any, target: Any, energy_name: str, hel
         if not node.owns_state:
             return force
         s = free.values[node.name]
-        if force is None:
-            force = torch.zeros_like(s)
-        else:
-            force = node.potential.slope(s, node.potential.hold(s, force))
+        force = torch.zeros_like(s) if force is None else node.potential.slope(s, node.potential.hold(s, force))
         errors[node.name] = force
         return force
 

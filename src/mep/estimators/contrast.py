@@ -230,8 +230,9 @@ def total_gradient(phases: Sequence[Phase], output: Tensor, batch: int) -> Gradi
 
     That is taken at the free output, where it is exact: `dC(s_free(theta), theta)/dtheta` has no other such part.
     """
-    total = contrast(phases, batch)
-    _add(total, _of_cost(phases, output, batch))
+    total, nudged = contrast(phases, batch), phases[0][1].nudge
+    if nudged and nudged.cost.parameters:
+        _add(total, nudged.cost.parameter_gradient(output, 1 / batch))
     return total
 
 
@@ -243,8 +244,11 @@ def iter_gradients(phases: Sequence[Phase], output: Tensor, batch: int) -> Itera
     """
     nodes = phases[0][1].graph.states
     last = {p: node for node in nodes for p in node.parameters}
-    with torch.no_grad():
-        unfinished = _of_cost(phases, output, batch)
+    unfinished: Gradients = {}
+    nudged = phases[0][1].nudge
+    if nudged and nudged.cost.parameters:
+        with torch.no_grad():
+            unfinished = nudged.cost.parameter_gradient(output, 1 / batch)
     alone = finished({p: unfinished.pop(p) for p in list(unfinished) if p not in last})
     if alone:
         yield alone
@@ -257,11 +261,6 @@ def iter_gradients(phases: Sequence[Phase], output: Tensor, batch: int) -> Itera
         if found:
             yield found
         del found  # before the next is made
-
-
-def _of_cost(phases: Sequence[Phase], output: Tensor, batch: int) -> Gradients:
-    nudge = phases[0][1].nudge
-    return nudge.cost.parameter_gradient(output, 1 / batch) if nudge and nudge.cost.parameters else {}
 
 
 def _add(total: Gradients, found: Gradients) -> None:

@@ -459,17 +459,18 @@ class EquilibriumPropagation:
         curved = [n for n in graph.states if not n.potential.is_identity]
         if curved and not isinstance(self.node_energy, Hopfield):
             raise ArgumentError(
-                f"energy={self.node_energy.name!r}: states behind activations are put into a box, and {curved[0].where} "
-                f"is followed by {type(curved[0].potential).__name__}. Use ReLU, Hardtanh or clamp, or 'hopfield'."
+                f"energy={self.node_energy.name!r}: states behind activations are put into a box, and "
+                f"{type(curved[0].potential).__name__} behind {curved[0].where} has none. Use ReLU, Hardtanh or clamp, "
+                "or energy='hopfield'."
             )
         if graph.stateless and not self._has_warned_of_stateless:
             self._has_warned_of_stateless = True
             warn(
                 f"Functions without a state of their own in a Hopfield network: {', '.join(graph.stateless)}. They are "
-                "part of a prediction mu in the energy -<s, mu>, as a layer is; nothing acts back on what they return. "
+                "part of what the node predicts, mu in <s, mu>, as its layer is, and do not come to rest on their own. "
                 "A state stands behind ReLU, ReLU6, Hardtanh, Hardsigmoid, clamp, Sigmoid, Tanh, Softplus, and behind "
-                "Softmax where its result is not multiplied with another one, as in attention. Instead of log_softmax, "
-                "return what it is given, with cost='cross_entropy'.",
+                "a Softmax over an example whose result is not multiplied with another value, as in attention. Instead "
+                "of log_softmax return what it is given, with cost='cross_entropy'.",
                 UserWarning,
             )
 

@@ -11,7 +11,7 @@ nodes that it has not reached yet are not computed.
 
 States are kept, not errors: where a nudge is so weak that its response drowns in their rounding, the residual shows it.
 
-How large a step may be depends on the **stiffness**, the largest eigenvalue of `d2F/ds2` (by pulls: of `d2F/ds2 f'`): the iteration converges while
+How large a step may be depends on the **stiffness**, the largest eigenvalue of `d2F/ds2`: the iteration converges while
 
     settle_lr * stiffness < 2 (1 + momentum)
 
@@ -208,7 +208,8 @@ def largest_step(energy: Energy, point: Point, momentum: float) -> float:
 def stiffness(energy: Energy, point: Point) -> Tensor:
     """The largest eigenvalue of every example's Hessian `H = d2F/ds2`, by power iteration: [batch].
 
-    `H d ~ dF/ds(s + d) - dF/ds(s)`. The start is random, from generators of its own: the global ones do not move.
+    `H d ~ dF/ds(s + d) - dF/ds(s)`. Where states move by their pulls it is that of `H f'`, for `s + f' d`. The start is
+    random, from generators of its own: the global ones do not move.
     """
     state, rest = energy.state(point), energy.forces(point)
     source = {device: torch.Generator(device).manual_seed(0) for device in {s.device for s in state.values()}}
@@ -216,11 +217,11 @@ def stiffness(energy: Energy, point: Point) -> Tensor:
     norm = _norms(product.values(), energy.batch).norm(dim=0)
     for _ in range(_POWER_ITERATIONS):
         scale = _DISTANCE / norm.clamp(min=torch.finfo(norm.dtype).tiny)  # d = product * scale has length _DISTANCE
-        moved = {name: product[name] * per_example(scale, s) for name, s in state.items()}
-        there = energy.at(
-            {n: s + energy.potential_of(energy.graph.by_name[n]).slope(s, moved[n]) for n, s in state.items()}
-        )
-        product = {name: force - rest[name] for name, force in energy.forces(there).items()}
+        there = {}
+        for name, s in state.items():  # a state moves by its pull, with the slope of its activation
+            potential = energy.potential_of(energy.graph.by_name[name])
+            there[name] = s + potential.slope(s, product[name] * per_example(scale, s))
+        product = {name: force - rest[name] for name, force in energy.forces(energy.at(there)).items()}
         norm = _norms(product.values(), energy.batch).norm(dim=0)
     return norm / _DISTANCE
 

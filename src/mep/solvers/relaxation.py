@@ -103,6 +103,13 @@ class Memory:
             self._model = ref(graph.model)
         return self
 
+    def note_gain(self, name: str, moved: Tensor, gradient: Tensor) -> None:
+        """That of one state, from the sizes of displacements and of dC/ds; where none has a dC/ds there is none."""
+        gain = (moved / gradient).nan_to_num(math.inf, math.inf).kthvalue(1 + len(gradient) // 10).values
+        if math.isfinite(float(gain)):
+            known = self.gains.get(name)
+            self.gains[name] = gain if known is None else torch.lerp(known, gain, 0.3)
+
     def forget(self) -> None:
         """As before the first batch."""
         self.batches = 0
@@ -296,6 +303,12 @@ class Relaxed:
         for node in energy.graph.states:
             if node.name in self.arriving or not node.clamped:
                 self.sizes[node.name] = example_norm(point.values[node.name], energy.batch)
+        is_flat = not all(node.potential.is_identity for node in energy.graph.states)
+        if self.is_free and cost is not None and is_flat and not memory.gains:
+            # Behind flat activations displacements may be much smaller than states: by backpropagation, the first time.
+            size = example_norm(cost.gradient(output), energy.batch)
+            for name, moved in _backpropagated(energy, point, cost).items():
+                memory.note_gain(name, example_norm(moved, energy.batch), size)
 
     @property
     def point(self) -> Point:
@@ -383,7 +396,7 @@ class Relaxed:
         self.left: State = {}
 
     def _nudged(self, node: Node, pull: Tensor, s: Tensor, old: Tensor) -> Tensor:
-        """The output's minimum, `v + beta dC/ds(f(v)) = pull`, by a step with the cost's curvature from `f(old) = s`."""
+        """The output's minimum, `v + beta dC/ds(f(v)) = pull`, by a step with the cost's curvature from v = old."""
         energy = self.energy
         assert energy.nudge is not None
         gradient = energy.nudge.cost.gradient(s)
@@ -514,9 +527,7 @@ class Displacement:
         memory.nudged_from = max(1, _look_from(self.sweeps))
         size = example_norm(self.free_gradient, self.energy.batch)
         for name in self.left:
-            share = (self.sizes[name] / size).nan_to_num(math.inf, math.inf).kthvalue(1 + len(size) // 10).values
-            known = memory.gains.get(name)
-            memory.gains[name] = share if known is None else torch.lerp(known, share, 0.3)
+            memory.note_gain(name, self.sizes[name], size)
 
     def contrast(self, weight: float, nodes: Sequence[Node]) -> dict[Any, Tensor]:
         """`weight (dE/dtheta(s_beta) - dE/dtheta(s_free)) / beta` of these nodes, without a small difference."""
@@ -728,6 +739,21 @@ def _pattern(like: Tensor) -> Tensor:
     """Numbers of the size of a tensor's, in no particular order, and without a random number generator."""
     waves = torch.arange(like.numel(), device=like.device).mul(1.7).cos().to(like.dtype)
     return waves.view(like.shape) * (1 + like.abs())
+
+
+def _backpropagated(energy: Energy, point: Point, cost: BatchCost) -> State:
+    """The displacements of the states to first order, as if nothing acted back on them."""
+    found: State = {}
+
+    def transmit(node: Node, force: Tensor | None) -> Tensor | None:
+        if not node.owns_state or force is None:
+            return force
+        s = point.values[node.name]
+        found[node.name] = node.potential.slope(s, node.potential.hold(s, force))
+        return found[node.name]
+
+    energy.graph.vjp(point.saved, cost.gradient(energy.output(point)), transmit)
+    return found
 
 
 def _to_parents(energy: Energy, point: Point, sent: Mapping[str, Any]) -> State:

@@ -81,7 +81,10 @@ class Potential(ABC):
 
     @abstractmethod
     def displacement(self, s: Tensor, q: Tensor, beta: float | Tensor, held: bool) -> Tensor:
-        """`(f(a + beta q) - f(a)) / beta` with `f(a) = s`, of a complex beta, too. `held`: units on a face stay there, and others may leave."""
+        """`(f(a + beta q) - f(a)) / beta` with `f(a) = s`, of a complex beta, too.
+
+        `held`: units on a face stay there, and others may leave.
+        """
 
     def force(self, s: Tensor, pull: Tensor) -> Tensor:
         """The derivative of `G(s) - <s, pull>`."""
