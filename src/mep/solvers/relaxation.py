@@ -185,8 +185,8 @@ class Relaxation(Solver):
     def _displacement(self, energy: Energy, free: Point) -> Displacement:
         """By conjugate gradients where that pays: strong couplings between two colours of layers, held faces."""
         colours = None
-        can_have = not is_complex(energy.beta)  # conjugate gradients need a Hermitian matrix
-        if can_have and self.omega is None and energy.context.freeze_branches and self.memory.strongest > _STRONG:
+        is_hermitian = not is_complex(energy.beta)
+        if is_hermitian and self.omega is None and energy.context.freeze_branches and self.memory.strongest > _STRONG:
             colours = two_colours(energy.graph)
         if colours is not None:
             return ConjugateGradients(energy, free, colours, self.tol)
