@@ -116,9 +116,9 @@ class ComplexNode(Node):
         if not any(t is not None for t in imag):
             return t, into
         more, into_more = self.node.jvp(_own(saved), imag)
-        return _complex(t, more), Split(into, into_more) if isinstance(into, (list, tuple)) else _complex(
-            into, into_more
-        )
+        # Tangents of a weighted input, or, from autograd, lists of those of all parents.
+        both = Split(into, into_more) if isinstance(into, (list, tuple)) else _complex(into, into_more)
+        return _complex(t, more), both
 
     def param_vjp_along(self, saved: Any, tangent: Any, force: Tensor, weight: float) -> Sequence[Tensor | None]:
         forces = _parts([force])
