@@ -266,6 +266,8 @@ def test_in_single_precision_and_for_one_example():
     torch.testing.assert_close(one["input"], found["input"][:1].float(), rtol=1e-3, atol=1e-4)
     labels = F.one_hot(torch.tensor([0, 2]), 3)  # integers
     assert single.relax(clamp={"output": labels}, box=(0, 1))["output"].dtype == torch.float32
+    found = single.relax(clamp={"input": torch.ones(2, 36, dtype=torch.bool), "output": labels})
+    torch.testing.assert_close(found["input"], torch.ones(2, 36))
 
 
 PATTERNS = torch.tensor(
@@ -308,6 +310,8 @@ CLAMP = {"output": torch.zeros(5, 3).double()}
         ),
         ({"clamp": CLAMP}, mep.ArgumentError, "'input' is free, so it needs a box"),
         ({"clamp": CLAMP, "box": (1, 0)}, mep.ArgumentError, "needs a box"),
+        ({"clamp": CLAMP, "box": 1.0}, mep.ArgumentError, "needs a box"),
+        ({"clamp": CLAMP, "box": {"input": (0, 1), "0": (0, 1)}}, mep.ArgumentError, "'0' is no input that is free"),
         ({"clamp": {"input": torch.zeros(5, 6).double()}, "box": (0, 1)}, mep.ArgumentError, "all are held"),
         (
             {"clamp": {"output": torch.zeros(5, 4)}, "box": (0, 1)},

@@ -157,8 +157,10 @@ class Graphs:
         for ref, (dtype, device, sizes) in zip(known.graph.leaves, known.leaves, strict=False):
             if not isinstance(ref, Ref):
                 values.append(ref)
-            elif ref.name in given:
-                values.append(given[ref.name])
+            elif ref.name in given:  # zeros and ones may be given as integers
+                value = given[ref.name]
+                casts = dtype.is_floating_point and not value.is_floating_point()
+                values.append(value.to(dtype) if casts else value)
             else:
                 shape = [batch if i == 0 and size == rows else size for i, size in enumerate(sizes)]
                 if any(isinstance(size, tuple) for size in shape):

@@ -15,7 +15,6 @@ Sources: Hopfield 1984, https://doi.org/10.1073/pnas.81.10.3088; Scellier and Be
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -205,14 +204,19 @@ def _boxes(graph: Graph, free: Sequence[str], box: Boxes | None) -> Mapping[str,
     if box is not None and not free:
         raise ArgumentError(f"relax(box={box!r}): it bounds free inputs, and all are held. Leave it out.")
     given = {real_name(graph, n): b for n, b in box.items()} if isinstance(box, Mapping) else dict.fromkeys(free, box)
+    for name in given:
+        if name not in free:
+            raise ArgumentError(f"relax(box={box!r}): {name!r} is no input that is free. Leave it out.")
+    found: dict[str, Box] = {}
     for name in free:
-        low, high = given.get(name) or (math.nan, math.nan)
-        if not low < high:
+        bounds = given.get(name)
+        if not isinstance(bounds, (tuple, list)) or len(bounds) != 2 or not bounds[0] < bounds[1]:
             raise ArgumentError(
                 f"relax(box={box!r}): the input {name!r} is free, so it needs a box: the range of the data, box=(0, 1) "
                 "for instance. Or clamp it."
             )
-    return given  # type: ignore[return-value]
+        found[name] = float(bounds[0]), float(bounds[1])
+    return found
 
 
 def _fitting(what: str, name: str, value: Tensor, like: Tensor) -> Tensor:

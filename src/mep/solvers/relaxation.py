@@ -325,7 +325,7 @@ class Relaxed:
             if size is None or gain is None:
                 unit = self.sizes[name] / _BY_STATE
             else:
-                unit = torch.maximum(size * gain, self.sizes[name] * (8 * rounding))
+                unit = torch.maximum(size * gain.to(size), self.sizes[name] * (8 * rounding))
             ratio = left / unit.mul_(_FREE_SHARE).add_(torch.finfo(unit.dtype).tiny)
             ratio = ratio.clamp_(max=1 / torch.finfo(ratio.dtype).eps)
             worst = ratio if worst is None else torch.maximum(worst, ratio)
@@ -440,7 +440,8 @@ class Displacement:
             left = self.left.get(name)
             if left is not None:
                 violated, larger = violated + left, larger + left
-            found[name] = violated.div_(larger.add_(torch.finfo(larger.dtype).tiny))
+            violated = violated.div_(larger.add_(torch.finfo(larger.dtype).tiny))
+            found[name] = violated.masked_fill_((one == 0) & (two == 0), 0)  # nothing acts on units that may move
         return found
 
     def residual(self) -> Tensor:
@@ -465,7 +466,7 @@ class Displacement:
         for name in self.left:
             share = (self.sizes[name] / size).nan_to_num(math.inf, math.inf).kthvalue(1 + len(size) // 10).values
             known = memory.gains.get(name)
-            memory.gains[name] = share if known is None else torch.lerp(known, share, 0.3)
+            memory.gains[name] = share if known is None else torch.lerp(known.to(share), share, 0.3)
 
     def contrast(self, weight: float, nodes: Sequence[Node]) -> dict[Any, Tensor]:
         """`weight (dE/dtheta(s_beta) - dE/dtheta(s_free)) / beta` of these nodes, without a small difference."""
