@@ -354,6 +354,25 @@ def test_groups_and_a_batch_of_one_and_single_precision():
     assert optimizer.last.converged and torch.equal(readout.weight, before)
 
 
+def test_an_example_that_is_pulled_on_faces_alone_has_no_gradient_and_has_settled():
+    model, readout, x, y = build()
+    states = mep.EquilibriumPropagation(model, energy="hopfield").predict(x[:1])
+    on_a_face = ((states == 0) | (states == 1)).double()
+    assert 0 < on_a_face.sum() < 7
+    ep = mep.EquilibriumPropagation(model, energy="hopfield", readout=nn.Sequential(Masked(on_a_face), readout))
+    found, estimate = ep.gradients(x[:1], y[:1])
+    assert estimate.converged and all(not g.any() for g in of(found, model)) and found[readout.bias].any()
+
+
+def test_a_model_may_change_its_dtype_between_steps():
+    model, readout, x, y = build()
+    ep = mep.EquilibriumPropagation(model, energy="hopfield", readout=readout)
+    for dtype in (torch.float32, torch.float64, torch.float32):
+        model.to(dtype), readout.to(dtype)
+        found, estimate = ep.gradients(x.to(dtype), y)
+        assert estimate.converged and found[readout.weight].dtype == dtype
+
+
 def test_under_autocast_the_readout_learns():
     model, readout, x, y = (
         t.float() if not isinstance(t, torch.Tensor) or t.is_floating_point() else t for t in build()

@@ -14,7 +14,7 @@ from .errors import (
     ParameterError,
     TraceError,
 )
-from .estimators import Backprop, Equilibrium, EquilibriumPropagation, Estimate
+from .estimators import Backprop, Equilibrium, EquilibriumPropagation, Estimate, FreeEquilibrium
 from .optimizer import EPOptimizer
 from .presets import O1MemoryEPv2, eqprop, local_ep, muon_backprop, natural_ep, sdmep, smep, smep_fast
 from .settle import Iterate, Result, Solver, Start
@@ -36,6 +36,7 @@ __all__ = [
     "Equilibrium",
     "EquilibriumPropagation",
     "Estimate",
+    "FreeEquilibrium",
     "GroupEnergy",
     "InputError",
     "Iterate",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,9 +13,10 @@ from mep.capture import Leaves, capture
 from mep.capture.proof import Proof, prove
 from mep.capture.surroundings import Snapshot
 from mep.cost import recorded_function
-from mep.errors import TraceError
+from mep.errors import InputError, TraceError
 from mep.graph.graph import Graph
-from mep.graph.inputs import dtype_errors, flattened
+from mep.graph.inputs import dtype_errors, flattened, unflattened
+from mep.graph.ops import Ref
 
 _KEPT = 8
 """Graphs that are kept: enough for train and eval, several kinds of batch, and a last smaller one."""
@@ -141,6 +142,34 @@ class Graphs:
             known.shapes.add(shapes)
         known.uses = uses
         return known.graph
+
+    def like_last(self, given: Mapping[str, Tensor], batch: int) -> Any:
+        """A batch of the kind that was used last: the inputs that are given by name, and zeros for the others.
+
+        Raises:
+            InputError: there was none, or its sizes do not say how large the others are.
+        """
+        if not self.known:
+            name = type(self.model).__name__
+            raise InputError(f"The inputs of {name} are not known yet. Way out: first call predict with a batch.")
+        known, values = self.known[0], []
+        rows = next(sizes[0] for dtype, _, sizes in known.leaves if dtype is not None)
+        for ref, (dtype, device, sizes) in zip(known.graph.leaves, known.leaves, strict=False):
+            if not isinstance(ref, Ref):
+                values.append(ref)
+            elif ref.name in given:  # zeros and ones may be given as integers
+                value = given[ref.name]
+                casts = dtype.is_floating_point and not value.is_floating_point()
+                values.append(value.to(dtype) if casts else value)
+            else:
+                shape = [batch if i == 0 and size == rows else size for i, size in enumerate(sizes)]
+                if any(isinstance(size, tuple) for size in shape):
+                    raise InputError(
+                        f"The input {ref.name!r} has no fixed size. Way out: say what it starts from, "
+                        f"start={{{ref.name!r}: torch.zeros(...)}}."
+                    )
+                values.append(torch.zeros(shape, dtype=dtype, device=device))
+        return unflattened(values, known.graph.structure)
 
     def _capture(self, x: Any, function: Any, target: Any, structures: tuple[Any, ...], batch: list[Any]) -> _Known:
         """Capture the model as it is now, with its cost where there is a function for it."""

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mep.capture.state import check_state
 from mep.cost import NAMED, BatchCost, PerExample, WithReadout
-from mep.energy import Energy, GroupEnergy
+from mep.energy import Energy, GroupEnergy, Hopfield
 from mep.errors import A_FLAG, ArgumentError, one_of, require, whole_number
 from mep.estimators.compiled_step import MOST_SWEEPS
 from mep.estimators.contrast import PHASES
 from mep.graph import Graph, Point
 from mep.graph.holomorphic import check_complex
+from mep.graph.inputs import check_mode
 from mep.guards import generators, set_generators
 from mep.settle import Solver
 
@@ -58,6 +59,21 @@ def check_groups(groups: Sequence[GroupEnergy], graph: Graph) -> None:
                 f"{type(group).__name__}.nodes = {group.nodes}: must be names of nodes with a state, which are "
                 f"{', '.join(names)}; see print(mep.trace(model, x))."
             )
+
+
+def check_relax(ep: Any, clamp: Any, start: Any, held: Any) -> None:
+    """Refuse what `relax` cannot hold, or would ignore."""
+    check_mode()
+    if not isinstance(ep.node_energy, Hopfield):
+        raise ArgumentError(
+            f"relax: only Hopfield networks run backward, and this is energy={ep.node_energy.name!r}. Use "
+            "energy='hopfield'."
+        )
+    for name, given in (("clamp", clamp), ("start", start or {}), ("held", held or {})):
+        if not isinstance(given, Mapping) or not all(isinstance(v, Tensor) and v.ndim for v in given.values()):
+            raise ArgumentError(f"relax({name}=...): must be a mapping from names to tensors [batch, ...].")
+    if not clamp and not start:
+        raise ArgumentError("relax(clamp={}): nothing is given. Hold something, or say where the states start.")
 
 
 def check_settings(ep: Any) -> None:

@@ -21,11 +21,13 @@ from mep.errors import ArgumentError, DivergedError, InputError, NotConvergedErr
 from mep.estimators.checks import (
     check_groups,
     check_holomorphic,
+    check_relax,
     check_settings,
     check_solver,
     noise_undone_on_error,
     with_readout,
 )
+from mep.estimators.clamping import Boxes, FreeEquilibrium, by_real_name, relaxed
 from mep.estimators.compiled_step import CompiledSteps, CompileOptions
 from mep.estimators.contrast import (
     Contrast,
@@ -44,7 +46,7 @@ from mep.estimators.layer_factors import LayerStatistics, layer_statistics
 from mep.estimators.view import Equilibrium, Recorder, view
 from mep.estimators.warm_start import EquilibriumCache, check_indices
 from mep.graph import Graph
-from mep.graph.inputs import check_mode, check_model, checked_batch
+from mep.graph.inputs import check_mode, check_model, checked_batch, input_names
 from mep.graph.ops import Slot
 from mep.graph.step_context import StepContext
 from mep.guards import Noise, generators, region, set_generators, uninterrupted
@@ -279,6 +281,60 @@ class EquilibriumPropagation:
                 output = self._whole_cost.read(output)
         _write(energy.context.new_buffers)
         return output
+
+    @torch.no_grad()
+    def relax(
+        self,
+        clamp: Mapping[str, Tensor],
+        start: Mapping[str, Tensor] | None = None,
+        held: Mapping[str, Tensor] | None = None,
+        box: Boxes | None = None,
+    ) -> FreeEquilibrium:
+        """A Hopfield network at rest while what is in `clamp` is held, and nothing else; nothing is changed.
+
+        With the output held at a label and the input free, the network runs backward, to an input. A free input x is a
+        state with the energy `1/2 |x|^2` and no prediction, see `mep.estimators.clamping`.
+
+        Args:
+            clamp: what is held, by name: "input" (else the name of an argument of `forward`), "output" (what the model
+                returns, before a readout), or a node with a state (see `mep.trace`). Whole states, [batch, ...].
+            start: where states that are free begin. By default inputs begin at zero and nodes on their predictions.
+            held: masks for names in `clamp` of which only a part is held: True where a unit is.
+            box: the bounds (low, high) of free inputs, such as the range of the data; or a mapping by name.
+
+        Returns:
+            The states, and a residual of each that is free. Nothing is raised where some example has not settled:
+            `converged` says it.
+
+        Example: two inputs, of which the label draws one up, and the other down to the face of its box.
+            >>> import torch, mep
+            >>> net = torch.nn.Linear(2, 2, bias=False)
+            >>> _ = torch.nn.init.eye_(net.weight)
+            >>> ep = mep.EquilibriumPropagation(net, "mse", energy="hopfield")
+            >>> _ = ep.predict(torch.zeros(1, 2))  # the shape of the input
+            >>> found = ep.relax(clamp={"output": torch.tensor([[0.5, -0.5]])}, box=(0, 1))
+            >>> found["input"], found.converged
+            (tensor([[0.5000, 0.0000]]), True)
+        """
+        check_relax(self, clamp, start, held)
+        given = {**(start or {}), **clamp}
+        batch = len(next(iter(given.values())))
+        if self._graphs.known:
+            x = self._graphs.like_last(by_real_name(self._graphs.known[0].graph, given), batch)
+        else:
+            x = given.get("input", given.get(input_names(self.model, torch.empty(1))[0]))
+            x = self._graphs.like_last({}, batch) if x is None else x
+        noise = generators()
+        try:
+            checked_batch(x)
+            graph = self._graphs.of(x)
+            check_groups(self.groups, graph)
+            context = StepContext(freeze_branches=self.branches == "held" and self.solver.holds_branches)
+            energy = Energy(graph, self.node_energy, graph.bind(x), context, batch, groups=self.groups)
+            clamp, start, held = (by_real_name(graph, values) for values in (clamp, start, held))
+            return relaxed(energy, self.solver, clamp, start, held, box)
+        finally:
+            set_generators(noise)
 
     def share_graphs(self, graphs: Graphs) -> None:
         """Use the graphs of another estimator of the same model, cost, energy, branches and leaves, as they are."""

@@ -108,7 +108,7 @@ class Memory:
         gain = (moved / gradient).nan_to_num(math.inf, math.inf).kthvalue(1 + len(gradient) // 10).values
         if math.isfinite(float(gain)):
             known = self.gains.get(name)
-            self.gains[name] = gain if known is None else torch.lerp(known, gain, 0.3)
+            self.gains[name] = gain if known is None else torch.lerp(known.to(gain), gain, 0.3)
 
     def forget(self) -> None:
         """As before the first batch."""
@@ -361,7 +361,7 @@ class Relaxed:
             if size is None or gain is None:
                 unit = self.sizes[name] / _BY_STATE
             else:
-                unit = torch.maximum(size * gain, self.sizes[name] * (8 * rounding))
+                unit = torch.maximum(size * gain.to(size), self.sizes[name] * (8 * rounding))
             ratio = left / unit.mul_(_FREE_SHARE).add_(torch.finfo(unit.dtype).tiny)
             ratio = ratio.clamp_(max=1 / torch.finfo(ratio.dtype).eps)
             worst = ratio if worst is None else torch.maximum(worst, ratio)
@@ -498,7 +498,8 @@ class Displacement:
             left = self.left.get(name)
             if left is not None:
                 violated, larger = violated + left, larger + left
-            found[name] = violated.div_(larger.add_(torch.finfo(larger.dtype).tiny))
+            violated = violated.div_(larger.add_(torch.finfo(larger.dtype).tiny))
+            found[name] = violated.masked_fill_((one == 0) & (two == 0), 0)  # nothing acts on units that may move
         return found
 
     def worst(self) -> Tensor:
