@@ -30,7 +30,8 @@ class Estimate:
         in_leaves: how many numbers of the trained parameters learn by backprop inside modules kept whole, and how many
             there are.
         inside: the fraction of states inside their boxes, of a Hopfield network that `mep.Relaxation` settles; measured
-            in one of 16 batches. Units on a face of the box do not respond to the nudge.
+            in one of 16 batches. Units on a face of the box do not respond to the nudge. Behind smooth activations: of
+            those whose slope is at least a hundredth of the largest.
         coupling: a lower bound, close by, of the largest eigenvalue of the coupling between states, measured likewise.
             Settling slows down toward 1; beyond it there are several equilibria.
     """

@@ -624,7 +624,10 @@ class Displacement:
     def _output(self, delta: Tensor | None) -> Tensor:
         """The output, displaced."""
         s = self.energy.output(self.free)
-        return s if delta is None else s + delta * expand_beta(self.energy.beta, delta)
+        if delta is None:
+            return s
+        potential = self.energy.graph.by_name[self.energy.graph.output].potential
+        return potential.within(s + delta * expand_beta(self.energy.beta, delta))
 
     def without_runaways(self, residual: Tensor, limit: float, among: Tensor | None = None) -> Tensor:
         """Examples whose displacements have grown beyond a limit are given up: back to those of the first sweep."""
@@ -653,6 +656,8 @@ class Displaced(Point):
             raise AttributeError(name)
         before, moves = (by.free.values, by.tangents) if name == "values" else (by.free.predictions, by.dmu)
         found = {n: _moved(value, moves.get(n), by.energy.beta) for n, value in before.items()}
+        if name == "values":
+            found |= {n.name: n.potential.within(found[n.name]) for n in by.energy.graph.states}
         setattr(self, name, found)
         return found
 

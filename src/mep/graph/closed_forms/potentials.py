@@ -71,6 +71,10 @@ class Potential(ABC):
     def inverse(self, s: Tensor) -> Tensor:
         """The pull at which s is the response: G'(s)."""
 
+    def within(self, s: Tensor) -> Tensor:
+        """s, and the nearest number of an open domain where rounding has led out of it."""
+        return s
+
     @abstractmethod
     def value(self, s: Tensor) -> Tensor:
         """G, unit by unit."""
@@ -176,10 +180,14 @@ class Sigmoid(Potential):
         return 0.25
 
     def respond(self, pull: Tensor, held_at: Tensor | None = None) -> Tensor:
-        return _within_one(pull.sigmoid())
+        return self.within(pull.sigmoid())
 
     def inverse(self, s: Tensor) -> Tensor:
-        return _within_one(s).logit()
+        return self.within(s).logit()
+
+    def within(self, s: Tensor) -> Tensor:
+        limits = torch.finfo(s.dtype)
+        return s.clamp(limits.tiny, 1 - limits.eps / 2)
 
     def value(self, s: Tensor) -> Tensor:
         return -(_entropy(s) + _entropy(1 - s))
@@ -196,10 +204,14 @@ class Tanh(Potential):
     """f(a) = tanh(a), which is 2 sigmoid(2 a) - 1."""
 
     def respond(self, pull: Tensor, held_at: Tensor | None = None) -> Tensor:
-        return _within_ones(pull.tanh())
+        return self.within(pull.tanh())
 
     def inverse(self, s: Tensor) -> Tensor:
-        return _within_ones(s).atanh()
+        return self.within(s).atanh()
+
+    def within(self, s: Tensor) -> Tensor:
+        largest = 1 - torch.finfo(s.dtype).eps / 2
+        return s.clamp(-largest, largest)
 
     def value(self, s: Tensor) -> Tensor:
         return -0.5 * (_entropy(1 + s) + _entropy(1 - s))
@@ -225,8 +237,11 @@ class Softplus(Potential):
         return _softplus(self.sharpness * pull) / self.sharpness
 
     def inverse(self, s: Tensor) -> Tensor:
-        s = _positive(s)
+        s = self.within(s)
         return s + torch.log(self._rate(s)) / self.sharpness
+
+    def within(self, s: Tensor) -> Tensor:
+        return _positive(s)
 
     def value(self, s: Tensor) -> Tensor:
         return softplus_energy(self.sharpness * s) / self.sharpness**2
@@ -259,10 +274,13 @@ class Softmax(Potential):
         return 0.5
 
     def respond(self, pull: Tensor, held_at: Tensor | None = None) -> Tensor:
-        return _positive(pull.softmax(self.dim))
+        return self.within(pull.softmax(self.dim))
 
     def inverse(self, s: Tensor) -> Tensor:
-        return _positive(s).log()
+        return self.within(s).log()
+
+    def within(self, s: Tensor) -> Tensor:
+        return _positive(s)
 
     def force(self, s: Tensor, pull: Tensor) -> Tensor:
         """Along the simplex: its sum is 0."""
@@ -361,13 +379,3 @@ def _entropy(s: Tensor) -> Tensor:
 
 def _positive(s: Tensor) -> Tensor:
     return s.clamp(min=torch.finfo(s.dtype).tiny)
-
-
-def _within_one(s: Tensor) -> Tensor:
-    limits = torch.finfo(s.dtype)
-    return s.clamp(limits.tiny, 1 - limits.eps / 2)
-
-
-def _within_ones(s: Tensor) -> Tensor:
-    largest = 1 - torch.finfo(s.dtype).eps / 2
-    return s.clamp(-largest, largest)
