@@ -15,7 +15,7 @@ from mep.capture import capture
 from mep.capture.cache import Graphs
 from mep.cost import PerExample, make_cost
 from mep.energy import Box, Energy, Free, make_node_energy, nudge
-from mep.graph.step_context import StepContext
+from mep.graph.ops import StepContext
 from mep.settle import Solver, settle
 
 BATCH, CLASSES = 5, 3

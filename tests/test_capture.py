@@ -10,8 +10,7 @@ from torch import nn
 
 import mep
 from mep.capture import capture, trace
-from mep.graph.ops import Program
-from mep.graph.step_context import StepContext
+from mep.graph.ops import Program, StepContext
 
 
 class Net(nn.Module):

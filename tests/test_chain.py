@@ -8,7 +8,7 @@ from torch.func import jvp
 import mep
 from mep.capture import trace
 from mep.graph.node import AutogradNode, Chain
-from mep.graph.step_context import StepContext
+from mep.graph.ops import StepContext
 
 BATCH = 3
 FLAT, SIGNAL, IMAGE, VOLUME = (4,), (2, 9), (2, 7, 8), (2, 5, 4, 5)

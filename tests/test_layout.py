@@ -9,7 +9,7 @@ from torch import nn
 import mep
 from mep.capture import trace
 from mep.graph.node import AutogradNode, Chain
-from mep.graph.step_context import StepContext
+from mep.graph.ops import StepContext
 from mep.layout import as_laid_out, layout, rows_of
 
 

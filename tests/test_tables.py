@@ -8,8 +8,8 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from mep.cli import app, verify
-from mep.lab import bench, profile, speed, study
+from mep.cli import app
+from mep.lab import bench, profile, speed, study, verify
 from mep.lab.recipes import EARLIER, EARLIER_TASK, recipes_of
 from mep.runs import report
 

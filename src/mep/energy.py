@@ -38,7 +38,7 @@ from mep.errors import one_of, require
 from mep.graph import Graph, Point
 from mep.graph.closed_forms import FREE_STATE, Kink, Potential, Quadratic
 from mep.graph.node import Beta, Node, expand_beta, select_beta, state_from_error
-from mep.graph.step_context import StepContext
+from mep.graph.ops import StepContext
 from mep.guards import without_hooks
 from mep.layout import accurate, by_example, in_dtype, numbers_like, select_examples
 

@@ -20,7 +20,7 @@ from mep.errors import TraceError
 from mep.graph.graph import Graph
 from mep.graph.inputs import call_model, flattened, unflattened
 from mep.graph.node import Node
-from mep.graph.step_context import StepContext
+from mep.graph.ops import StepContext
 from mep.guards import without_hooks
 
 Gradients = Mapping[nn.Parameter, Tensor]

@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 
 from mep.capture.state import Buffers
 from mep.graph.closed_forms import kink_of_call
-from mep.graph.step_context import StepContext
+from mep.graph.ops import StepContext
 from mep.guards import generators_kept
 
 RECORDED: dict[int, Whole] = {}

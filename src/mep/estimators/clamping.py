@@ -27,7 +27,7 @@ from mep.errors import ArgumentError, DivergedError, InputError
 from mep.graph import Graph
 from mep.graph.closed_forms.potentials import Quadratic
 from mep.graph.node import Node
-from mep.graph.step_context import StepContext
+from mep.graph.ops import StepContext
 from mep.settle import Result, Solver, rounded, settle
 
 Boxes = Box | Mapping[str, Box]

@@ -28,8 +28,7 @@ from mep.estimators.layer_factors import LayerStatistics, layer_statistics
 from mep.graph import Graph
 from mep.graph.inputs import flattened
 from mep.graph.node import Beta
-from mep.graph.ops import Slot
-from mep.graph.step_context import StepContext
+from mep.graph.ops import Slot, StepContext
 from mep.settle import Solver, Start, rounded
 
 aten = torch.ops.aten

@@ -47,8 +47,7 @@ from mep.estimators.view import Equilibrium, Recorder, view
 from mep.estimators.warm_start import EquilibriumCache, check_indices
 from mep.graph import Graph
 from mep.graph.inputs import check_mode, check_model, checked_batch, input_names
-from mep.graph.ops import Slot
-from mep.graph.step_context import StepContext
+from mep.graph.ops import Slot, StepContext
 from mep.guards import Noise, generators, region, set_generators, uninterrupted
 from mep.layout import per_example
 from mep.settle import Result, Settled, Solver, Start, rounded, settle

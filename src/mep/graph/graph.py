@@ -14,8 +14,7 @@ from mep.graph.closed_forms import Kink, Softmax
 from mep.graph.closed_forms.potentials import SOFTMAXES
 from mep.graph.inputs import describe, flattened
 from mep.graph.node import Node
-from mep.graph.ops import Program, Ref, Slot, leaves_of
-from mep.graph.step_context import StepContext
+from mep.graph.ops import Program, Ref, Slot, StepContext, leaves_of
 
 Transmit = Callable[[Node, Tensor | None], Tensor | None]
 

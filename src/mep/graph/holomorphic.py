@@ -24,7 +24,7 @@ from mep.errors import ArgumentError, MepError
 from mep.graph.closed_forms.complex import complex_ops
 from mep.graph.graph import Graph
 from mep.graph.node import AutogradNode, Beta, Node, expand_beta
-from mep.graph.step_context import StepContext
+from mep.graph.ops import StepContext
 from mep.layout import as_laid_out, in_dtype
 
 _TWINS: WeakKeyDictionary[Graph, Graph] = WeakKeyDictionary()

@@ -22,8 +22,7 @@ from torch import Tensor, nn
 from mep.graph.closed_forms import FREE_STATE, Potential
 from mep.graph.closed_forms.layers import LayerOp, Pointwise, Pool, WeightedOp
 from mep.graph.closed_forms.table import layer_op_of, weighted_op
-from mep.graph.ops import Op, Program, Ref, Slot, is_tensor, leaves_of
-from mep.graph.step_context import StepContext
+from mep.graph.ops import Op, Program, Ref, Slot, StepContext, is_tensor, leaves_of
 from mep.guards import generators, set_generators, without_hooks
 from mep.layout import as_laid_out, in_dtype, numbers_like, per_example
 

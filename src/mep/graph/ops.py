@@ -1,7 +1,8 @@
 """Recorded ATen operations, and programs of them that can be run again with other values.
 
 An operation's arguments are templates: a `Ref` stands for a value computed before, a `Slot` for a parameter, a buffer
-or a constant, which is read anew in every run. A `Program` runs a list of operations.
+or a constant, which is read anew in every run. A `Program` runs a list of operations. The `StepContext` holds what stays
+the same within a step, so that every evaluation is of one and the same energy.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from mep.graph.closed_forms.activations import Activation
 from mep.graph.closed_forms.maxima import MaxPool
+from mep.guards import Noise
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,42 @@ def leaves_of(template: Any, kind: type | tuple[type, ...]) -> Iterator[Any]:
         yield from leaves_of((template.start, template.stop, template.step), kind)
 
 
+@dataclass
+class StepContext:
+    """Filled by the first evaluation of a step (`recording`), and read by all later ones.
+
+    Attributes:
+        freeze_branches: whether piecewise-linear operations stay on the branch of the free equilibrium; else kinks stay
+            kinks.
+        branches: by node and operation, where each of them stood. A branch that is not known yet is that of the first
+            evaluation to read it.
+        noise: the states of the random number generators before each stochastic node.
+        clamped: the predictions of nodes that depend on the input alone.
+        new_buffers: what the model writes to its buffers.
+        branch_changes: None, or a list to which every frozen operation appends how many of its units are off their
+            branch, and of how many.
+    """
+
+    freeze_branches: bool = True
+    recording: bool = True
+    branch_changes: list[tuple[Tensor, int]] | None = None
+    branches: dict[tuple[str, str], Tensor] = field(default_factory=dict)
+    noise: dict[str, Noise] = field(default_factory=dict)
+    clamped: dict[str, tuple[Tensor, Any]] = field(default_factory=dict)
+    new_buffers: dict[Slot, Tensor] = field(default_factory=dict)
+
+    def on_branch(self, key: tuple[str, str], piece: Activation | MaxPool, x: Tensor) -> Tensor:
+        """The operation on the branch of that key, which is that of `x` if it is not known yet."""
+        if key not in self.branches and isinstance(piece, MaxPool):
+            y, self.branches[key] = piece.value_and_branch(x)
+        else:
+            y = piece.linearized(x, self.branches.setdefault(key, x.detach()))
+        if self.branch_changes is not None:
+            branch = self.branches[key]
+            self.branch_changes.append((piece.left_branch(x.detach(), branch).sum(), branch.numel()))
+        return y
+
+
 class Program:
     """Operations in order, as a function of named inputs that returns named results.
 
@@ -106,10 +144,9 @@ class Program:
         self.ops, self.inputs, self.results, self.owner = tuple(ops), tuple(inputs), tuple(results), owner
         self._calls = [_Call(op, (owner, op.name)) for op in ops]
 
-    def __call__(self, context: Any, *inputs: Any) -> tuple[Any, ...]:
-        """The results; `context` holds the branches of the step (`mep.graph.step_context.StepContext`) or is None."""
+    def __call__(self, context: StepContext | None, *inputs: Any) -> tuple[Any, ...]:
+        """The results; without a context no branch is held."""
         values: dict[str, Any] = dict(zip(self.inputs, inputs, strict=True))
-        frozen = context is not None and context.freeze_branches
         for call in self._calls:
             # The arguments: as they were recorded, with the values of this run in their places.
             args = call.args.copy()
@@ -120,7 +157,7 @@ class Program:
             for place, template in call.nested:
                 args[place] = _filled(template, values)
             kwargs = {key: _filled(template, values) for key, template in call.kwargs.items()}
-            if call.piece is not None and frozen and not args[0].is_complex():
+            if call.piece is not None and context is not None and context.freeze_branches and not args[0].is_complex():
                 result = context.on_branch(call.key, call.piece, args[0])
             elif call.whole:
                 result = call.target(context, call.key, *args, **kwargs)

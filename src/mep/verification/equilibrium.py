@@ -26,7 +26,7 @@ from mep.energy import Energy, State, make_node_energy, nudge
 from mep.estimators.contrast import CONTRASTS
 from mep.graph.closed_forms import Activation, Kink, Largest
 from mep.graph.node import Node
-from mep.graph.step_context import StepContext
+from mep.graph.ops import StepContext
 from mep.settle import Result, Settled, Solver, settle
 from mep.verification.case import Case
 from mep.verification.report import ResidualTrace

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 
 from mep.graph.closed_forms.activations import Activation
 from mep.graph.closed_forms.maxima import MaxPool
-from mep.graph.ops import Slot
-from mep.graph.step_context import StepContext
+from mep.graph.ops import Slot, StepContext
 from mep.layout import as_laid_out, in_dtype, rows_of
 
 aten = torch.ops.aten

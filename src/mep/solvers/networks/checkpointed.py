@@ -25,7 +25,7 @@ from mep.energy import Energy, State
 from mep.errors import ArgumentError
 from mep.graph import Point
 from mep.graph.node import Node, select_beta
-from mep.graph.step_context import StepContext
+from mep.graph.ops import StepContext
 from mep.settle import Response
 from mep.solvers.networks.affine import AffineNetwork, LazyMapping
 
