@@ -1,8 +1,8 @@
 """Recorded ATen operations, and programs of them that can be run again with other values.
 
 An operation's arguments are templates: a `Ref` stands for a value computed before, a `Slot` for a parameter, a buffer
-or a constant, which is read anew in every run. A `Program` runs a list of operations. The `StepContext` holds what stays
-the same within a step, so that every evaluation is of one and the same energy.
+or a constant, which is read anew in every run. A `Program` runs a list of operations. The `StepContext` holds what
+stays the same within a step, so that every evaluation is of one and the same energy.
 """
 
 from __future__ import annotations
