@@ -520,6 +520,9 @@ class Real(Quartic):
 
 
 class Huber(mep.BatchCost):
+    def __repr__(self):
+        return "Real()"
+
     def __init__(self, output, target):
         self.target = target.to(output.dtype)
 
