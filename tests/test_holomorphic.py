@@ -518,11 +518,11 @@ def test_energies_and_costs_of_ones_own_have_the_order_too(what, points):
 class Real(Quartic):
     is_holomorphic = False
 
-
-class Huber(mep.BatchCost):
     def __repr__(self):
         return "Real()"
 
+
+class Huber(mep.BatchCost):
     def __init__(self, output, target):
         self.target = target.to(output.dtype)
 
