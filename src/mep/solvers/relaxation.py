@@ -230,7 +230,7 @@ class Relaxation(Solver):
 
     def unrolled(self, energy: Energy, point: Point, start: Start, steps: int) -> tuple[Iterate, Tensor]:
         if energy.nudge is None:
-            free = Relaxed(energy, point, start.cost, self.memory)
+            free = Relaxed(energy, point, None, self.memory)  # the cost says when to stop
             for _ in range(steps):
                 free.sweep(self.factor)
             for name in free.sizes:
