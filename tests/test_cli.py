@@ -590,7 +590,7 @@ def test_torch_muon_is_refused_where_torch_has_none(monkeypatch, tmp_path):
 
 def test_bench_compares_variants(tmp_path):
     words = ("--data", "digits", "--seconds", 0.05, "--seeds", 1, "--out", tmp_path, "--name", "tolerance")
-    output = mep("bench", *words, "--only", "eqprop", "--add", "eqprop tol=0.5 phases=centered", "--target", 1)
+    output = mep("bench", *words, "--only", "EqProp", "--add", "eqprop tol=0.5 phases=centered", "--target", 1)
     rows = json.loads((tmp_path / "tolerance.json").read_text())["rows"]
     assert [row["label"] for row in rows] == ["EqProp", "EqProp tol=0.5 phases=centered"]
     assert rows[1]["options"] == rows[0]["options"] | {"tol": 0.5, "phases": "centered"}

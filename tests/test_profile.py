@@ -248,7 +248,7 @@ def test_time_is_counted_for_the_phase_that_takes_it(phase, monkeypatch):
     owner, name = {
         "free": (mep.EquilibriumPropagation, "_free"),
         "settle": (sys.modules["mep.estimators.equilibrium"], "settle_phases"),
-        "contrast": (sys.modules["mep.estimators.equilibrium"], "contrast"),
+        "contrast": (sys.modules["mep.estimators.equilibrium"], "total_gradient"),
         "update": (sys.modules["torch.optim.sgd"], "sgd"),
         "rest": (mep.EPOptimizer, "_check_owned"),
     }[phase]

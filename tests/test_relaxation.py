@@ -3,9 +3,7 @@
 import copy
 import math
 import pickle
-import re
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
@@ -404,14 +402,6 @@ def test_products_of_states_are_relaxed_as_states():
         model, x, y, "cross_entropy", 1e-2, mep.Descent(5000, settle_lr=0.2, adaptive=True, tol=1e-8)
     )
     assert estimate.converged and of_descent.converged and distance(found, slow) < 1e-5
-
-
-def test_the_blocks_of_the_page_run(capsys):
-    page = (Path(__file__).parent.parent / "docs" / "hopfield.md").read_text()
-    names = {}
-    for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
-        exec(block, names)
-    assert "converged" in capsys.readouterr().out
 
 
 def test_only_hopfield_networks():

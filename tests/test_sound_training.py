@@ -2381,3 +2381,17 @@ def test_an_embedding_that_is_added_later_is_not_bounded_either():
     opt.add_param_group({"params": model.a.parameters()})
     opt.step(x=tokens(BATCH, 3), target=LABELS)
     assert (model.a.weight - start).norm() < 1
+
+
+def test_a_property_in_the_place_of_a_slot_is_left_alone():
+    """As mpmath's constants have: it makes a new object whenever it is read, and cannot be set."""
+
+    class Slotted:
+        __slots__ = ("value",)
+
+    class Computed(Slotted):
+        value = property(lambda self: [1.0])
+
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    model.constant = Computed()
+    assert mep.EquilibriumPropagation(model)(torch.randn(5, 3), torch.tensor([0, 1, 0, 1, 0])).converged

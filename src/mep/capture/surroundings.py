@@ -19,7 +19,16 @@ from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain, repeat
-from types import BuiltinFunctionType, CellType, CodeType, FunctionType, MethodType, ModuleType, SimpleNamespace
+from types import (
+    BuiltinFunctionType,
+    CellType,
+    CodeType,
+    FunctionType,
+    MemberDescriptorType,
+    MethodType,
+    ModuleType,
+    SimpleNamespace,
+)
 from typing import Any, NamedTuple
 
 import torch
@@ -41,8 +50,8 @@ _OWN = vars(nn.Module()).keys()
 """What torch keeps on every module."""
 _LONGEST = 10_000
 """A list or dictionary with more entries is data, and not looked into."""
-_FOREIGN = {*sys.stdlib_module_names, "torch", "numpy", "mep"} - {"__main__"}
-"""Packages whose code keeps nothing that a model is made of."""
+_FOREIGN = {*sys.stdlib_module_names, "torch", "numpy", "mep", "_pytest"} - {"__main__"}
+"""Packages whose code keeps nothing that a model is made of; pytest's is what it makes of assertions in `forward`."""
 _ABSENT = object()
 
 
@@ -308,7 +317,9 @@ def _of_object(name: str, value: Any) -> Iterator[Place]:
         if hasattr(value, "__dict__"):
             yield Place(name, vars(value))
         listed = [vars(cls).get("__slots__", ()) for cls in type(value).__mro__]
-        slots = [s for names in listed for s in ([names] if isinstance(names, str) else names) if s[:2] != "__"]
+        names = [s for own in listed for s in ([own] if isinstance(own, str) else own)]
+        # A subclass may have a property in the place of a slot, which cannot be put back.
+        slots = [s for s in names if isinstance(getattr(type(value), s, None), MemberDescriptorType)]
         if slots:
             yield _Named(name, value, slots)
 

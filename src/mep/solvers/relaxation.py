@@ -656,7 +656,7 @@ class Displaced(Point):
             raise AttributeError(name)
         before, moves = (by.free.values, by.tangents) if name == "values" else (by.free.predictions, by.dmu)
         found = {n: _moved(value, moves.get(n), by.energy.beta) for n, value in before.items()}
-        if name == "values":
+        if name == "values" and not is_complex(by.energy.beta):
             found |= {n.name: n.potential.within(found[n.name]) for n in by.energy.graph.states}
         setattr(self, name, found)
         return found
