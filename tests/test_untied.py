@@ -285,7 +285,7 @@ def test_feedback_is_read_anew_and_low_memory_steps_are_the_same():
 
 @pytest.mark.parametrize("seed", range(3))
 def test_opposite_feedback_settles_under_relaxed(seed):
-    """The coupling has imaginary eigenvalues, for which Young's best omega, `2 / (1 + sqrt(1 + |mu|^2))`, is below 1."""
+    """The coupling has imaginary eigenvalues i m; the best omega for these, `2 / (1 + sqrt(1 + m^2))`, is below 1."""
     torch.manual_seed(seed)
     model, x, y = dense(), torch.rand(5, 4), torch.randn(5, 3)
     feedback = {n: -3 * model.get_parameter(n).detach() for n in ("2.weight", "4.weight")}

@@ -207,8 +207,8 @@ class EPOptimizer(torch.optim.Optimizer):
         fixed = [n for n, b in getattr(self.estimator, "feedback", {}).items() if b.requires_grad and b not in own]
         if fixed:
             raise ParameterError(
-                f"The feedback weights for {', '.join(fixed)} are not in the optimizer, so that they never move. Way out: "
-                "give it [*model.parameters(), *feedback.values()]; or freeze them, B.requires_grad_(False)."
+                f"The feedback weights for {', '.join(fixed)} are not in the optimizer, so that they never move. Way "
+                "out: give it [*model.parameters(), *feedback.values()]; or freeze them, B.requires_grad_(False)."
             )
 
     def _step_in_pieces(self, x: Any, target: Tensor, **known: Any) -> Tensor:
