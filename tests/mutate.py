@@ -35,6 +35,7 @@ SUITES = {
     "graph/closed_forms/complex.py": "holomorphic",
     "graph/closed_forms/": f"chain kinks {CORE}",
     "graph/holomorphic.py": "holomorphic",
+    "graph/untied.py": "untied",
     "graph/node.py": f"chain {CORE} traps",
     "graph/ops.py": f"chain capture {CORE}",
     "graph/inputs.py": "bad_input",

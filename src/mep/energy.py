@@ -342,6 +342,7 @@ class Energy:
 
     def value(self, point: Point) -> Tensor:
         """`E(s)`, or `F(s)` when nudged, without the leftover of the free phase: [batch]."""
+        assert not self.graph.is_untied, "with untied feedback weights there is no energy"
         total = torch.zeros(self.batch, dtype=self.output(point).dtype, device=self.output(point).device)
         for name, mu in point.predictions.items():
             total = total + self.of_node(name, point.values[name], mu)

@@ -194,7 +194,7 @@ class EPOptimizer(torch.optim.Optimizer):
             )
 
     def _check_readout(self) -> None:
-        """Refuse a readout whose trained parameters would never move."""
+        """Refuse a readout, or feedback weights, whose trained parameters would never move."""
         readout, own = getattr(self.estimator, "readout", None), set(self._parameters())
         trained = [] if readout is None else [p for p in readout.parameters() if p.requires_grad]
         missing = [tuple(p.shape) for p in trained if p not in own]
@@ -203,6 +203,12 @@ class EPOptimizer(torch.optim.Optimizer):
                 f"{len(missing)} parameters of the readout, of shapes {missing[:3]}, are not in the optimizer, so that "
                 "they never move. Way out: give it [*model.parameters(), *readout.parameters()]; or freeze them, "
                 "readout.requires_grad_(False)."
+            )
+        fixed = [n for n, b in getattr(self.estimator, "feedback", {}).items() if b.requires_grad and b not in own]
+        if fixed:
+            raise ParameterError(
+                f"The feedback weights for {', '.join(fixed)} are not in the optimizer, so that they never move. Way "
+                "out: give it [*model.parameters(), *feedback.values()]; or freeze them, B.requires_grad_(False)."
             )
 
     def _step_in_pieces(self, x: Any, target: Tensor, **known: Any) -> Tensor:
@@ -302,9 +308,12 @@ Home = tuple[dict[str, Any], str]
 
 
 def homes_of(estimator: Estimator) -> tuple[dict[nn.Parameter, Home], list[tuple[dict[str, Any], str, Any]]]:
-    """Where the parameters of an estimator's model stand, and of its cost, readout and groups; and modules."""
+    """Where the parameters of an estimator's model, cost, readout, groups and feedback stand; and modules."""
     others = [getattr(estimator, "cost", None), getattr(estimator, "readout", None), *getattr(estimator, "groups", ())]
-    parameters: dict[nn.Parameter, Home] = {}
+    feedback: dict[str, Any] = getattr(estimator, "feedback", {})
+    parameters: dict[nn.Parameter, Home] = {
+        b: (feedback, n) for n, b in feedback.items() if isinstance(b, nn.Parameter)
+    }
     modules: list[tuple[dict[str, Any], str, Any]] = []
     for root in (estimator.model, *(other for other in others if isinstance(other, nn.Module))):
         for module in root.modules():

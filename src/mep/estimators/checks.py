@@ -21,6 +21,7 @@ from mep.graph.holomorphic import check_complex
 from mep.graph.inputs import check_mode
 from mep.guards import generators, set_generators
 from mep.settle import Solver
+from mep.solvers.relaxation import Relaxation
 
 _CALL = "EquilibriumPropagation"
 
@@ -50,6 +51,39 @@ def with_readout(cost: str | PerExample | type[BatchCost], readout: Any) -> With
     return whole
 
 
+def check_feedback(ep: Any, feedback: Any) -> dict[str, Tensor]:
+    """The feedback weights by the names of the weights, if they can be used."""
+    call = f"{_CALL}(feedback={{...}}"
+    if feedback is None:
+        return {}
+    if not isinstance(feedback, Mapping) or not feedback:
+        raise ArgumentError(f"{_CALL}(feedback={feedback!r}): must be a mapping from names of weights to tensors.")
+    if not isinstance(ep.node_energy, Hopfield):
+        raise ArgumentError(
+            f"{call}, energy={ep.node_energy.name!r}): only layers of a Hopfield network send messages through weights "
+            "of their own. Use energy='hopfield'."
+        )
+    if not isinstance(ep.solver, Relaxation):
+        raise ArgumentError(f"{call}, solver={ep.solver}): there is no energy to descend. Use mep.Relaxation(...).")
+    check_feedback_shapes(ep.model, feedback)
+    return dict(feedback)
+
+
+def check_feedback_shapes(model: nn.Module, feedback: Mapping[str, Tensor]) -> dict[str, nn.Parameter]:
+    """The parameters of the model by their names, if every feedback weight is like the weight of its name."""
+    weights = dict(model.named_parameters(remove_duplicate=False))
+    for name, b in feedback.items():
+        call = f"{_CALL}(feedback={{{name!r}: ...}})"
+        if name not in weights:
+            raise ArgumentError(f"{call}: must be one of model.named_parameters(): {', '.join(weights)}.")
+        if not isinstance(b, Tensor) or (b.requires_grad and not isinstance(b, nn.Parameter)):
+            raise ArgumentError(f"{call}: must be a torch.nn.Parameter, or a tensor without requires_grad.")
+        got, wanted = ((tuple(t.shape), t.dtype, t.device) for t in (b, weights[name]))
+        if got != wanted:
+            raise ArgumentError(f"{call}: must be like the weight, {wanted}, and is {got}.")
+    return weights
+
+
 def check_groups(groups: Sequence[GroupEnergy], graph: Graph) -> None:
     """Refuse groups of nodes that have no state in the graph."""
     names = [node.name for node in graph.states]
@@ -64,6 +98,8 @@ def check_groups(groups: Sequence[GroupEnergy], graph: Graph) -> None:
 def check_relax(ep: Any, clamp: Any, start: Any, held: Any) -> None:
     """Refuse what `relax` cannot hold, or would ignore."""
     check_mode()
+    if ep.feedback:
+        raise ArgumentError("relax: with feedback=... there is no energy. Use an estimator without it.")
     if not isinstance(ep.node_energy, Hopfield):
         raise ArgumentError(
             f"relax: only Hopfield networks run backward, and this is energy={ep.node_energy.name!r}. Use "
@@ -83,6 +119,9 @@ def check_settings(ep: Any) -> None:
         _check_compile(ep)
     if ep.checkpoint:
         _check_checkpoint(ep)
+    for name, asked in (("compile=True", ep.compile), ("observe=...", ep.observe is not None)):
+        if ep.feedback and asked:
+            raise ArgumentError(f"{_CALL}(feedback={{...}}, {name}): leave out one of the two.")
 
 
 def _check_values(ep: Any) -> None:

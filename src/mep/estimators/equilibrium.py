@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,8 @@ from mep.cost import BatchCost, PerExample, WithReadout, make_cost
 from mep.energy import Energy, GroupEnergy, Hopfield, NodeEnergy, make_node_energy
 from mep.errors import ArgumentError, DivergedError, InputError, NotConvergedError, NotConvergedWarning, warn
 from mep.estimators.checks import (
+    check_feedback,
+    check_feedback_shapes,
     check_groups,
     check_holomorphic,
     check_relax,
@@ -48,11 +51,13 @@ from mep.estimators.warm_start import EquilibriumCache, check_indices
 from mep.graph import Graph
 from mep.graph.inputs import check_mode, check_model, checked_batch, input_names
 from mep.graph.ops import Slot, StepContext
+from mep.graph.untied import untied_graph
 from mep.guards import Noise, generators, region, set_generators, uninterrupted
 from mep.layout import per_example
 from mep.settle import Result, Settled, Solver, Start, rounded, settle
 from mep.solvers import Descent, Relaxation, Sweep
 from mep.solvers.networks.checkpointed import CheckpointedPoint
+from mep.solvers.relaxation import Memory, has_constant_jacobians
 
 
 class EquilibriumPropagation:
@@ -104,6 +109,18 @@ class EquilibriumPropagation:
             free equilibrium. Give the optimizer its parameters, too: `[*model.parameters(), *readout.parameters()]`.
             With dropout it draws once a step. A layer that writes to buffers (batch normalisation in training mode) is
             refused, and so is `compile=True`.
+        feedback: weights of their own for what a layer of a Hopfield network sends back to its parents: the name of the
+            layer's weight in `model.named_parameters()`, and a tensor of its shape; see below. A parameter is trained:
+            give it to the optimizer, too. Only for `mep.Relaxation`, with omega = 1 unless it has one.
+
+    With `feedback` the message of a layer to its parents is `B^T s` instead of `W^T s`. The states come to rest where a
+    vector field F vanishes that is not the gradient of an energy, `pull_n = mu_n + sum_c B_c^T s_c`. The rule is that
+    of Scellier et al. 2018 (arXiv:1808.04873), `(dF/dtheta)^T ds/dbeta`. With the input h of the layer, its
+    displacement dh, and the displacement ds of its states, over beta:
+
+        dC/dW ~ -ds h^T  (from F of the layer itself),        dC/dB ~ -s dh^T  (from F of its parents)
+
+    It is biased, at any beta, unless B = W: then the sum of both is the gradient of a Hopfield network.
 
     With `phases="holomorphic"` the model is continued to complex states (complex64 for float32): N/2 nudged phases for
     an even N, since equilibria at conjugate betas are conjugate. `Estimate.betas` has the radius. Operations that have
@@ -144,6 +161,7 @@ class EquilibriumPropagation:
         groups: Sequence[GroupEnergy] = (),
         points: int | None = None,
         readout: nn.Module | None = None,
+        feedback: Mapping[str, Tensor] | None = None,
     ):
         check_model(model, "EquilibriumPropagation")
         check_state(model)
@@ -161,6 +179,10 @@ class EquilibriumPropagation:
         self.groups = tuple(groups)
         self.solver = solver or (_DESCENT if self.groups else default_solver(self.node_energy))
         check_solver(self.solver)
+        self.feedback = check_feedback(self, feedback)
+        if self.feedback and isinstance(self.solver, Relaxation) and self.solver.omega is None:
+            # Which omega is best is known of symmetric couplings alone, and so measured with another memory.
+            self.solver = replace(self.solver, omega=1.0, memory=Memory())
         self.beta = beta
         self.compile, self.checkpoint = compile, checkpoint
         self.on_unsettled, self._has_warned, self._has_warned_of_softmax = on_unsettled, False, False
@@ -274,7 +296,8 @@ class EquilibriumPropagation:
         """The output of the free equilibrium, or what the readout makes of it; for the prediction energy `model(x)`."""
         batch = checked_batch(x)
         with noise_undone_on_error():
-            energy, free = self._free(self._graphs.of(x), x, batch)
+            graph = self._graphs.of(x)
+            energy, free = self._free(self._untied(graph) if self.feedback else graph, x, batch)
             output = energy.output(free.point)
             if isinstance(self._whole_cost, WithReadout):
                 output = self._whole_cost.read(output)
@@ -349,7 +372,7 @@ class EquilibriumPropagation:
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what belongs to this very model: a copy is bound to the copied one, and traces it anew."""
-        return {name: value for name, value in self.__dict__.items() if name not in ("_graphs", "compiled_steps")}
+        return {name: value for name, value in self.__dict__.items() if name not in _BOUND}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -358,11 +381,19 @@ class EquilibriumPropagation:
     def _trace(self) -> None:
         """What belongs to this very model."""
         states = "hopfield" if self.node_energy.behind_activations else "prediction"
+        self._untied_graphs: WeakKeyDictionary[Graph, Graph] = WeakKeyDictionary()
         self._graphs = Graphs(self.model, self.leaves, states, self.branches, self._whole_cost, self.proof)
         self.compiled_steps: CompiledSteps | None = None
         if self.compile:
             options = CompileOptions(self.solver, self.node_energy, self.phases, self.observe is not None)
             self.compiled_steps = CompiledSteps(options, self._cost)
+
+    def _untied(self, graph: Graph) -> Graph:
+        """The graph with the feedback weights, the same one each time; what is proven is the graph without them."""
+        if graph not in self._untied_graphs:
+            weights = check_feedback_shapes(self.model, self.feedback)
+            self._untied_graphs[graph] = untied_graph(graph, weights, self.feedback)
+        return self._untied_graphs[graph]
 
     def _check(self, x: Any, target: Any) -> int:
         """The number of examples, once everything that can be refused without the model is found right."""
@@ -385,6 +416,8 @@ class EquilibriumPropagation:
         """The step up to its equilibria: the graph, the free phase, the loss, the nudged phases. Nothing is written."""
         indices = None if indices is None else self._checked_indices(indices, batch)
         graph = graph or self._graphs.of(x, target, saves_memory=saves_memory or self.checkpoint)
+        if self.feedback:
+            graph = self._untied(graph)
         self._check_graph(graph)
         with region("free phase"):
             energy, free = self._free(graph, x, batch, indices, target)
@@ -397,6 +430,12 @@ class EquilibriumPropagation:
             raise DivergedError(
                 f"The loss is {float(loss)} before settling: the target or the weights are not finite, or the "
                 "output overflows. Nothing was changed."
+            )
+        if self.feedback and not has_constant_jacobians(energy, free.point):
+            raise ArgumentError(
+                f"EquilibriumPropagation(feedback=...): Jacobians of {type(self.model).__name__} change with the "
+                "states (a product of states, a function without a state, max pooling with branches='exact'). Leave it "
+                "out."
             )
         if self.phases == "holomorphic":
             check_holomorphic(self, energy, free.point, cost)
@@ -464,6 +503,7 @@ class EquilibriumPropagation:
                 result = settled.result if result is Result.CONVERGED else result
         _, energy, last = phases[-1]
         assert residual is not None
+        inside, coupling = self.solver.diagnosis()
         return Estimate(
             loss,
             residual,
@@ -475,7 +515,8 @@ class EquilibriumPropagation:
             max(e.left_branch(settled.point) for _, e, settled in phases) if self.diagnostics else None,
             last.turns,
             graph.share_kept,
-            *self.solver.diagnosis(),
+            inside,
+            None if self.feedback else coupling,
         )
 
     def _finish(self, step: _Step, x: Any, target: Tensor, indices: Tensor | None) -> None:
@@ -628,4 +669,6 @@ def _write(new_buffers: Mapping[Slot, Tensor]) -> None:
                 buffer.copy_(value)
 
 
+_BOUND = ("_graphs", "_untied_graphs", "compiled_steps")
+"""What belongs to the very model of an estimator, and is not copied."""
 _DESCENT = Descent(settle_steps=500, settle_lr=0.3, adaptive=True, tol=1e-4)

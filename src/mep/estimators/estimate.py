@@ -33,7 +33,8 @@ class Estimate:
             in one of 16 batches. Units on a face of the box do not respond to the nudge. Behind smooth activations: of
             those whose slope is at least a hundredth of the largest.
         coupling: a lower bound, close by, of the largest eigenvalue of the coupling between states, measured likewise.
-            Settling slows down toward 1; beyond it there are several equilibria.
+            Settling slows down toward 1; beyond it there are several equilibria. None with `feedback=...`, where the
+            coupling is not symmetric.
     """
 
     loss: Tensor

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from mep.energy import Energy
@@ -32,7 +33,7 @@ class PhaseView:
         states, predictions: s and mu.
         errors: the scaled errors `de/dmu / beta`, for the prediction energy `(mu - s) / beta`; 0 in the free phase.
             Where the free equilibrium is not the forward pass: how far each state has moved from it, over beta.
-        energies: `e(s, mu)` summed over the node, [batch].
+        energies: `e(s, mu)` summed over the node, [batch]; NaN with `feedback=...`, where there is no energy.
         residuals: in units of the nudge, [batch].
         course: the residuals after every iteration, where they were recorded.
     """
@@ -142,7 +143,12 @@ def _phase(energy: Energy, settled: Settled, multiple: complex, course: Sequence
         errors = energy.displacements(point)
     else:
         errors = energy.errors(point) if settled.errors is None else settled.errors
-    energies = {name: energy.of_node(name, states[name], mu) for name, mu in point.predictions.items()}
+    energies = {
+        name: mu.new_full((energy.batch,), torch.nan)
+        if energy.graph.is_untied
+        else energy.of_node(name, states[name], mu)
+        for name, mu in point.predictions.items()
+    }
     residuals = _residuals(energy, point, settled.errors, settled.turns is not None)
     errors = {name: errors[name] for name in states}
     return PhaseView(multiple, states, dict(point.predictions), dict(errors), energies, residuals, tuple(course))

@@ -79,6 +79,8 @@ class Graph:
     stateless: tuple[str, ...] = ()
     kinks: Mapping[str, Kink] = field(default_factory=dict)
     """Junction -> the operation with kinks that it is, directly behind a state (`branches="exact"` only)."""
+    is_untied: bool = False
+    """Whether messages to parents have weights of their own (`mep.graph.untied`), so that there is no energy."""
 
     def __post_init__(self) -> None:
         self.states = tuple(n for n in self.nodes if n.owns_state)

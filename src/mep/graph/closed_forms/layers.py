@@ -201,6 +201,11 @@ class WeightedOp(LayerOp):
         weight: Tensor = self._home[self._key]
         return weight
 
+    def replace_weight(self, weight: Tensor) -> None:
+        """Take another weight, of the same shape, and no bias: for a copy that is only used for products with J."""
+        self._home, self._key, self._bias = {"weight": weight}, "weight", None
+        self.parameters = (weight if isinstance(weight, nn.Parameter) else None, None)
+
     @property
     def bias(self) -> Tensor | None:
         """As it is now."""
