@@ -363,3 +363,16 @@ def test_tokens_cannot_be_free():
     ep.predict(tokens)
     with pytest.raises(mep.InputError, match=r"torch.int64.*Clamp it"):
         ep.relax(clamp={"output": torch.zeros(2, 3).double()}, box=(0, 1))
+
+
+def test_a_batch_that_was_refused_is_forgotten():
+    torch.manual_seed(0)
+    model, x, labels = nn.Sequential(nn.Linear(5, 9), nn.Tanh(), nn.Linear(9, 4)), torch.rand(4, 5), torch.eye(4)
+    ep = mep.EquilibriumPropagation(model, "one_hot_mse", energy="hopfield")
+    ep.predict(x)
+    for refused in (lambda: ep(x.double(), torch.arange(4)), lambda: ep.predict(x.double())):
+        with pytest.raises(mep.InputError, match="dtype"):
+            refused()
+        assert ep.relax(clamp={"output": labels}, box=(0, 1)).converged
+    with pytest.raises(mep.ArgumentError, match="box"):
+        ep.relax(clamp={"output": labels}, box=("a", "b"))

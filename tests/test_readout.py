@@ -436,8 +436,14 @@ def test_a_hopfield_network_learns_behind_a_readout():
     y = x[:, :3].argmax(1)
     parameters = [*model.parameters(), *readout.parameters()]
     optimizer = mep.eqprop(
-        parameters, model=model, energy="hopfield", cost="cross_entropy", readout=readout, lr=0.1, momentum=0.5
+        parameters, model=model, energy="hopfield", cost="cross_entropy", readout=readout, lr=0.05, momentum=0.5
     )
-    for _ in range(150):
+    for _ in range(300):
         optimizer.step(x=x, target=y)
     assert optimizer.last.converged and optimizer.predict(x).argmax(1).eq(y).float().mean() > 0.9
+
+
+def test_a_readout_is_refused_with_complex_phases():
+    body = nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 5), nn.Hardtanh(0, 1))
+    with pytest.raises(mep.ArgumentError, match="readout"):
+        mep.EquilibriumPropagation(body, "cross_entropy", readout=nn.Linear(5, 3), phases="holomorphic")

@@ -478,3 +478,39 @@ def test_presets_train_with_nothing_else_given(preset):
         rows = torch.arange(32 * i, 32 * i + 32) % 256
         opt.step(x=x[rows], target=y[rows])
     assert opt.last.converged and opt.predict(x).argmax(1).eq(y).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("omega", [0.8, 1.0, 1.2, 1.6])
+def test_exact_boxes_settle_with_any_omega_at_the_same_point(omega):
+    """The outward pull on a face is relaxed with all other pulls."""
+    torch.manual_seed(3)
+    model = mlp(lambda: nn.Hardtanh(0.0, 1.0), 5, 9, 8, 4).double()
+    x, y = torch.rand(4, 5).double(), torch.tensor([0, 1, 2, 3])
+
+    def at(omega):
+        solver = mep.Relaxation(adaptive=False, settle_steps=400, omega=omega)
+        given = {"energy": "hopfield", "branches": "exact", "beta": 0.1, "solver": solver}
+        return mep.EquilibriumPropagation(model, "one_hot_mse", **given).gradients(x, y)
+
+    (found, estimate), (plain, _) = at(omega), at(1.0)
+    assert estimate.residual.max() < 1e-12 and distance(found, plain) < 1e-10
+
+
+@pytest.mark.parametrize(
+    ("make", "scale"),
+    [(nn.Sigmoid, 10.0), (nn.Tanh, 3.0), (lambda: nn.Softmax(-1), 10.0), (lambda: nn.Hardtanh(0.0, 1.0), 0.7)],
+)
+@pytest.mark.parametrize("seed", range(4))
+def test_examples_whose_displacements_are_small_settle_too(make, scale, seed):
+    """The free phase is settled beside the smallest displacements of late, saturated units among them."""
+    torch.manual_seed(seed)
+    model = mlp(make, 5, 9, 8, 4)
+    for p in model.parameters():
+        p.data.mul_(scale)
+    x, y = torch.rand(4, 5), torch.eye(4)
+    steady = mep.Relaxation(adaptive=False, settle_steps=60)
+    if gradient(model, x, y, "mse", None, steady)[1].residual.max() > 1e-4:
+        return  # there are several equilibria
+    ep = mep.EquilibriumPropagation(model, "one_hot_mse", energy="hopfield", on_unsettled="ignore")
+    estimates = [ep.gradients(x, y)[1] for _ in range(4)]
+    assert estimates[-1].converged

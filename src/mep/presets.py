@@ -13,7 +13,7 @@ these arguments:
 With `energy="hopfield"` and no `settle_lr` the states settle by `mep.Relaxation`, whose iterations are sweeps, too.
 Large weights give such a network several equilibria, and cross entropy is never done with enlarging them: `cost` is
 then "one_hot_mse" by default (the squared error; class labels stand for one-hot vectors), and presets have another
-`lr`, see `HOPFIELD_DEFAULTS`.
+`lr` and `momentum`, see `HOPFIELD_DEFAULTS`.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ _DEFAULTS: dict[str, Any] = {
     "checkpoint": False, "low_memory": False,
 }  # fmt: skip
 HOPFIELD_DEFAULTS: dict[str, dict[str, Any]] = {
-    "eqprop": {"lr": 0.2, "momentum": 0.5},
+    "eqprop": {"lr": 0.3, "momentum": 0.5},
     "natural_ep": {"lr": 0.01},
     **{name: {"lr": 0.005} for name in ("smep", "smep_fast", "sdmep", "O1MemoryEPv2")},
 }

@@ -33,6 +33,7 @@ class Result(str, enum.Enum):
     FIXED_STEPS = "ran the fixed number of steps"
     """`adaptive=False`: exactly `settle_steps`, and some example is still above the tolerance."""
     STEP_LIMIT = "reached the step limit"
+    STALLED = "its residuals did not fall any more"
     """`settle_steps` did not suffice for some example."""
     DIVERGED = "diverged"
     """The forces grow without bound, or are not finite."""
@@ -296,6 +297,8 @@ def settle(
         result = Result.CONVERGED
     else:
         result = Result.STEP_LIMIT if solver.adaptive else Result.FIXED_STEPS
+        if iterate.stuck and iterations < solver.settle_steps:
+            result = Result.STALLED
     if counts is None:
         counts = last.residual.new_full((energy.batch,), iterations, dtype=torch.long)
     return Settled(last.point, last.residual, iterations, result, counts, last.errors, last.turns)

@@ -24,21 +24,24 @@ from mep.capture.export import check_leaves as check_leaves
 from mep.capture.export import export
 from mep.capture.kinks import read_kinks
 from mep.capture.reading import Reading
-from mep.errors import ArgumentError, InputError, TraceError
+from mep.errors import ArgumentError, InputError, TraceError, one_of, require
 from mep.graph.graph import Graph
 from mep.graph.inputs import flattened, unflattened
 
 
-def trace(model: nn.Module, x: Any, leaves: Leaves = ()) -> Graph:
+def trace(model: nn.Module, x: Any, leaves: Leaves = (), energy: str = "prediction") -> Graph:
     """The graph of a model: nodes, junctions and what connects them. `print` shows it as a table.
 
     Args:
         model: any module that `torch.export` can record. It is not changed.
         x: an example input, [batch, ...]; a tuple or dict for several.
         leaves: module types, or qualified names, that are kept whole: autograd inside, equilibrium between.
+        energy: "prediction", whose states are the predictions of layers, or "hopfield", where they are behind the
+            activations: sums before an activation have a node there.
 
     Raises:
         TraceError: the model cannot be represented; the message names the place and the way out.
+        ArgumentError: there is no such energy.
 
     Example:
         >>> import mep, torch
@@ -46,7 +49,8 @@ def trace(model: nn.Module, x: Any, leaves: Leaves = ()) -> Graph:
         >>> [(node.name, node.parents) for node in mep.trace(net, torch.ones(2, 4)).nodes]
         [('0', ('input',)), ('2', ('0',))]
     """
-    return capture(model, x, leaves)
+    require("trace", "energy", energy, *one_of(("prediction", "hopfield")))
+    return capture(model, x, leaves, energy)
 
 
 def _read(model: nn.Module, x: Any, leaves: Leaves, cost: Callable[..., Any] | None, target: Any) -> Reading:

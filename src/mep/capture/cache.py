@@ -152,7 +152,10 @@ class Graphs:
         if not self.known:
             name = type(self.model).__name__
             raise InputError(f"The inputs of {name} are not known yet. Way out: first call predict with a batch.")
-        known, values = self.known[0], []
+        dtypes = {p.dtype for p in self.model.parameters()}  # of the batches that fit, the one that was used last
+        fitting = (k for k in self.known if all(dtype is None or not dtype.is_floating_point or dtype in dtypes
+                                                for dtype, _, _ in k.leaves))  # fmt: skip
+        known, values = next(fitting, self.known[0]), []
         rows = next(sizes[0] for dtype, _, sizes in known.leaves if dtype is not None)
         for ref, (dtype, device, sizes) in zip(known.graph.leaves, known.leaves, strict=False):
             if not isinstance(ref, Ref):

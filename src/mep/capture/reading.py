@@ -176,7 +176,12 @@ class Reading:
                     f"The Hopfield energy has one state for {self.place(before)}, and two activations in a row, the "
                     f"second in {self.place(n)}, would be two. Leave one out, or use the energy 'prediction'."
                 )
-            if len([u for u in before.users if u in self.needed]) > 1 or before.op == "placeholder":
+            if before.op == "placeholder":
+                raise TraceError(
+                    f"The Hopfield energy has no state before {self.place(n)}, which reads an input. Way out: apply it "
+                    "to the data, before the model."
+                )
+            if len([u for u in before.users if u in self.needed]) > 1:
                 raise TraceError(
                     f"The Hopfield energy cannot read {self.place(before)} both before and behind {self.place(n)}. "
                     "Use the energy 'prediction'."

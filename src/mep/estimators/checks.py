@@ -171,6 +171,7 @@ def _check_contrast(ep: Any) -> None:
         (ep.compile, "compile=True", "complex phases are not compiled. Leave out one of the two"),
         (ep.checkpoint, "checkpoint=True", "complex phases are not checkpointed. Leave out one of the two"),
         (ep.diagnostics, "diagnostics=True", "complex states are on no branch. Leave out one of the two"),
+        (ep.readout is not None, "readout=...", "a readout is for real states alone. Leave out one of the two"),
     ):
         if asked:
             raise ArgumentError(f"{_CALL}(phases='holomorphic', {what}): {way_out}.")

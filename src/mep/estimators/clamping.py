@@ -206,7 +206,7 @@ def real_name(graph: Graph, name: str) -> str:
         return graph.inputs[0]
     raise ArgumentError(
         f"relax: {name!r} is no input and no node with a state; these are {', '.join(names)}. See "
-        "print(mep.trace(model, x))."
+        "print(mep.trace(model, x, energy='hopfield'))."
     )
 
 
@@ -221,7 +221,10 @@ def _boxes(graph: Graph, free: Sequence[str], box: Boxes | None) -> Mapping[str,
     found: dict[str, Box] = {}
     for name in free:
         bounds = given.get(name)
-        if not isinstance(bounds, (tuple, list)) or len(bounds) != 2 or not bounds[0] < bounds[1]:
+        given_two = isinstance(bounds, (tuple, list)) and len(bounds) == 2
+        if bounds is None or not given_two or not all(isinstance(b, (int, float)) for b in bounds):
+            bounds = (0.0, 0.0)
+        if not bounds[0] < bounds[1]:
             raise ArgumentError(
                 f"relax(box={box!r}): the input {name!r} is free, so it needs a box: the range of the data, box=(0, 1) "
                 "for instance. Or clamp it."

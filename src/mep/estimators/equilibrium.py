@@ -49,7 +49,7 @@ from mep.estimators.layer_factors import LayerStatistics, layer_statistics
 from mep.estimators.view import Equilibrium, Recorder, view
 from mep.estimators.warm_start import EquilibriumCache, check_indices
 from mep.graph import Graph
-from mep.graph.inputs import check_mode, check_model, checked_batch, input_names
+from mep.graph.inputs import check_mode, check_model, checked_batch, dtype_errors, input_names
 from mep.graph.ops import Slot, StepContext
 from mep.graph.untied import untied_graph
 from mep.guards import Noise, generators, region, set_generators, uninterrupted
@@ -295,7 +295,7 @@ class EquilibriumPropagation:
     def predict(self, x: Any) -> Tensor:
         """The output of the free equilibrium, or what the readout makes of it; for the prediction energy `model(x)`."""
         batch = checked_batch(x)
-        with noise_undone_on_error():
+        with noise_undone_on_error(), dtype_errors(self.model):
             graph = self._graphs.of(x)
             energy, free = self._free(self._untied(graph) if self.feedback else graph, x, batch)
             output = energy.output(free.point)

@@ -10,7 +10,8 @@ Martens 2016, "KFC", https://arxiv.org/abs/1602.01407). The uses of a shared wei
 In a Hopfield network delta is how far the nudge has moved the layer's state, with the other sign: (s_free - s) / beta.
 There the gradient has a second part, of how far the layer's input has moved, which is left out of the factors.
 
-A weight has rows if its only uses are linear layers and ungrouped convolutions, each the only ones of their node.
+A weight has rows if its only uses are linear layers and ungrouped convolutions, each the only ones of their node and
+followed there by nothing but pooling, reshaping and other operations with a closed form. Others are left out.
 """
 
 from __future__ import annotations

@@ -108,7 +108,8 @@ class Memory:
         gain = (moved / gradient).nan_to_num(math.inf, math.inf).kthvalue(1 + len(gradient) // 10).values
         if math.isfinite(float(gain)):
             known = self.gains.get(name)
-            self.gains[name] = gain if known is None else torch.lerp(known.to(gain), gain, 0.3)
+            # Down at once, up slowly: a free phase that ends too early cannot be made good later.
+            self.gains[name] = gain if known is None else torch.lerp(known.to(gain), gain, 0.3).minimum(gain)
 
     def forget(self) -> None:
         """As before the first batch."""
@@ -303,12 +304,11 @@ class Relaxed:
         for node in energy.graph.states:
             if node.name in self.arriving or not node.clamped:
                 self.sizes[node.name] = example_norm(point.values[node.name], energy.batch)
-        is_flat = not all(node.potential.is_identity for node in energy.graph.states)
-        if self.is_free and cost is not None and is_flat and not memory.gains:
-            # Behind flat activations displacements may be much smaller than states: by backpropagation, the first time.
+        if self.is_free and cost is not None and not memory.gains:
+            # Displacements may be much smaller than states: the first time a quarter of those by backpropagation.
             size = example_norm(cost.gradient(output), energy.batch)
             for name, moved in _backpropagated(energy, point, cost).items():
-                memory.note_gain(name, example_norm(moved, energy.batch), size)
+                memory.note_gain(name, example_norm(moved, energy.batch) / 4, size)
 
     @property
     def point(self) -> Point:
@@ -354,14 +354,11 @@ class Relaxed:
             smoothness = self.cost.smoothness
             size = size if smoothness is None else size / smoothness
         for name in self.sizes:
-            rounding, gain = self._rounding(name), self.memory.gains.get(name)
+            gain = self.memory.gains.get(name)
             if self.sweeps < 3 or gain is None:
                 self.sizes[name] = example_norm(self._point.values[name], energy.batch)
             left = self.measure(name)
-            if size is None or gain is None:
-                unit = self.sizes[name] / _BY_STATE
-            else:
-                unit = torch.maximum(size * gain.to(size), self.sizes[name] * (8 * rounding))
+            unit = self.sizes[name] / _BY_STATE if size is None or gain is None else size * gain.to(size)
             ratio = left / unit.mul_(_FREE_SHARE).add_(torch.finfo(unit.dtype).tiny)
             ratio = ratio.clamp_(max=1 / torch.finfo(ratio.dtype).eps)
             worst = ratio if worst is None else torch.maximum(worst, ratio)
@@ -467,6 +464,7 @@ class Displacement:
                 pull = self._nudged(pull, old)
             if pull is None:
                 return None
+            pull = self._with_excess(node, pull)
             if old is not None and omega != 1:
                 pull = torch.lerp(old, pull, omega)
             if not node.potential.is_identity:
@@ -491,7 +489,7 @@ class Displacement:
             if name == output:
                 pull = -self.gradient if pull is None else pull - self.gradient
             assert pull is not None
-            other = self._hold(node, pull)
+            other = self._hold(node, self._with_excess(node, pull))
             violated, one, two = (example_norm(t, self.energy.batch) for t in (side - other, side, other))
             self.sizes[name] = one
             larger = torch.maximum(one, two)
@@ -603,16 +601,17 @@ class Displacement:
 
     def _hold(self, node: Node, pull: Tensor) -> Tensor:
         """How far a pull displaces a state: not at all on a face of its box, as far elsewhere; or in the box itself."""
-        s, held = self.free.values[node.name], self.energy.context.freeze_branches
+        s = self.free.values[node.name]
         beta = expand_beta(self.energy.beta, s)
-        if not held and node.box != FREE:
-            pull = pull + self._excess(node.name) / beta
-        return node.potential.displacement(s, pull, beta, held)
+        return node.potential.displacement(s, pull, beta, self.energy.context.freeze_branches)
 
-    def _excess(self, name: str) -> Tensor:
-        """The outward pull on units on a face at the free equilibrium, 0 elsewhere."""
+    def _with_excess(self, node: Node, pull: Tensor) -> Tensor:
+        """The pull, and where faces are not held the outward pull, over beta, on units on a face when free."""
+        if self.energy.context.freeze_branches or node.box == FREE:
+            return pull
         assert isinstance(self.free, FreePoint) and self.energy.nudge is not None and self.energy.nudge.free is not None
-        return self.energy.nudge.free[name].leftover - self.free.forces()[name]
+        excess = self.energy.nudge.free[node.name].leftover - self.free.forces()[node.name]
+        return pull + excess / expand_beta(self.energy.beta, pull)
 
     def _nudged(self, pull: Tensor | None, old: Tensor | None) -> Tensor:
         """The minimum over the output, `delta + dC/ds(s + beta delta) = pull`: a step with the cost's curvature."""
