@@ -14,7 +14,7 @@ from torch.nn.utils.parametrizations import weight_norm
 from mep.capture import capture
 from mep.capture.cache import Graphs
 from mep.cost import PerExample, make_cost
-from mep.energy import Box, Energy, Free, make_node_energy, nudge
+from mep.energy import Box, Energy, Free, NodeEnergy, make_node_energy, nudge
 from mep.graph.ops import StepContext
 from mep.settle import Solver, settle
 
@@ -42,6 +42,24 @@ def convolutional() -> nn.Sequential:
         nn.Flatten(),
         nn.Linear(12, 3),
     )
+
+
+class Quartic(NodeEnergy):
+    """That of the docstring of `mep.NodeEnergy`."""
+
+    is_forward = True
+
+    def energy(self, s, mu):
+        return (s - mu) ** 2 / 2 + (s - mu) ** 4 / 4
+
+    def ds(self, s, mu):
+        return (s - mu) + (s - mu) ** 3
+
+    def dmu(self, s, mu):
+        return -self.ds(s, mu)
+
+    def state(self, mu, force):
+        return mu + 2 / 3**0.5 * torch.sinh(torch.asinh(1.5 * 3**0.5 * force) / 3)
 
 
 class Residual(nn.Module):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import mlp
+from cases import Quartic, mlp
 from equilibria import distance, equilibrium
 from reference import backprop
 from torch import nn
@@ -22,24 +22,6 @@ def example(activation=nn.Tanh, dtype=torch.float64, batch=3):
 
 
 # An energy.
-
-
-class Quartic(mep.NodeEnergy):
-    """That of the docstring of `mep.NodeEnergy`."""
-
-    is_forward = True
-
-    def energy(self, s, mu):
-        return (s - mu) ** 2 / 2 + (s - mu) ** 4 / 4
-
-    def ds(self, s, mu):
-        return (s - mu) + (s - mu) ** 3
-
-    def dmu(self, s, mu):
-        return -self.ds(s, mu)
-
-    def state(self, mu, force):
-        return mu + 2 / 3**0.5 * torch.sinh(torch.asinh(1.5 * 3**0.5 * force) / 3)
 
 
 class Cosh(mep.NodeEnergy):
@@ -304,7 +286,7 @@ class Plain(mep.Solver):
 
     def step(self, energy, iterate, active):
         point, forces = iterate.point, energy.forces(iterate.point)
-        boxes = {node.name: energy.box_of(node) for node in energy.graph.states}
+        boxes = {node.name: energy.potential_of(node).bounds for node in energy.graph.states}
         moved = {n: (s - self.lr * forces[n]).clamp(*boxes[n]) for n, s in energy.state(point).items()}
         return self.measured(energy, energy.at(moved))
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from cases import COSTS, free_energy, mlp
 from reference import predictions_of_graph
-from test_relaxation import TIGHT, distance, free_states, gradient
+from test_relaxation import TIGHT, assert_starts_agree, distance, free_states, gradient
 from torch import nn
 
 import mep
@@ -463,15 +463,7 @@ def test_strong_nudges_are_as_asked(name):
 @pytest.mark.parametrize("name", ["sigmoid", "tanh", "softplus", "softmax", "hardsigmoid", "convolution"])
 def test_starts_from_zeros_ones_and_noise_agree(name):
     model, x, _ = build(name)
-    energy, point = free_energy(model, x, "hopfield")
-    ends = []
-    for make in (torch.zeros_like, torch.ones_like, torch.rand_like):
-        with torch.no_grad():
-            start = energy.at({n.name: make(point.values[n.name]) for n in energy.graph.states})
-        ends.append(free_states(energy, start, mep.Relaxation(tol=1e-9)))
-    for end in ends[1:]:
-        for n, s in end.items():
-            torch.testing.assert_close(s, ends[0][n], rtol=1e-6, atol=1e-7)
+    assert_starts_agree(model, x)
 
 
 @pytest.mark.parametrize("settle_lr", [0.2, None])

@@ -55,8 +55,14 @@ class BatchCost(ABC):
         return ()
 
     def parameter_gradient(self, output: Tensor, weight: float) -> dict[nn.Parameter, Tensor]:
-        """`weight` times d value.sum() / d theta of those parameters, at an output."""
-        return {}
+        """`weight` times d value.sum() / d theta of those parameters, at an output: by autograd through `value`."""
+        trained = self.parameters
+        if not trained:
+            return {}
+        with without_hooks(trained), torch.enable_grad():
+            value = self.value(output.detach())
+            found = torch.autograd.grad(value, trained, torch.ones_like(value), allow_unused=True)
+        return {p: g.to_dense() * weight for p, g in zip(trained, found, strict=True) if g is not None}
 
     def of(self, rows: Tensor) -> BatchCost:
         """The cost of some of the examples; a cost without it is evaluated for all of them in every sweep."""
@@ -308,7 +314,7 @@ class ReadoutCost(BatchCost):
         return own * torch.linalg.eigvalsh(W @ W.T if len(W) <= W.shape[1] else W.T @ W)[-1]
 
     def value(self, output: Tensor) -> Tensor:
-        value = self._value(output)
+        value = self.cost.value(self._read(output))
         return value if torch.is_grad_enabled() else value.detach()
 
     def gradient(self, output: Tensor) -> Tensor:
@@ -320,18 +326,6 @@ class ReadoutCost(BatchCost):
     @property
     def parameters(self) -> tuple[nn.Parameter, ...]:
         return tuple(p for p in self.whole.parameters() if p.requires_grad)
-
-    def parameter_gradient(self, output: Tensor, weight: float) -> dict[nn.Parameter, Tensor]:
-        trained = self.parameters
-        if not trained:
-            return {}
-        with without_hooks(trained), torch.enable_grad():
-            found = torch.autograd.grad(self._value(output.detach()).sum(), trained, allow_unused=True)
-        return {p: g.to_dense() * weight for p, g in zip(trained, found, strict=True) if g is not None}
-
-    @torch.enable_grad()
-    def _value(self, output: Tensor) -> Tensor:
-        return self.cost.value(self._read(output))
 
     @torch.enable_grad()
     def _read(self, output: Tensor) -> Tensor:

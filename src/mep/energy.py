@@ -304,10 +304,6 @@ class Energy:
         """What a node's state is limited by, and with the Hopfield energy the state's own energy."""
         return node.potential if self.node_energy.behind_activations else self._common_box
 
-    def box_of(self, node: Node) -> Box:
-        """The bounds of a node's state."""
-        return self.potential_of(node).bounds
-
     @cached_property
     def _common_box(self) -> Potential:
         return Quadratic(*self.node_energy.box)
@@ -383,6 +379,23 @@ class Energy:
                 force = x.new_zeros(shape[0] * len(x) // self.batch, *shape[1:])
             errors[name] = force
         return errors
+
+    def backpropagated(self, point: Point, gradient: Tensor) -> State:
+        """A gradient at the output, carried back to every state that it reaches, through the slopes of activations.
+
+        The slope is 1 inside a box, and 0 on its faces. For beta -> 0 these are the displacements of the states, with
+        the other sign, if nothing acts back on them.
+        """
+        found: State = {}
+
+        def transmit(node: Node, force: Tensor | None) -> Tensor | None:
+            if node.owns_state and force is not None:
+                s = point.values[node.name]
+                force = found[node.name] = node.potential.slope(s, node.potential.hold(s, force))
+            return force
+
+        self.graph.vjp(point.saved, gradient, transmit)
+        return found
 
     def incoming_forces(self, point: Point) -> State:
         """The forces on each state from elsewhere: `sum_c J_c^T (-de/dmu)_c`, and `-beta dC/ds` at the output."""
@@ -496,13 +509,11 @@ class Energy:
         states = self.graph.states if nodes is None else nodes
         if point.displacement is not None:
             gradients: dict[Any, Tensor] = point.displacement.contrast(weight, states)
-        elif errors is None:
-            names = [node.name for node in states]
-            errors = {n: self._dmu(n, point) for n in names}
-            if self.nudge:
-                errors = {n: e / expand_beta(self.beta, e) for n, e in errors.items()}
-            gradients = self.graph.param_vjp(point, errors, weight, nodes)
         else:
+            if errors is None:
+                errors = {node.name: self._dmu(node.name, point) for node in states}
+                if self.nudge:
+                    errors = {n: e / expand_beta(self.beta, e) for n, e in errors.items()}
             gradients = self.graph.param_vjp(point, errors, weight, nodes)
         if nodes is None:
             for group in self.groups:

@@ -180,6 +180,8 @@ class Solver(ABC):
     """Whether it can begin at an earlier equilibrium of the same examples."""
     settles_groups: ClassVar[bool] = False
     """Whether it settles energies of groups of nodes (`mep.GroupEnergy`)."""
+    settles_fields: ClassVar[bool] = False
+    """Whether it settles states that are drawn by a vector field without an energy (`feedback`)."""
     compiles: ClassVar[bool] = False
     """Whether it has `unrolled`, a fixed number of steps without decisions, from which a program is compiled."""
     holds_branches: ClassVar[bool] = False
@@ -215,6 +217,10 @@ class Solver(ABC):
     def diagnosis(self) -> tuple[float | None, float | None]:
         """As last measured: the fraction of states inside their boxes, and the coupling's largest eigenvalue."""
         return None, None
+
+    def for_field(self) -> Solver:
+        """For states that are drawn by a vector field without an energy; only where `settles_fields`."""
+        return self
 
     def for_free_phase(self) -> Solver:
         """For a free phase that has to settle: nudged phases count what it leaves."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,6 +45,10 @@ class _Known:
     proven: int = 0
     shapes: set[Any] = field(default_factory=set)
     """Of batches with which it was used."""
+
+    def takes(self, dtypes: Collection[torch.dtype]) -> bool:
+        """Whether its floating-point inputs have one of these dtypes."""
+        return all(dtype is None or not dtype.is_floating_point or dtype in dtypes for dtype, _, _ in self.leaves)
 
     def fits(self, leaves: Sequence[Any]) -> bool:
         """Whether a batch is of the kind that was captured, and the parameters are. Called in every step."""
@@ -153,9 +157,7 @@ class Graphs:
             name = type(self.model).__name__
             raise InputError(f"The inputs of {name} are not known yet. Way out: first call predict with a batch.")
         dtypes = {p.dtype for p in self.model.parameters()}  # of the batches that fit, the one that was used last
-        fitting = (k for k in self.known if all(dtype is None or not dtype.is_floating_point or dtype in dtypes
-                                                for dtype, _, _ in k.leaves))  # fmt: skip
-        known, values = next(fitting, self.known[0]), []
+        known, values = next((k for k in self.known if k.takes(dtypes)), self.known[0]), []
         rows = next(sizes[0] for dtype, _, sizes in known.leaves if dtype is not None)
         for ref, (dtype, device, sizes) in zip(known.graph.leaves, known.leaves, strict=False):
             if not isinstance(ref, Ref):

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from mep.cost import BatchCost, Cost, gradient_of, is_holomorphic
@@ -15,7 +14,6 @@ from mep.graph.closed_forms.complex import complex_program
 from mep.graph.graph import Graph
 from mep.graph.inputs import flattened
 from mep.graph.ops import Op, Program
-from mep.guards import without_hooks
 
 
 def cost_of(graph: Graph, make: Cost, inputs: Mapping[str, Any], output: Tensor, target: Any) -> BatchCost:
@@ -67,12 +65,3 @@ class RecordedCost(BatchCost):
     @property
     def parameters(self) -> tuple[nn.Parameter, ...]:
         return tuple(p for p in self.program.parameters if p.requires_grad)
-
-    def parameter_gradient(self, output: Tensor, weight: float) -> dict[nn.Parameter, Tensor]:
-        trained = self.parameters
-        if not trained:
-            return {}
-        with without_hooks(trained), torch.enable_grad():
-            value = self.value(output.detach())
-            found = torch.autograd.grad(value, trained, torch.ones_like(value), allow_unused=True)
-        return {p: g * weight for p, g in zip(trained, found, strict=True) if g is not None}

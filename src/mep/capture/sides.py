@@ -19,7 +19,6 @@ from mep.energy import Energy, make_node_energy
 from mep.errors import TraceError
 from mep.graph.graph import Graph
 from mep.graph.inputs import call_model, flattened, unflattened
-from mep.graph.node import Node
 from mep.graph.ops import StepContext
 from mep.guards import without_hooks
 
@@ -61,18 +60,8 @@ def by_graph(graph: Graph, cost: Any, x: Any, target: Any, energy_name: str, hel
     context.recording = False
     output = energy.output(free)
     of_batch = cost_of(graph, make_cost(cost), energy.inputs, output, target)
-    errors: dict[str, Tensor] = {}
-
-    def transmit(node: Node, force: Tensor | None) -> Tensor | None:
-        """Forces pass a state through its activation's slope: 1 inside a box, 0 on its faces."""
-        if not node.owns_state:
-            return force
-        s = free.values[node.name]
-        force = torch.zeros_like(s) if force is None else node.potential.slope(s, node.potential.hold(s, force))
-        errors[node.name] = force
-        return force
-
-    graph.vjp(free.saved, of_batch.gradient(output), transmit)
+    errors = {name: torch.zeros_like(s) for name, s in energy.state(free).items()}
+    errors |= energy.backpropagated(free, of_batch.gradient(output))
     gradients = graph.param_vjp(free, errors, 1 / batch)
     for p, g in of_batch.parameter_gradient(output, 1 / batch).items():
         gradients[p] = gradients[p] + g if p in gradients else g

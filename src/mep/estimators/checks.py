@@ -21,7 +21,6 @@ from mep.graph.holomorphic import check_complex
 from mep.graph.inputs import check_mode
 from mep.guards import generators, set_generators
 from mep.settle import Solver
-from mep.solvers.relaxation import Relaxation
 
 _CALL = "EquilibriumPropagation"
 
@@ -63,7 +62,7 @@ def check_feedback(ep: Any, feedback: Any) -> dict[str, Tensor]:
             f"{call}, energy={ep.node_energy.name!r}): only layers of a Hopfield network send messages through weights "
             "of their own. Use energy='hopfield'."
         )
-    if not isinstance(ep.solver, Relaxation):
+    if not ep.solver.settles_fields:
         raise ArgumentError(f"{call}, solver={ep.solver}): there is no energy to descend. Use mep.Relaxation(...).")
     check_feedback_shapes(ep.model, feedback)
     return dict(feedback)
@@ -119,9 +118,10 @@ def check_settings(ep: Any) -> None:
         _check_compile(ep)
     if ep.checkpoint:
         _check_checkpoint(ep)
-    for name, asked in (("compile=True", ep.compile), ("observe=...", ep.observe is not None)):
-        if ep.feedback and asked:
-            raise ArgumentError(f"{_CALL}(feedback={{...}}, {name}): leave out one of the two.")
+    if ep.feedback:
+        leave = "leave out one of the two"
+        given = (ep.compile, "compile=True", leave), (ep.observe is not None, "observe=...", leave)
+        _refuse("feedback={...}", *given)
 
 
 def _check_values(ep: Any) -> None:
@@ -160,21 +160,17 @@ def _check_contrast(ep: Any) -> None:
         require(_CALL, "points", ep.points, *whole_number(1))
     name, other = type(ep.solver).__name__, "Relaxation" if ep.node_energy.behind_activations else "Sweep"
     real = "it is for real states alone, see `is_holomorphic` of mep.NodeEnergy. Use phases='centered'"
-    for asked, what, way_out in (
+    solver = f"{name} settles no complex states. Use mep.{other}(...)"
+    _refuse(
+        "phases='holomorphic'",
         (not ep.node_energy.is_holomorphic, f"energy={ep.node_energy.name!r}", real),
-        (
-            not ep.solver.settles_complex,
-            f"solver={ep.solver}",
-            f"{name} settles no complex states. Use mep.{other}(...)",
-        ),
+        (not ep.solver.settles_complex, f"solver={ep.solver}", solver),
         (ep.branches == "exact", "branches='exact'", "kinks have no complex form. Use branches='held'"),
         (ep.compile, "compile=True", "complex phases are not compiled. Leave out one of the two"),
         (ep.checkpoint, "checkpoint=True", "complex phases are not checkpointed. Leave out one of the two"),
         (ep.diagnostics, "diagnostics=True", "complex states are on no branch. Leave out one of the two"),
         (ep.readout is not None, "readout=...", "a readout is for real states alone. Leave out one of the two"),
-    ):
-        if asked:
-            raise ArgumentError(f"{_CALL}(phases='holomorphic', {what}): {way_out}.")
+    )
 
 
 def check_holomorphic(ep: Any, energy: Energy, free: Point, cost: BatchCost) -> None:
@@ -196,39 +192,37 @@ def check_holomorphic(ep: Any, energy: Energy, free: Point, cost: BatchCost) -> 
 
 
 def _check_compile(ep: Any) -> None:
-    call = f"{_CALL}(compile=True"
-    if not ep.solver.compiles:
-        raise ArgumentError(
-            f"{call}, solver={ep.solver}): only solvers with `unrolled` are compiled: mep.Sweep and mep.Relaxation."
-        )
-    if ep.solver.patience > 1:
-        raise ArgumentError(f"{call}, solver={ep.solver}): patience must be 1.")
-    if not ep.solver.adaptive and ep.solver.settle_steps > MOST_SWEEPS:
-        raise ArgumentError(
-            f"{call}, solver={ep.solver}): at most {MOST_SWEEPS} sweeps are compiled. Give fewer, or adaptive=True."
-        )
-    if ep.branches == "exact":
-        raise ArgumentError(f"{call}, branches='exact'): only held branches are compiled.")
-    if ep.readout is not None:
-        raise ArgumentError(f"{call}, readout=...): a readout is not compiled. Leave out one of the two.")
-    if ep.diagnostics:
-        raise ArgumentError(f"{call}, diagnostics=True): leave out one of the two.")
-    if ep.cost not in tuple(NAMED):
-        raise ArgumentError(
-            f"{call}, cost={ep.cost!r}): only costs that have names are compiled, {', '.join(map(repr, NAMED))}."
-        )
+    unrolled = "only solvers with `unrolled` are compiled: mep.Sweep and mep.Relaxation"
+    most = f"at most {MOST_SWEEPS} sweeps are compiled. Give fewer, or adaptive=True"
+    takes_long = not ep.solver.adaptive and ep.solver.settle_steps > MOST_SWEEPS
+    named = f"only costs that have names are compiled, {', '.join(map(repr, NAMED))}"
+    _refuse(
+        "compile=True",
+        (not ep.solver.compiles, f"solver={ep.solver}", unrolled),
+        (ep.solver.patience > 1, f"solver={ep.solver}", "patience must be 1"),
+        (takes_long, f"solver={ep.solver}", most),
+        (ep.branches == "exact", "branches='exact'", "only held branches are compiled"),
+        (ep.readout is not None, "readout=...", "a readout is not compiled. Leave out one of the two"),
+        (ep.diagnostics, "diagnostics=True", "leave out one of the two"),
+        (ep.cost not in tuple(NAMED), f"cost={ep.cost!r}", named),
+    )
 
 
 def _check_checkpoint(ep: Any) -> None:
-    for name, asked in (
-        (f"solver={ep.solver}", not ep.solver.checkpoints),
-        ("branches='exact'", ep.branches == "exact"),
-        (f"energy={ep.node_energy.name!r}", not ep.node_energy.is_quadratic),
-        ("compile=True", ep.compile),
-        ("diagnostics=True", ep.diagnostics),
-        ("observe=...", ep.observe is not None),
-    ):
-        if asked:
-            raise ArgumentError(
-                f"{_CALL}(checkpoint=True, {name}): it needs the states of all nodes at once. Leave out one of the two."
-            )
+    why = "it needs the states of all nodes at once. Leave out one of the two"
+    _refuse(
+        "checkpoint=True",
+        (not ep.solver.checkpoints, f"solver={ep.solver}", why),
+        (ep.branches == "exact", "branches='exact'", why),
+        (not ep.node_energy.is_quadratic, f"energy={ep.node_energy.name!r}", why),
+        (ep.compile, "compile=True", why),
+        (ep.diagnostics, "diagnostics=True", why),
+        (ep.observe is not None, "observe=...", why),
+    )
+
+
+def _refuse(setting: str, *others: tuple[bool, str, str]) -> None:
+    """Raise for the first of some other settings that is given beside this one: whether it is, which, and a reason."""
+    for is_given, other, reason in others:
+        if is_given:
+            raise ArgumentError(f"{_CALL}({setting}, {other}): {reason}.")

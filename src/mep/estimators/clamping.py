@@ -17,7 +17,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -221,16 +221,19 @@ def _boxes(graph: Graph, free: Sequence[str], box: Boxes | None) -> Mapping[str,
     found: dict[str, Box] = {}
     for name in free:
         bounds = given.get(name)
-        given_two = isinstance(bounds, (tuple, list)) and len(bounds) == 2
-        if bounds is None or not given_two or not all(isinstance(b, (int, float)) for b in bounds):
-            bounds = (0.0, 0.0)
-        if not bounds[0] < bounds[1]:
+        if not _is_box(bounds):
             raise ArgumentError(
                 f"relax(box={box!r}): the input {name!r} is free, so it needs a box: the range of the data, box=(0, 1) "
                 "for instance. Or clamp it."
             )
         found[name] = float(bounds[0]), float(bounds[1])
     return found
+
+
+def _is_box(bounds: Any) -> TypeGuard[Box]:
+    """Whether these are two numbers, the lower one first."""
+    is_pair = isinstance(bounds, (tuple, list)) and len(bounds) == 2
+    return is_pair and all(isinstance(bound, (int, float)) for bound in bounds) and bounds[0] < bounds[1]
 
 
 def _fitting(what: str, name: str, value: Tensor, like: Tensor) -> Tensor:

@@ -57,7 +57,7 @@ from mep.layout import per_example
 from mep.settle import Result, Settled, Solver, Start, rounded, settle
 from mep.solvers import Descent, Relaxation, Sweep
 from mep.solvers.networks.checkpointed import CheckpointedPoint
-from mep.solvers.relaxation import Memory, has_constant_jacobians
+from mep.solvers.relaxation import has_constant_jacobians
 
 
 class EquilibriumPropagation:
@@ -180,13 +180,11 @@ class EquilibriumPropagation:
         self.solver = solver or (_DESCENT if self.groups else default_solver(self.node_energy))
         check_solver(self.solver)
         self.feedback = check_feedback(self, feedback)
-        if self.feedback and isinstance(self.solver, Relaxation) and self.solver.omega is None:
-            # Which omega is best is known of symmetric couplings alone, and so measured with another memory.
-            self.solver = replace(self.solver, omega=1.0, memory=Memory())
+        if self.feedback:
+            self.solver = self.solver.for_field()
         self.beta = beta
         self.compile, self.checkpoint = compile, checkpoint
-        self.on_unsettled, self._has_warned, self._has_warned_of_softmax = on_unsettled, False, False
-        self._has_warned_of_coupling = self._has_warned_of_stateless = False
+        self.on_unsettled, self._warned_of = on_unsettled, set[str]()
         self.proof = proof
         check_settings(self)
         self._cache = EquilibriumCache()
@@ -542,12 +540,11 @@ class EquilibriumPropagation:
                 f"checkpoint=True: {type(self.model).__name__} writes to `{graph.writes[0].slots[0].name}` from values "
                 "that are not kept. Leave checkpoint out."
             )
-        if self.cost == "cross_entropy" and graph.ends_in_softmax and not self._has_warned_of_softmax:
-            self._has_warned_of_softmax = True
-            warn(
+        if self.cost == "cross_entropy" and graph.ends_in_softmax:
+            self._warn_once(
+                "softmax",
                 f"{type(self.model).__name__} ends in a softmax, and cost='cross_entropy' has one of its own: two of "
                 "them train slowly, and never to certainty. Let the model return what it gives to its softmax.",
-                UserWarning,
             )
 
     def _check_activations(self, graph: Graph) -> None:
@@ -559,35 +556,33 @@ class EquilibriumPropagation:
                 f"{type(curved[0].potential).__name__} behind {curved[0].where} has none. Use ReLU, Hardtanh or clamp, "
                 "or energy='hopfield'."
             )
-        if graph.stateless and not self._has_warned_of_stateless:
-            self._has_warned_of_stateless = True
-            warn(
+        if graph.stateless:
+            self._warn_once(
+                "functions without a state",
                 f"Functions without a state of their own in a Hopfield network: {', '.join(graph.stateless)}. They are "
                 "part of what the node predicts, mu in <s, mu>, as its layer is, and do not come to rest on their own. "
                 "A state stands behind ReLU, ReLU6, Hardtanh, Hardsigmoid, clamp, Sigmoid, Tanh, Softplus, and behind "
                 "a Softmax over an example whose result is not multiplied with another value, as in attention. Instead "
                 "of log_softmax return what it is given, with cost='cross_entropy'.",
-                UserWarning,
             )
 
     def _check_coupling(self, estimate: Estimate) -> None:
         """Warn, once, of a Hopfield network whose equilibrium is about to be one of several, or cannot respond."""
         assert estimate.coupling is not None and estimate.inside is not None
-        if self._has_warned_of_coupling or not (estimate.coupling > 0.98 or estimate.inside < 0.02):
+        if not (estimate.coupling > 0.98 or estimate.inside < 0.02):
             return
-        self._has_warned_of_coupling = True
-        warn(
+        self._warn_once(
+            "coupling",
             f"The Hopfield network is close to having several equilibria: the largest eigenvalue of its coupling is "
             f"about {estimate.coupling:.2f} (one equilibrium below 1), and {estimate.inside:.0%} of its states are "
             "inside their boxes (others do not respond to the nudge). Smaller weights help: a smaller learning rate, "
             "weight_decay, mep.smep with a smaller gamma; or cost='mse', whose targets are bounded.",
-            UserWarning,
         )
 
     def _report(self, estimate: Estimate, energy: Energy, free: Settled) -> None:
         """Warn of examples that have not settled, or raise, as `on_unsettled` is set."""
         is_fixed = estimate.result is Result.FIXED_STEPS
-        if self.on_unsettled == "warn" and (is_fixed or self._has_warned):
+        if self.on_unsettled == "warn" and (is_fixed or "unsettled" in self._warned_of):
             return
         hint = self.solver.failure_hint(energy, free.point)
         message = (
@@ -597,12 +592,18 @@ class EquilibriumPropagation:
         )
         if self.on_unsettled == "raise":
             raise NotConvergedError(message + " Nothing was changed.")
-        self._has_warned = True
-        warn(
+        self._warn_once(
+            "unsettled",
             message
             + " Their estimate is used as it is; this is said once (on_unsettled='ignore' never, 'raise' stops).",
             NotConvergedWarning,
         )
+
+    def _warn_once(self, subject: str, message: str, category: type[Warning] = UserWarning) -> None:
+        """Warn, unless this estimator has warned of that subject before."""
+        if subject not in self._warned_of:
+            self._warned_of.add(subject)
+            warn(message, category)
 
     def _checked_indices(self, indices: Any, batch: int) -> Tensor:
         if not self.solver.uses_warm_start:

@@ -41,6 +41,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
@@ -154,6 +155,7 @@ class Relaxation(Solver):
     holds_branches = True
     compiles = True
     settles_complex = True
+    settles_fields = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -258,6 +260,10 @@ class Relaxation(Solver):
     def diagnosis(self) -> tuple[float | None, float | None]:
         return self.memory.inside, self.memory.coupling
 
+    def for_field(self) -> Solver:
+        """With omega = 1 where none is named: which is best is known of symmetric couplings alone."""
+        return replace(self, omega=1.0, memory=Memory()) if self.omega is None else self
+
     def for_free_phase(self) -> Solver:
         """The same: its free phase is measured in units of the nudge, too."""
         return self
@@ -307,7 +313,7 @@ class Relaxed:
         if self.is_free and cost is not None and not memory.gains:
             # Displacements may be much smaller than states: the first time a quarter of those by backpropagation.
             size = example_norm(cost.gradient(output), energy.batch)
-            for name, moved in _backpropagated(energy, point, cost).items():
+            for name, moved in energy.backpropagated(point, cost.gradient(output)).items():
                 memory.note_gain(name, example_norm(moved, energy.batch) / 4, size)
 
     @property
@@ -464,7 +470,7 @@ class Displacement:
                 pull = self._nudged(pull, old)
             if pull is None:
                 return None
-            pull = self._with_excess(node, pull)
+            pull = self._with_excess(name, pull)
             if old is not None and omega != 1:
                 pull = torch.lerp(old, pull, omega)
             if not node.potential.is_identity:
@@ -489,7 +495,7 @@ class Displacement:
             if name == output:
                 pull = -self.gradient if pull is None else pull - self.gradient
             assert pull is not None
-            other = self._hold(node, self._with_excess(node, pull))
+            other = self._hold(node, self._with_excess(name, pull))
             violated, one, two = (example_norm(t, self.energy.batch) for t in (side - other, side, other))
             self.sizes[name] = one
             larger = torch.maximum(one, two)
@@ -605,13 +611,19 @@ class Displacement:
         beta = expand_beta(self.energy.beta, s)
         return node.potential.displacement(s, pull, beta, self.energy.context.freeze_branches)
 
-    def _with_excess(self, node: Node, pull: Tensor) -> Tensor:
-        """The pull, and where faces are not held the outward pull, over beta, on units on a face when free."""
-        if self.energy.context.freeze_branches or node.box == FREE:
-            return pull
+    def _with_excess(self, name: str, pull: Tensor) -> Tensor:
+        excess = self._excess.get(name)
+        return pull if excess is None else pull + excess
+
+    @cached_property
+    def _excess(self) -> State:
+        """Where faces are not held: the outward pull, over beta, on units on a face of the free equilibrium."""
+        if self.energy.context.freeze_branches:
+            return {}
         assert isinstance(self.free, FreePoint) and self.energy.nudge is not None and self.energy.nudge.free is not None
-        excess = self.energy.nudge.free[node.name].leftover - self.free.forces()[node.name]
-        return pull + excess / expand_beta(self.energy.beta, pull)
+        forces, noted = self.free.forces(), self.energy.nudge.free
+        names = [node.name for node in self.energy.graph.states if node.box != FREE]
+        return {n: (noted[n].leftover - forces[n]) / expand_beta(self.energy.beta, forces[n]) for n in names}
 
     def _nudged(self, pull: Tensor | None, old: Tensor | None) -> Tensor:
         """The minimum over the output, `delta + dC/ds(s + beta delta) = pull`: a step with the cost's curvature."""
@@ -744,21 +756,6 @@ def _pattern(like: Tensor) -> Tensor:
     """Numbers of the size of a tensor's, in no particular order, and without a random number generator."""
     waves = torch.arange(like.numel(), device=like.device).mul(1.7).cos().to(like.dtype)
     return waves.view(like.shape) * (1 + like.abs())
-
-
-def _backpropagated(energy: Energy, point: Point, cost: BatchCost) -> State:
-    """The displacements of the states to first order, as if nothing acted back on them."""
-    found: State = {}
-
-    def transmit(node: Node, force: Tensor | None) -> Tensor | None:
-        if not node.owns_state or force is None:
-            return force
-        s = point.values[node.name]
-        found[node.name] = node.potential.slope(s, node.potential.hold(s, force))
-        return found[node.name]
-
-    energy.graph.vjp(point.saved, cost.gradient(energy.output(point)), transmit)
-    return found
 
 
 def _to_parents(energy: Energy, point: Point, sent: Mapping[str, Any]) -> State:
