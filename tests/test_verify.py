@@ -9,19 +9,22 @@ from dataclasses import replace
 import pytest
 import torch
 from cases import COSTS, MODELS, free_energy, mlp, settled
-from reference import nudged_energy, predictions_of_graph, residual
+from reference import energy, implicit_gradient, nudged_energy, predictions_of_graph, residual
 from torch import nn
 from typer.testing import CliRunner
 
 import mep
 from mep.cli import app
 from mep.cost import make_cost
-from mep.energy import Energy, nudge
+from mep.energy import Energy, Hopfield, nudge
 from mep.graph.closed_forms import Largest
 from mep.graph.node import AutogradNode, Chain
 from mep.verification import report as reports
+from mep.verification.case import Case, Config
 from mep.verification.equilibrium import _nearest_force, residuals
 from mep.verification.gradients import fitted_order
+from mep.verification.recurrent import FixedPoint
+from mep.verification.report import ORDERS
 
 GOOD = ["mlp relu", "conv relu maxpool", "batch norm", "transposed", "attention", "embedded", "leaves", "partial"]
 
@@ -189,7 +192,7 @@ def test_a_network_that_settles_at_no_beta_is_refused():
 
 def test_what_does_not_settle_at_a_large_beta_is_noted(monkeypatch):
     """In the sweeps given, at the largest beta only; the order is that of the others."""
-    monkeypatch.setattr("mep.verification._SWEEPS", 6)
+    monkeypatch.setattr("mep.verification._LONGER", 0.06)
     model, x, y = MODELS["mlp tanh"].build()
     report = mep.verify(model, x, y, betas=(2.0, 0.02, 0.01), phases=["one-sided"])
     assert [e.unsettled > 0 for e in report.estimations] == [True, False, False]
@@ -328,6 +331,141 @@ def test_reach_is_where_the_default_solver_ends():
         assert all(settles(beta, phases) for phases in ("one-sided", "centered")) == reached
 
 
+# Energies whose free equilibrium is no forward pass
+
+
+def layers(*modules, classes=3):
+    torch.manual_seed(0)
+    model = nn.Sequential(*(make() for make in modules))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(0.8)
+    return model, torch.randn(5, 4), torch.arange(5) % classes
+
+
+BOXES = (lambda: nn.Linear(4, 6), lambda: nn.Hardtanh(0, 1), lambda: nn.Linear(6, 5), nn.ReLU, lambda: nn.Linear(5, 3))
+CURVED = (lambda: nn.Linear(4, 6), nn.Sigmoid, lambda: nn.Linear(6, 5), nn.Tanh, lambda: nn.Linear(5, 3))
+
+
+class Lateral(nn.Module, mep.GroupEnergy):
+    nodes = ("0",)
+
+    def __init__(self, width):
+        super().__init__()
+        self.weight = nn.Parameter(0.05 * torch.ones(width, width))
+
+    def energy(self, s):
+        return 0.25 * ((s @ (self.weight + self.weight.T)) * s).sum(1)
+
+
+class Quartic(mep.NodeEnergy):
+    is_forward = True
+
+    def energy(self, s, mu):
+        return (s - mu) ** 2 / 2 + (s - mu) ** 4 / 4
+
+    def ds(self, s, mu):
+        return (s - mu) + (s - mu) ** 3
+
+    def dmu(self, s, mu):
+        return -self.ds(s, mu)
+
+
+OTHERS = {
+    "boxes": (BOXES, {"energy": "hopfield"}),
+    "boxes, exact": (BOXES, {"energy": "hopfield", "branches": "exact"}),
+    "curved": (CURVED, {"energy": "hopfield"}),
+    "readout": (CURVED[:4], {"energy": "hopfield", "cost": "cross_entropy", "readout": 3}),
+    "group": (CURVED, {"groups": [Lateral(6)]}),
+    "group of a Hopfield network": (BOXES, {"energy": "hopfield", "groups": [Lateral(6)]}),
+    "energy of one's own": (CURVED, {"energy": Quartic()}),
+}
+
+
+def verified_energy(name, **more):
+    modules, options = OTHERS[name]
+    model, x, y = layers(*modules)
+    less = {"tol": 1e-6, "samples": 1, "phases": ["centered"], "betas": (0.1, 0.05)}  # descent takes many steps
+    options = {"cost": "one_hot_mse", **(less if "groups" in options else {}), **options, **more}
+    if "readout" in options:
+        options["readout"] = nn.Linear(5, 3)
+    return mep.verify(model, x, y, **options)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_network_that_settles_without_a_target_passes(name):
+    report = verified_energy(name)
+    assert report.ok, report
+    for phases, order in report.orders.items():
+        assert order == pytest.approx(ORDERS[phases], abs=0.2)
+    assert all(p.backprop_difference < 1e-5 for p in report.parameters)
+    assert any("recurrent" in note for note in report.notes) == (name != "energy of one's own")
+
+
+def test_a_hopfield_network_with_pooling_passes():
+    torch.manual_seed(0)
+    front = nn.Conv2d(1, 3, 3, padding=1), nn.MaxPool2d(2), nn.Hardtanh(0, 1), nn.Conv2d(3, 4, 3), nn.AvgPool2d(2)
+    model = nn.Sequential(*front, nn.ReLU(), nn.Flatten(), nn.Linear(4, 3))
+    report = mep.verify(model, torch.randn(4, 1, 8, 8), torch.arange(4) % 3, cost="one_hot_mse", energy="hopfield")
+    assert report.ok, report
+
+
+def test_recurrent_backpropagation_is_implicit_differentiation():
+    """With dense matrices, on the energy written down again."""
+    model, x, y = layers(*BOXES)
+    model, x, y = model.double(), x.double(), torch.eye(3).double()[y]
+    graph = mep.trace(model, x, energy="hopfield")
+    config = Config("mse", mep.Relaxation(tol=1e-10), "held", (), Hopfield())
+    with Case(model, x, y, config, None) as case:
+        rest = FixedPoint(case)
+        found = list(rest.gradients().values())
+    boxes = {node.name: node.box for node in graph.states}
+    predict = predictions_of_graph(graph, graph.bind(x))
+    wanted = implicit_gradient(
+        lambda s: energy(predict, s, "hopfield"),
+        lambda s: (s["4"] - y).square().mean(1),
+        rest.states,
+        list(model.parameters()),
+        boxes,
+    )
+    for g, w in zip(found, wanted, strict=True):
+        assert torch.allclose(g, w, rtol=1e-9, atol=1e-12)
+
+
+def test_strong_couplings_are_refused():
+    model, x, y = layers(*BOXES)
+    with torch.no_grad():
+        model[4].weight.mul_(20)
+    with pytest.raises(mep.DivergedError, match="smaller weights"):
+        mep.verify(model, x, y, cost="one_hot_mse", energy="hopfield")
+
+
+@pytest.mark.parametrize("name", ["boxes", "curved", "group"])
+def test_a_wrong_gradient_of_another_energy_is_found(name, monkeypatch):
+    right = Energy.parameter_gradient
+    monkeypatch.setattr(Energy, "parameter_gradient", lambda *a: {p: 1.3 * g for p, g in right(*a).items()})
+    report = verified_energy(name, samples=0)
+    assert not report.ok and any("1.3" in text or "order" in text for text in report.failures)
+
+
+@pytest.mark.parametrize("phase", ["free", "nudged"])
+def test_a_relaxation_with_a_false_residual_is_found(phase, monkeypatch):
+    """It measures zero after the first sweep of a phase, and stops there."""
+    step = mep.Relaxation.step
+
+    def flattered(solver, energy, iterate, active):
+        iterate = step(solver, energy, iterate, active)
+        if (energy.nudge is None) == (phase == "free"):
+            iterate.residual, iterate.exact = torch.zeros_like(iterate.residual), True
+        return iterate
+
+    monkeypatch.setattr(mep.Relaxation, "step", flattered)
+    report = verified_energy("boxes", samples=0, betas=(0.03, 0.01), phases=["one-sided"])
+    assert not report.ok
+    if phase == "nudged":  # what a free phase leaves counts in the residual of the nudged one
+        assert any("the solver reported" in text for text in report.failures), report
+
+
 # Wrong models
 
 
@@ -421,7 +559,7 @@ def test_a_solver_with_a_false_residual_is_found(branches, monkeypatch):
 
 
 def test_what_does_not_settle_is_reported(monkeypatch):
-    monkeypatch.setattr("mep.verification._SWEEPS", 1)
+    monkeypatch.setattr("mep.verification._LONGER", 0.01)
     report = verified("mlp tanh", tol=1e-13)
     found = [text for text in report.failures if "not settled" in text]
     assert len(found) == 2 and all("reached the step limit" in text for text in found), report
@@ -638,6 +776,12 @@ def test_exit_codes(command, tmp_path):
     output = command("verify", "--model", "factories:sorting", *words, "--branches", "exact", code=2)
     assert "branches='exact'" in output
     command("verify", "--model", "factories:good", "--shape", "6,x", "--out", tmp_path, code=2)
+
+
+def test_command_on_a_hopfield_network(command, tmp_path):
+    words = ("--shape", "6", "--classes", 3, "--batch-size", 5, "--out", tmp_path, "--energy", "hopfield")
+    output = command("verify", *words, "--samples", 1)
+    assert "OK: equilibrium propagation" in output and "recurrent backpropagation" in output
 
 
 def test_command_on_data_with_squared_error(command, tmp_path):

@@ -117,8 +117,11 @@ def trained_parameters(model: nn.Module, cost: Any) -> list[nn.Parameter]:
     return [p for p in dict.fromkeys(own) if p.requires_grad]
 
 
-def copied_together(model: nn.Module, cost: Any) -> tuple[nn.Module, Any]:
-    """Copies of a model and of its cost; a function that reads the model, or parts of it, reads the copy then."""
+def copied_together(model: nn.Module, cost: Any, *others: Any) -> tuple[Any, ...]:
+    """Copies of a model, of its cost, and of others, which may share modules and tensors.
+
+    A function that reads the model, or parts of it, reads the copy then.
+    """
     memo: dict[int, Any] = {}
     twin = copy.deepcopy(model, memo)
 
@@ -128,12 +131,10 @@ def copied_together(model: nn.Module, cost: Any) -> tuple[nn.Module, Any]:
         return value
 
     if isinstance(cost, nn.Module):
-        return twin, copied(cost)
-    if not isinstance(cost, FunctionType):
-        return twin, cost
-    cells = tuple(CellType(copied(cell.cell_contents)) for cell in cost.__closure__ or ())
-    own = {name: copied(cost.__globals__[name]) for name in cost.__code__.co_names if name in cost.__globals__}
-    defaults = tuple(map(copied, cost.__defaults__ or ()))
-    return twin, FunctionType(
-        cost.__code__, {**cost.__globals__, **own}, cost.__name__, defaults or None, cells or None
-    )
+        cost = copied(cost)
+    elif isinstance(cost, FunctionType):
+        cells = tuple(CellType(copied(cell.cell_contents)) for cell in cost.__closure__ or ())
+        own = {name: copied(cost.__globals__[name]) for name in cost.__code__.co_names if name in cost.__globals__}
+        defaults = tuple(map(copied, cost.__defaults__ or ()))
+        cost = FunctionType(cost.__code__, {**cost.__globals__, **own}, cost.__name__, defaults or None, cells or None)
+    return twin, cost, *(copy.deepcopy(other, memo) for other in others)

@@ -177,7 +177,7 @@ class EquilibriumPropagation:
         self.diagnostics = diagnostics
         self.observe = observe
         self.groups = tuple(groups)
-        self.solver = solver or (_DESCENT if self.groups else default_solver(self.node_energy))
+        self.solver = solver or default_solver(self.node_energy, self.groups)
         check_solver(self.solver)
         self.feedback = check_feedback(self, feedback)
         if self.feedback:
@@ -639,8 +639,10 @@ class EquilibriumPropagation:
         return found.gradients, estimate
 
 
-def default_solver(energy: NodeEnergy) -> Solver:
+def default_solver(energy: NodeEnergy, groups: Sequence[GroupEnergy] = ()) -> Solver:
     """The solver of an energy, where none is named."""
+    if groups:
+        return _DESCENT
     if energy.has_state:
         return Sweep()
     return Relaxation() if isinstance(energy, Hopfield) else _DESCENT

@@ -146,7 +146,7 @@ class Reference:
             raise mep.ArgumentError(
                 f"energy={estimator.node_energy.name!r}: only 'prediction' has an exact gradient here."
             )
-        config = Config(estimator.cost, EXACT, estimator.branches, estimator.leaves)
+        config = Config(estimator.cost, EXACT, estimator.branches, estimator.leaves, estimator.node_energy)
         x, target = self.batches[place]
         equilibria = Equilibria(Case(self.model, x, target, config, dtype=None))
         energy, point = equilibria.energy, equilibria.free

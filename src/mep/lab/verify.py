@@ -3,6 +3,7 @@
     mep verify
     mep verify --model package.module:factory --shape 3,32,32 --classes 10
     mep verify --model package.module:factory --data mnist5k --leaf encoder.0 --branches exact
+    mep verify --energy hopfield
 
 Against backprop and finite differences, in float64. Exit code 0 if all is well, 1 if not, 2 if the model is refused.
 Writes a record (JSON) and a picture (PNG); `mep plot` draws the picture again, `mep report` makes Markdown of it.
@@ -35,7 +36,8 @@ class Settings:
     shape: str | None = None  # of random examples instead of data
     classes: int = 10  # of random examples
     model: str = "mlp"  # the model of the benchmarks
-    cost: str = "cross_entropy"  # the usual one for classes
+    energy: str = "prediction"  # the default of training
+    cost: str | None = None  # the usual one for classes: cross_entropy, or one_hot_mse for Hopfield networks
     batch_size: int = 16  # enough for BatchNorm, few enough for finite differences
     betas: tuple[float, ...] = (0.1, 0.03, 0.01)  # on the way to the limit, down to the default of training
     branches: str = "held"  # the default of training
@@ -55,7 +57,10 @@ def verify(
     folder: Annotated[str | None, typer.Option(help="Where the files of mnist or fashion-mnist are.")] = None,
     shape: Annotated[str | None, typer.Option(help="Random examples of this shape instead: 3,32,32.")] = None,
     classes: Annotated[int, typer.Option(min=2, help="Classes of random examples.")] = _D.classes,
-    cost: Annotated[str, typer.Option(help="cross_entropy or mse.")] = _D.cost,
+    energy: Annotated[str, typer.Option(help="prediction or hopfield.")] = _D.energy,
+    cost: Annotated[
+        str | None, typer.Option(help="cross_entropy, mse or one_hot_mse. Default: that of the presets.")
+    ] = _D.cost,
     batch_size: Annotated[int, typer.Option(min=1, help="Examples.")] = _D.batch_size,
     beta: Annotated[list[float], typer.Option(help="Nudging strengths, two or more.")] = list(_D.betas),  # noqa: B006
     branches: Annotated[str, typer.Option(help="held or exact, for ReLU and its like.")] = _D.branches,
@@ -99,12 +104,14 @@ def verify_settings(settings: Settings, device: Any) -> Any:
         data = DataSet("random", x, y, x, y, settings.classes)
     data = on_device(data, device)
     model = models.build(settings.model, data).to(device).train(not settings.evaluation)
-    x, target = Batches(data.train_x, targets(data, settings.cost), settings.batch_size, settings.seed).next()
+    cost = settings.cost or ("one_hot_mse" if settings.energy == "hopfield" else "cross_entropy")
+    x, target = Batches(data.train_x, targets(data, cost), settings.batch_size, settings.seed).next()
     return mep.verify(
         model,
         x,
         target,
-        cost=settings.cost,
+        cost=cost,
+        energy=settings.energy,
         betas=settings.betas,
         branches=settings.branches,
         leaves=settings.leaves,
@@ -125,9 +132,9 @@ def _sizes(text: str) -> tuple[int, ...]:
 # Tables
 
 PARAMETERS_CAPTION = (
-    "The EP gradient beside backprop's: cosine and norm ratio at the smallest beta, order in beta over the three "
-    "smallest. FD: relative distance of either gradient from finite differences of the cost, on sampled coordinates. "
-    "A dash: backprop's gradient, the error or the difference is no more than rounding."
+    "Norm: of backprop's gradient. The EP gradient beside it: cosine and norm ratio at the smallest beta, order in "
+    "beta over the three smallest. FD: relative distance of either gradient from finite differences of the cost, on "
+    "sampled coordinates. A dash: backprop's gradient, the error or the difference is no more than rounding."
 )
 EQUILIBRIA_CAPTION = (
     "Beta: that of every example. Error: relative, of the whole gradient against backprop's. Sweeps: the most of any "

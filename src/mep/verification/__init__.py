@@ -5,31 +5,46 @@
 | case.py | a copy of the model and the batch, in the same state for every evaluation |
 | gradients.py | the gradient by equilibrium propagation, by backprop, and by finite differences |
 | equilibrium.py | residuals from the states alone, their trace over the sweeps, the largest beta that settles |
+| recurrent.py | the same, and the exact gradient, where the free equilibrium is no forward pass |
 | report.py | the numbers, what is asserted of them and why, and their tables |
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mep.capture import Leaves
+from mep.energy import GroupEnergy, NodeEnergy, Prediction, make_node_energy
 from mep.errors import ArgumentError, DivergedError
+from mep.estimators.equilibrium import default_solver
 from mep.graph.graph import share_in_words
-from mep.solvers import Sweep
 from mep.verification.case import Case, Config, CostArgument
-from mep.verification.equilibrium import Equilibria
-from mep.verification.gradients import Difference, Reference, Run, differences, fitted_order, run_ep, try_out
+from mep.verification.equilibrium import Equilibria, largest_beta
+from mep.verification.gradients import (
+    Difference,
+    Reference,
+    Run,
+    differences,
+    fitted_order,
+    mean_cost,
+    run_backprop,
+    run_ep,
+    try_out,
+)
+from mep.verification.recurrent import FixedPoint
 from mep.verification.report import ORDERS, Estimation, Parameter, Report, failure_reason, failures
 
 __all__ = ["Report", "verify"]
 
-_SWEEPS = 200
-"""The limit: the tolerance is far below that of training."""
+_LONGER = 4
+"""Times as many steps as by default: the tolerance is far below that of training."""
 _MORE_BETAS, _FACTOR = 4, 4.0
 """So many smaller betas may follow those given, each smaller by this factor."""
 
@@ -47,6 +62,9 @@ def verify(
     tol: float | None = None,
     samples: int = 2,
     dtype: torch.dtype | None = torch.float64,
+    energy: str | NodeEnergy = "prediction",
+    groups: Sequence[GroupEnergy] = (),
+    readout: nn.Module | None = None,
 ) -> Report:
     """Compare equilibrium propagation with backprop and with finite differences, on one batch and a copy of the model.
 
@@ -54,7 +72,10 @@ def verify(
       Where the betas given are too large to settle, or for the limit to show, up to four smaller ones follow.
     - Both against finite differences of the mean cost on sampled coordinates.
     - The residual of every node, recomputed from the states alone, and how it falls from sweep to sweep.
-    - The largest beta at which `mep.Sweep()` settles every example, to a factor of two.
+    - The largest beta at which the default solver settles every example, to a factor of two.
+
+    Where the free equilibrium is no forward pass (`energy="hopfield"`, groups, energies of one's own), the reference is
+    recurrent backpropagation at the equilibrium (Almeida 1987; Pineda 1987), and finite differences settle anew.
 
     Buffers and random numbers are the same in every evaluation, so dropout draws one noise for all and BatchNorm
     couples the examples as in backprop. `mep.verification.report` lists what is asserted, and why.
@@ -71,6 +92,7 @@ def verify(
         tol: the residual to settle to; by default the square root of the rounding unit, 1.5e-8 in float64.
         samples: coordinates of every parameter for finite differences; 0 leaves them out.
         dtype: of the copy and the batch; None takes them as they are.
+        energy, groups, readout: as for `mep.EquilibriumPropagation`.
 
     Raises:
         TraceError: the model cannot be traced, or the graph is not the model.
@@ -84,19 +106,30 @@ def verify(
         >>> report = mep.verify(net, torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1]))
         >>> report.ok, [round(order) for order in report.orders.values()]
         (True, [1, 2])
+        >>> mep.verify(net, torch.randn(5, 4), torch.eye(3)[[0, 1, 2, 0, 1]], cost="mse", energy="hopfield").ok
+        True
     """
     _check(betas, phases, samples, tol)
     if tol is None:
         trained = [p.dtype for p in model.parameters() if p.requires_grad] if isinstance(model, nn.Module) else []
         tol = math.sqrt(torch.finfo(dtype or next(iter(trained), torch.float64)).eps)
-    config = Config(cost, Sweep(settle_steps=_SWEEPS, tol=tol), branches, leaves)
+    node_energy = make_node_energy(energy)
+    solver = default_solver(node_energy, groups)
+    solver = replace(solver, settle_steps=math.ceil(_LONGER * solver.settle_steps), tol=tol)
+    config = Config(cost, solver, branches, leaves, node_energy, tuple(groups), readout)
     with Case(model, x, y, config, dtype) as case:
         return _report(case, sorted(set(map(float, betas)), reverse=True), list(phases), samples)
 
 
 def _report(case: Case, betas: list[float], phases: list[str], samples: int) -> Report:
     try_out(case)
-    exact, tol = Reference.of(case), case.config.solver.tol
+    config, tol = case.config, case.config.solver.tol
+    rest = None if isinstance(config.energy, Prediction) and not config.groups else FixedPoint(case)
+    cost: Callable[[], float] = partial(mean_cost, case)
+    if rest is None or config.is_forward:
+        exact = Reference.of(case, run_backprop(case))
+    else:
+        exact, cost = Reference.of(case, rest.gradients()), rest.mean_cost
 
     # Gradients.
     runs: dict[str, list[Run]] = {}
@@ -110,13 +143,14 @@ def _report(case: Case, betas: list[float], phases: list[str], samples: int) -> 
         for fit in [_settled(some)]
     }
     best = runs[max(phases, key=ORDERS.__getitem__)][-1].gradients
-    near = differences(case, exact.gradients, best, samples) if samples else {}
+    near = differences(case, cost, exact.gradients, best, samples) if samples else {}
     parameters = tuple(_parameter(case, exact, p, runs, near.get(p, Difference())) for p in exact.gradients)
 
     # Equilibria.
-    equilibria = Equilibria(case)
+    equilibria = Equilibria(case) if rest is None else rest
     estimations = tuple(_estimation(equilibria, exact, name, run) for name in phases for run in runs[name])
-    reach, beyond = equilibria.largest_beta(phases, betas[0], Sweep())
+    usual = default_solver(config.energy, config.groups)
+    reach, beyond = largest_beta(lambda beta: equilibria.all_settle(phases, beta, usual), betas[0])
     return Report(
         failures=failures(parameters, estimations, tol, case.config.branches),
         notes=(*_notes(equilibria, exact, estimations), *diverged),
@@ -176,7 +210,7 @@ def _parameter(
     )
 
 
-def _estimation(equilibria: Equilibria, exact: Reference, phases: str, run: Run) -> Estimation:
+def _estimation(equilibria: Equilibria | FixedPoint, exact: Reference, phases: str, run: Run) -> Estimation:
     estimate = run.estimate
     assert estimate.left_branch is not None
     again = equilibria.residual(phases, estimate.beta)
@@ -195,11 +229,13 @@ def _estimation(equilibria: Equilibria, exact: Reference, phases: str, run: Run)
     )
 
 
-def _notes(equilibria: Equilibria, exact: Reference, estimations: Sequence[Estimation]) -> tuple[str, ...]:
+def _notes(equilibria: Equilibria | FixedPoint, exact: Reference, estimations: Sequence[Estimation]) -> tuple[str, ...]:
     """How the check was made, and what it leaves out."""
     case, energy = equilibria.case, equilibria.energy
     mode, dtype = "training" if case.model.training else "evaluation", next(iter(exact.gradients)).dtype
     notes = [f"checked in {mode} mode, in {str(dtype).removeprefix('torch.')}"]
+    if not case.config.is_forward:
+        notes.append("the free equilibrium is no forward pass: backprop is recurrent backpropagation there")
     inside, total = energy.graph.share_kept
     if inside:
         notes.append(share_in_words(inside, total))

@@ -13,7 +13,7 @@ here, and none of the residuals of `Energy`.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -72,7 +72,7 @@ class Equilibria:
 
     def nudged(self, beta: float) -> Energy:
         """The energy nudged by beta toward the target."""
-        make, energy = make_cost(self.case.config.cost), self.energy
+        make, energy = make_cost(self.case.config.whole_cost), self.energy
         output = energy.output(self.free)
         return nudge(energy, cost_of(energy.graph, make, energy.inputs, output, self.case.target), beta)
 
@@ -85,7 +85,7 @@ class Equilibria:
     def residual(self, phases: str, beta: float) -> Residual:
         """Of all phases of a contrast, the residual of the worst node."""
         settled = [self.settle(sign * beta, self.case.config.solver) for sign in _signs([phases])]
-        found = [_worst(nearer_residuals(energy, energy.state(s.point))) for energy, s in settled]
+        found = [worst_of(nearer_residuals(energy, energy.state(s.point))) for energy, s in settled]
         return max(found, key=lambda residual: residual.excess)
 
     @torch.no_grad()
@@ -105,32 +105,32 @@ class Equilibria:
         return ResidualTrace(beta, tuple(made), {name: tuple(curve) for name, curve in curves.items()})
 
     @torch.no_grad()
-    def largest_beta(self, phases: Sequence[str], beta: float, solver: Solver) -> tuple[float | None, float | None]:
-        """The largest beta found at which every example settles in every phase, and the smallest found where not.
+    def all_settle(self, phases: Sequence[str], beta: float, solver: Solver) -> bool:
+        """Whether every example settles in every phase."""
+        return all(self.settle(sign * beta, solver)[1].result is Result.CONVERGED for sign in _signs(phases))
 
-        They are a factor 2 apart; None where doubling or halving `beta` a few times found none.
-        """
-        signs = _signs(phases)
 
-        def settles(beta: float) -> bool:
-            return all(self.settle(sign * beta, solver)[1].result is Result.CONVERGED for sign in signs)
+def largest_beta(settles: Callable[[float], bool], beta: float) -> tuple[float | None, float | None]:
+    """The largest beta found at which every example settles, and the smallest found where not.
 
-        if settles(beta):
-            for _ in range(_DOUBLINGS):
-                if not settles(2 * beta):
-                    return beta, 2 * beta
-                beta *= 2
-            return beta, None
-        for _ in range(_HALVINGS):
-            beta /= 2
-            if settles(beta):
+    They are a factor 2 apart; None where doubling or halving `beta` a few times found none.
+    """
+    if settles(beta):
+        for _ in range(_DOUBLINGS):
+            if not settles(2 * beta):
                 return beta, 2 * beta
-        return None, beta
+            beta *= 2
+        return beta, None
+    for _ in range(_HALVINGS):
+        beta /= 2
+        if settles(beta):
+            return beta, 2 * beta
+    return None, beta
 
 
 def nearer_residuals(energy: Energy, state: State) -> Residuals:
     """The residuals of all nodes, of the kind by which the worst node is nearer to equilibrium."""
-    return min((residuals(energy, state, swept) for swept in (True, False)), key=lambda found: _worst(found).excess)
+    return min((residuals(energy, state, swept) for swept in (True, False)), key=lambda found: worst_of(found).excess)
 
 
 def residuals(energy: Energy, state: State, swept: bool) -> Residuals:
@@ -163,7 +163,7 @@ def residuals(energy: Energy, state: State, swept: bool) -> Residuals:
     return {name: found[name] for name in state}
 
 
-def _worst(found: Residuals) -> Residual:
+def worst_of(found: Residuals) -> Residual:
     """Of all nodes and examples the one that exceeds its rounding most."""
     nodes = []
     for name, (residual, rounding) in found.items():

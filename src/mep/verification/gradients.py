@@ -3,13 +3,14 @@
     EP against backprop     cosine, norm ratio, and the order in beta at which the error vanishes
     finite differences      dC/dtheta_i ~ (C(theta + h e_i) - C(theta - h e_i)) / 2h,   h = eps^(1/3) (1 + |theta_i|)
 
-The differences are taken on sampled coordinates. They use neither autograd nor an equilibrium, so they check both.
+The differences are taken on sampled coordinates. They use no derivative of the cost and no nudge, so they check both.
+Where the free equilibrium is no forward pass, backprop is recurrent backpropagation (`mep.verification.recurrent`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from mep.capture.sides import loss_of
 from mep.errors import ArgumentError
-from mep.estimators import Backprop, EquilibriumPropagation, Estimate
+from mep.estimators import Backprop, Estimate
 from mep.verification.case import Case
 from mep.verification.report import CLOSE, GradientMatch
 
@@ -46,19 +47,7 @@ class Difference(NamedTuple):
 
 def run_ep(case: Case, phases: str, beta: float) -> Run:
     """The EP gradient, as a training step would have it."""
-    config = case.config
-    ep = EquilibriumPropagation(
-        case.model,
-        config.cost,
-        beta,
-        config.solver,
-        phases=phases,
-        branches=config.branches,
-        leaves=config.leaves,
-        diagnostics=True,
-        on_unsettled="ignore",
-    )
-    ep.share_graphs(case.graphs)
+    ep = case.estimator(phases, beta)
     case.restore()
     return Run(*ep.gradients(case.x, case.target))
 
@@ -66,14 +55,14 @@ def run_ep(case: Case, phases: str, beta: float) -> Run:
 def run_backprop(case: Case) -> Gradients:
     """The gradient by autograd through the model itself."""
     case.restore()
-    return Backprop(case.model, case.config.cost).gradients(case.fresh_input(), case.target)[0]
+    return Backprop(case.model, case.config.whole_cost).gradients(case.fresh_input(), case.target)[0]
 
 
 @torch.no_grad()
 def mean_cost(case: Case) -> float:
-    """The mean cost of the batch at the parameters as they are now."""
+    """The mean cost of a forward pass with the parameters as they are now."""
     case.restore()
-    return float(loss_of(case.model, case.config.cost, case.fresh_input(), case.target))
+    return float(loss_of(case.model, case.config.whole_cost, case.fresh_input(), case.target))
 
 
 def try_out(case: Case) -> None:
@@ -97,13 +86,12 @@ class Reference:
     rounding: dict[nn.Parameter, float]
 
     @classmethod
-    def of(cls, case: Case) -> Reference:
-        """By backprop, with `rounding = 100 tol |module's largest gradient| + 1000 eps |whole gradient|`.
+    def of(cls, case: Case, found: Gradients) -> Reference:
+        """With `rounding = 100 tol |module's largest gradient| + 1000 eps |whole gradient|`.
 
         Settling leaves a relative error of about `tol` in the signal of a module, autograd about eps of the whole. So a
         gradient that vanishes, as that of a bias before BatchNorm, is judged by the size of its neighbours.
         """
-        found = run_backprop(case)
         norms = {p: float(g.norm()) for p, g in found.items()}
         whole = math.hypot(*norms.values())
         homes = {p: case.names[p].rpartition(".")[0] for p in found}
@@ -161,24 +149,29 @@ def fitted_order(betas: Sequence[float], errors: Sequence[float], floor: float) 
     return sum((x - x_mean) * (y - y_mean) for x, y in pairs) / sum((x - x_mean) ** 2 for x, _ in pairs)
 
 
-def differences(case: Case, backprop: Gradients, ep: Gradients, samples: int) -> dict[nn.Parameter, Difference]:
-    """For every parameter, on the coordinate with the largest gradient and on random ones, `samples` in all."""
+def differences(
+    case: Case, cost: Callable[[], float], backprop: Gradients, ep: Gradients, samples: int
+) -> dict[nn.Parameter, Difference]:
+    """For every parameter, on the coordinate with the largest gradient and on random ones, `samples` in all.
+
+    `cost` computes the mean cost with the parameters as they are now.
+    """
     generator = torch.Generator().manual_seed(0)
     found = {}
     for p, b in backprop.items():
         drawn = torch.randperm(p.numel(), generator=generator)[: samples - 1].tolist()
         chosen = list(dict.fromkeys([int(b.abs().argmax()), *drawn]))
         g = ep.get(p, torch.zeros_like(b))
-        found[p] = _difference(case, p, chosen, *(t.detach().flatten()[chosen].double().cpu() for t in (b, g)))
+        found[p] = _difference(cost, p, chosen, *(t.detach().flatten()[chosen].double().cpu() for t in (b, g)))
     return found
 
 
-def _difference(case: Case, p: nn.Parameter, chosen: list[int], b: Tensor, g: Tensor) -> Difference:
+def _difference(cost: Callable[[], float], p: nn.Parameter, chosen: list[int], b: Tensor, g: Tensor) -> Difference:
     """With the step at which the differences are nearest to backprop, of those that rounding allows."""
     tried: list[Difference] = []
     distances: list[float] = []
     for step in _STEPS:
-        slopes, noise = _slopes(case, p, chosen, step)
+        slopes, noise = _slopes(cost, p, chosen, step)
         size = max(float(b.norm()), float(slopes.norm()))
         if size * CLOSE <= noise:
             break
@@ -190,7 +183,7 @@ def _difference(case: Case, p: nn.Parameter, chosen: list[int], b: Tensor, g: Te
 
 
 @torch.no_grad()
-def _slopes(case: Case, p: nn.Parameter, chosen: list[int], step: float) -> tuple[Tensor, float]:
+def _slopes(cost: Callable[[], float], p: nn.Parameter, chosen: list[int], step: float) -> tuple[Tensor, float]:
     """Central differences at the chosen coordinates, and what rounding may contribute to their norm."""
     eps, largest, noise = torch.finfo(p.dtype).eps, 1.0, 0.0
     slopes = []
@@ -202,7 +195,7 @@ def _slopes(case: Case, p: nn.Parameter, chosen: list[int], step: float) -> tupl
         for shifted in (value + h, value - h):
             p[index] = shifted
             places.append(float(p[index]))  # as rounded
-            costs.append(mean_cost(case))
+            costs.append(cost())
         p[index] = value
         largest = max(largest, *map(abs, costs))
         slopes.append((costs[0] - costs[1]) / (places[0] - places[1]))

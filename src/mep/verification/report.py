@@ -251,7 +251,7 @@ def sentences(report: Mapping[str, Any]) -> list[str]:
 
 def parameter_table(report: Mapping[str, Any]) -> Table:
     """A row a parameter: cosine and norm ratio at the smallest beta, fitted order, finite differences."""
-    titles = ["Parameter", "|gradient|"]
+    titles = ["Parameter", "norm"]
     for phases in report["orders"]:
         titles += [f"{phases}: cosine", "ratio", "order"]
     rows = []
