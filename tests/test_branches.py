@@ -112,6 +112,17 @@ def test_exact_equilibrium_is_one_of_the_nonsmooth_energy(name, cost, beta):
         assert distance_to_rest(left[n], right[n]).max() < 1e-8, n
 
 
+@pytest.mark.parametrize("beta", [0.5, -0.5])
+@pytest.mark.parametrize("name", KINKED)
+def test_a_beta_for_each_example_leads_to_where_one_for_all_does(name, beta):
+    model, x, y = problem(NETWORKS[f"mlp {name}"])
+    (energy, one), (_, each) = (
+        settled(model, x, y, "cross_entropy", b, EXACT, "exact") for b in (beta, torch.full((len(x),), beta))
+    )
+    for node in energy.graph.states:
+        assert torch.allclose(one.point.values[node.name], each.point.values[node.name], atol=1e-8)
+
+
 def at_kinks(name, beta):
     """How many units rest exactly at a kink."""
     model, x, y = problem(NETWORKS[name])

@@ -519,3 +519,22 @@ def test_examples_whose_displacements_are_small_settle_too(make, scale, seed):
     ep = mep.EquilibriumPropagation(model, "one_hot_mse", energy="hopfield", on_unsettled="ignore")
     estimates = [ep.gradients(x, y)[1] for _ in range(4)]
     assert estimates[-1].converged
+
+
+def test_patience_takes_so_many_more_sweeps():
+    model, x, y = build("hard sigmoid")
+    found = []
+    for patience in (1, 2, 3):
+        ep = mep.EquilibriumPropagation(model, "mse", energy="hopfield", solver=mep.Relaxation(patience=patience))
+        ep.gradients(x, y)
+        found.append(ep.gradients(x, y)[1].iterations)
+    assert found == [found[0], found[0] + 1, found[0] + 2]
+
+
+@pytest.mark.parametrize("steepness", [1.0, 50.0, 5000.0])
+def test_the_default_beta_falls_with_the_curvature_of_a_cost_of_ones_own(steepness):
+    """A thousandth, over its largest eigenvalue if that exceeds 1; measured along the gradient."""
+    model, x, y = build("hard sigmoid")
+    cost = lambda out, target: steepness * (out - target).square().sum(1) / 2  # noqa: E731
+    ep = mep.EquilibriumPropagation(model, cost, energy="hopfield")
+    assert ep.gradients(x, y)[1].beta == pytest.approx(0.001 / max(1.0, steepness), rel=1e-3)
