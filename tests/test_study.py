@@ -101,7 +101,7 @@ def test_a_network_that_is_out_of_the_finite_numbers_is_said_to_be():
     model = network(("plain", "relu", "torch"), 2, 8, 64, 10)
     with torch.no_grad():
         model[-1].weight.fill_(torch.inf)
-    row = measure(model, torch.ones(4, 1, 8, 8), torch.tensor([0, 1, 2, 3]), 0.1, 1e-2)
+    (row,) = measure(model, torch.ones(4, 1, 8, 8), torch.tensor([0, 1, 2, 3]), [0.1], 1e-2)
     assert row["error"] is None and row["settled"] is None and row["why"] == "DivergedError"
 
 

@@ -75,7 +75,7 @@ def study_record():
     settings = {"width": 32, "batch_size": 64, "tol": 0.01, "train_steps": 100}
     settings |= {"depths": [5, 10, 20, 50, 100, 200], "betas": [0.001, 0.01, 0.03, 0.1, 0.3, 1.0]}
     rows = [
-        {"shortcuts": shortcuts, "activation": "relu", "start": start, "depth": depth, "stage": stage, "beta": beta}
+        {"kind": shortcuts, "activation": "relu", "start": start, "depth": depth, "stage": stage, "beta": beta}
         | {"error": 0.00086, "median_beta": 0.00098, "sweeps": 100.0, "settled": 0.998}
         for shortcuts, start in (("plain", "xavier"), ("residual", "torch"))
         for depth in settings["depths"]

@@ -4,8 +4,8 @@
     mep study --depth 5 --depth 50 --beta 0.1
     mep plot runs/study/study.json
 
-Settles multilayer perceptrons on scikit-learn's digits, freshly initialised
-and after some steps of training: at the default, beta=None, and at the betas
+Settles multilayer perceptrons and Hopfield networks on scikit-learn's digits, freshly
+initialised and after some steps of training: at the default, beta=None, and at the betas
 that are named. Writes a record (JSON) and a picture (PNG).
 """
 
@@ -94,7 +94,8 @@ UNSETTLED = "*"
 CAPTION = (
     "Each cell: initialised / trained. Default: beta=None chooses one for each example. Sweeps: of an example, mean. "
     "Settled: share of the examples whose residual came within the tolerance. Error: of the whole gradient against "
-    f"backprop's, relative. {UNSETTLED}: some example did not settle; the gradient is that of where settling stopped. "
+    "backprop's, relative; of Hopfield networks, which have no forward pass, against recurrent backprop's at rest. "
+    f"{UNSETTLED}: some example did not settle; the gradient is that of where settling stopped. "
     "A dash: nothing to compare: the gradient vanishes, or is not finite."
 )
 
@@ -149,9 +150,9 @@ def _show(console: Console, rows: list[Row], over: str, cell: Cell) -> None:
 
 def family(row: Row) -> str:
     """What a network is called."""
-    shortcuts = "" if row["shortcuts"] == "plain" else "residual "
+    kind = {"plain": "", "residual": "residual ", "hopfield": "Hopfield, "}[row["kind"]]
     start = "" if row["start"] == "torch" else f", {row['start'].capitalize()}"
-    return f"{shortcuts}{row['activation']}{start}"
+    return f"{kind}{row['activation']}{start}"
 
 
 def nearest(values: Sequence[Any], wanted: float) -> Any:

@@ -28,7 +28,7 @@ from mep.energy import Energy, Hopfield, State
 from mep.errors import DivergedError
 from mep.estimators import Equilibrium
 from mep.graph.ops import Program, StepContext
-from mep.settle import Solver
+from mep.settle import Solver, Start, settle
 from mep.verification.case import Case
 from mep.verification.equilibrium import Residual, Residuals, worst_of
 from mep.verification.report import ResidualTrace
@@ -42,7 +42,7 @@ _TIGHT = 1e3
 
 
 class FixedPoint:
-    """The map T of a case, and the free equilibrium to which it leads from the forward pass.
+    """The map T of a case, and the free equilibrium to which it leads from where the solver of the case has settled.
 
     Its methods `residual`, `trace` and `all_settle` are those of `Equilibria`, by way of `ep.settle`.
     """
@@ -60,6 +60,8 @@ class FixedPoint:
         self.programs = [Program(node.program, node.parents, [node.op], node.name) for node in graph.nodes]
         self.held: StepContext | None = None
         """Where max pooling and its like stand at the free equilibrium, if branches are held."""
+        if not config.is_forward:
+            start = settle(self.energy, start, config.solver.for_free_phase(), Start(cost=self.cost)).point
         self.states = self.settled(self.energy.state(start))
         if config.branches == "held":
             self.held = StepContext()
@@ -105,7 +107,7 @@ class FixedPoint:
         def step(values: list[Tensor]) -> list[Tensor]:
             return list(self.map(dict(zip(states, values, strict=True))).values())
 
-        found = iterated(step, list(states.values()))
+        found = iterated(step, list(states.values()), self.energy.batch)
         if found is None:
             raise DivergedError(
                 "verify: the free equilibrium is not found by iterating s <- T(s), which ends where states pull on "
@@ -136,7 +138,7 @@ class FixedPoint:
                 back = torch.autograd.grad(image, leaves, v, retain_graph=True, materialize_grads=True)
                 return [c + b for c, b in zip(start, back, strict=True)]
 
-            if (v := iterated(step, start)) is None:
+            if (v := iterated(step, start, self.energy.batch)) is None:
                 raise DivergedError(
                     "verify: the equilibrium has no derivative: the largest eigenvalue of its coupling is 1 or more, "
                     "so that there are several equilibria. Way out: smaller weights."
@@ -198,31 +200,35 @@ class FixedPoint:
         return self.case.estimator(phases, beta, solver).settle(self.case.x, self.case.target, record=record)
 
 
-def iterated(step: Callable[[list[Tensor]], list[Tensor]], x: list[Tensor]) -> list[Tensor] | None:
+def iterated(step: Callable[[list[Tensor]], list[Tensor]], x: list[Tensor], batch: int) -> list[Tensor] | None:
     """The fixed point of a map, by Anderson's acceleration of `x <- step(x)`; None if it is not found.
 
     Of the last maps and their residuals `f_i = g_i - x_i` the next point is the `g - sum_i c_i (g - g_i)` for which
-    `|f - sum_i c_i (f - f_i)|` is least.
+    `|f - sum_i c_i (f - f_i)|` is least, with coefficients for each of the examples.
     """
-    sizes = [t.numel() for t in x]
-    at = _flat(x)
+
+    def flat(tensors: list[Tensor]) -> Tensor:
+        return torch.cat([t.detach().reshape(batch, -1) for t in tensors], 1)
+
+    def shaped(rows: Tensor) -> list[Tensor]:
+        return [part.reshape(like.shape) for part, like in zip(rows.split(sizes, 1), x, strict=True)]
+
+    sizes = [t.numel() // batch for t in x]
+    at = flat(x)
     maps: list[Tensor] = []
     residuals: list[Tensor] = []
     for _ in range(_ITERATIONS):
-        g = _flat(step([t.view_as(like) for t, like in zip(at.split(sizes), x, strict=True)]))
+        g = flat(step(shaped(at)))
         f = g - at
         if not f.isfinite().all():
             return None
-        if f.norm() <= _TIGHT * torch.finfo(f.dtype).eps * g.norm():
-            return [t.view_as(like) for t, like in zip(g.split(sizes), x, strict=True)]
+        if (f.norm(dim=1) <= _TIGHT * torch.finfo(f.dtype).eps * g.norm(dim=1)).all():
+            return shaped(g)
         at = g
         if residuals:
-            changes = torch.stack([f - before for before in residuals], 1)
-            c = torch.linalg.lstsq(changes, f.unsqueeze(1), driver="gelsd" if f.is_cpu else None).solution
-            at = g - (torch.stack([g - before for before in maps], 1) @ c).squeeze(1)
+            changes = torch.stack([f - before for before in residuals], 2)
+            driver = "gelsd" if f.is_cpu else None
+            c = torch.linalg.lstsq(changes, f.unsqueeze(2), driver=driver).solution
+            at = g - (torch.stack([g - before for before in maps], 2) @ c).squeeze(2)
         maps, residuals = [*maps[-_MEMORY:], g], [*residuals[-_MEMORY:], f]
     return None
-
-
-def _flat(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.cat([t.detach().flatten() for t in tensors])
