@@ -42,7 +42,7 @@ SUITES = {
     "graph/": f"chain capture {CORE}",
     "capture/cache.py": "proof sound_training",
     "capture/kinks.py": "kinks",
-    "capture/": "capture proof traps kinks zoo",
+    "capture/": "capture proof traps kinks zoo sound_reading sound_training",
     "solvers/descent.py": "descent stiffness settling hopfield",
     "solvers/local.py": "local",
     "solvers/relaxation.py": "relaxation compile",
