@@ -501,8 +501,9 @@ class Energy:
     def parameter_gradient(
         self, point: Point, errors: Mapping[str, Tensor] | None, weight: float, nodes: Sequence[Node] | None = None
     ) -> dict[Any, Tensor]:
-        """`weight * dE/dtheta`, over beta where there is a nudge, summed over the batch and over the nodes (or all).
+        """`weight * dE/dtheta`, over beta where there is a nudge, summed over the batch and these nodes.
 
+        By default over all nodes and groups.
         `errors` are the scaled ones, `de/dmu / beta`, where they are known. From displacements follows the difference
         from the free equilibrium, over beta.
         """
@@ -516,9 +517,15 @@ class Energy:
                     errors = {n: e / expand_beta(self.beta, e) for n, e in errors.items()}
             gradients = self.graph.param_vjp(point, errors, weight, nodes)
         if nodes is None:
-            for group in self.groups:
-                add_gradients(gradients, self._group_gradient(group, point, weight))
+            add_gradients(gradients, self.groups_gradient(point, weight))
         return gradients
+
+    def groups_gradient(self, point: Point, weight: float) -> dict[Any, Tensor]:
+        """The part of `parameter_gradient` that is that of the groups' own parameters: of no node alone."""
+        total: dict[Any, Tensor] = {}
+        for group in self.groups:
+            add_gradients(total, self._group_gradient(group, point, weight))
+        return total
 
     def _group_gradient(self, group: GroupEnergy, point: Point, weight: float) -> dict[Any, Tensor]:
         """`weight * de/dtheta` of a group's own parameters, over beta where there is a nudge."""

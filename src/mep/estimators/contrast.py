@@ -249,6 +249,9 @@ def iter_gradients(phases: Sequence[Phase], output: Tensor, batch: int) -> Itera
     if nudged and nudged.cost.parameters:
         with torch.no_grad():
             unfinished = nudged.cost.parameter_gradient(output, 1 / batch)
+    with torch.no_grad():
+        for weight, energy, settled in phases:
+            _add(unfinished, energy.groups_gradient(settled.point, weight / batch))
     alone = finished({p: unfinished.pop(p) for p in list(unfinished) if p not in last})
     if alone:
         yield alone

@@ -317,7 +317,8 @@ class EquilibriumPropagation:
 
         Args:
             clamp: what is held, by name: "input" (else the name of an argument of `forward`), "output" (what the model
-                returns, before a readout), or a node with a state (see `mep.trace`). Whole states, [batch, ...].
+                returns, before a readout), or a node with a state (see `mep.trace`). Whole states, [batch, ...], of
+                values that the activation can have, the ends of its range included.
             start: where states that are free begin. By default inputs begin at zero and nodes on their predictions.
             held: masks for names in `clamp` of which only a part is held: True where a unit is.
             box: the bounds (low, high) of free inputs, such as the range of the data; or a mapping by name.
@@ -352,7 +353,8 @@ class EquilibriumPropagation:
             context = StepContext(freeze_branches=self.branches == "held" and self.solver.holds_branches)
             energy = Energy(graph, self.node_energy, graph.bind(x), context, batch, groups=self.groups)
             clamp, start, held = (by_real_name(graph, values) for values in (clamp, start, held))
-            return relaxed(energy, self.solver, clamp, start, held, box)
+            with dtype_errors(self.model):
+                return relaxed(energy, self.solver, clamp, start, held, box)
         finally:
             set_generators(noise)
 

@@ -231,6 +231,10 @@ class Relaxation(Solver):
             self.memory.batches += 1
         return replace(iterate, residual=residual, exact=True, point=current.point)
 
+    def snapshot(self, energy: Energy, iterate: Iterate) -> Iterate:
+        """As it is: nothing is noted, and no example given up."""
+        return iterate
+
     def unrolled(self, energy: Energy, point: Point, start: Start, steps: int) -> tuple[Iterate, Tensor]:
         if energy.nudge is None:
             free = Relaxed(energy, point, None, self.memory)  # the cost says when to stop
