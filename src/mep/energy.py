@@ -516,7 +516,7 @@ class Energy:
                 if self.nudge:
                     errors = {n: e / expand_beta(self.beta, e) for n, e in errors.items()}
             gradients = self.graph.param_vjp(point, errors, weight, nodes)
-        if nodes is None:
+        if nodes is None and self.groups:
             add_gradients(gradients, self.groups_gradient(point, weight))
         return gradients
 

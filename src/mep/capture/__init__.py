@@ -71,18 +71,19 @@ def _check_applies(model: nn.Module, x: Any) -> None:
     """Refuse a batch that the model itself cannot be applied to, or of which it does not return one row an example."""
     name, tensors = type(model).__name__, [v for v in flattened(x)[0] if isinstance(v, torch.Tensor)]
     given = f"this batch, {', '.join(f'{t.dtype} of shape {tuple(t.shape)}' for t in tensors)}"
-    with untouched(model), torch.no_grad():
+    with untouched(model), torch.enable_grad():
         try:
             output = call_model(model, mapped(x, torch.Tensor.clone))
         except (MepError, torch.OutOfMemoryError):
             raise
         except Exception as error:
             dtypes = {p.dtype for p in model.parameters()}
-            way_out = f" The parameters are {next(iter(dtypes))}." if len(dtypes) == 1 else ""
+            is_other = len(dtypes) == 1 and not dtypes & {t.dtype for t in tensors}
+            way_out = f" The parameters are {next(iter(dtypes))}." if is_other else ""
             raise InputError(
                 f"{name} cannot be applied to {given}: {type(error).__name__}: {error}.{way_out} Nothing was changed."
             ) from error
-    if isinstance(output, torch.Tensor) and output.ndim and len(output) != len(tensors[0]):
+    if isinstance(output, torch.Tensor) and output.requires_grad and output.ndim and len(output) != len(tensors[0]):
         raise InputError(
             f"{name} returns a tensor of shape {tuple(output.shape)} for {given}: dimension 0 of both counts the "
             "examples. Way out, for a single one: x[None]. Nothing was changed."
