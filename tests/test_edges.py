@@ -327,3 +327,29 @@ def test_gradients_that_their_dtype_rounds_are_not_called_converged(dtype, cost,
                 ep = mep.EquilibriumPropagation(model, cost, energy="hopfield", on_unsettled="raise", proof="never")
                 with pytest.raises(mep.NotConvergedError, match=r"float32, or a larger tol.*bfloat16"):
                     ep(x, y)
+
+
+# Layouts in memory.
+
+
+def test_inner_products_do_not_depend_on_the_order_in_memory():
+    a, b = torch.randn(3, 4, 5, 6).double(), torch.randn(3, 4, 5, 6).double()
+    expected = (a * b).flatten(1).sum(1)
+    for one in (torch.contiguous_format, torch.channels_last):
+        for other in (torch.contiguous_format, torch.channels_last):
+            pair = a.contiguous(memory_format=one), b.contiguous(memory_format=other)
+            torch.testing.assert_close(mep.energy.example_dot(*pair, 3), expected)
+
+
+@pytest.mark.parametrize("pool", [lambda: nn.AdaptiveAvgPool2d(4), lambda: nn.AvgPool2d(2)])
+def test_the_coupling_behind_pooled_convolutions_is_that_of_the_dense_matrix(pool):
+    torch.manual_seed(0)
+    size = 16 if isinstance(pool(), nn.AdaptiveAvgPool2d) else 9
+    layers = nn.Conv2d(2, 4, 3), pool(), nn.Sigmoid(), nn.Flatten(), nn.Linear(4 * size, 3)
+    model, x, y = nn.Sequential(*layers).double(), torch.rand(4, 2, 8, 8).double(), torch.rand(4, 3).double()
+    ep = mep.EquilibriumPropagation(model, "mse", energy="hopfield")
+    eq = ep.settle(x, y)
+    slopes = eq.free.states["1"].flatten(1).double()
+    scaled = model[4].weight.detach() * (slopes * (1 - slopes)).sqrt()[:, None]  # W f'^(1/2), one an example
+    largest = float(torch.linalg.matrix_norm(scaled, 2).max())
+    assert 0.9 * largest < eq.estimate.coupling < 1.001 * largest

@@ -40,7 +40,7 @@ from mep.graph.closed_forms import FREE_STATE, Kink, Potential, Quadratic
 from mep.graph.node import Beta, Node, expand_beta, select_beta, state_from_error
 from mep.graph.ops import StepContext
 from mep.guards import without_hooks
-from mep.layout import accurate, by_example, in_dtype, numbers_like, select_examples
+from mep.layout import accurate, as_laid_out, by_example, in_dtype, numbers_like, select_examples
 
 State = dict[str, Tensor]
 Box = tuple[float, float]
@@ -583,6 +583,7 @@ def example_norm(tensor: Tensor, batch: int) -> Tensor:
 
 def example_dot(a: Tensor, b: Tensor, batch: int) -> Tensor:
     """The inner product over everything but the examples, [batch], in float32 at least; conj(a) of complex numbers."""
+    b = as_laid_out(b, a) if a.ndim == 4 else b  # numbers in the same order
     a, b = by_example(a, batch), by_example(b, batch)
     if a.is_complex() is not b.is_complex():
         a, b = in_dtype(a, numbers_like(a, b)), in_dtype(b, numbers_like(b, a))

@@ -68,10 +68,10 @@ def _read(model: nn.Module, x: Any, leaves: Leaves, cost: Callable[..., Any] | N
 
 
 def _check_applies(model: nn.Module, x: Any) -> None:
-    """Refuse a batch that the model itself cannot be applied to, or of which it does not return one row an example."""
+    """Refuse a batch that the model itself cannot be applied to, or that is a single example without its dimension."""
     name, tensors = type(model).__name__, [v for v in flattened(x)[0] if isinstance(v, torch.Tensor)]
     given = f"this batch, {', '.join(f'{t.dtype} of shape {tuple(t.shape)}' for t in tensors)}"
-    with untouched(model), torch.enable_grad():
+    with untouched(model), torch.enable_grad():  # some models differentiate
         try:
             output = call_model(model, mapped(x, torch.Tensor.clone))
         except (MepError, torch.OutOfMemoryError):
@@ -83,7 +83,11 @@ def _check_applies(model: nn.Module, x: Any) -> None:
             raise InputError(
                 f"{name} cannot be applied to {given}: {type(error).__name__}: {error}.{way_out} Nothing was changed."
             ) from error
-    if isinstance(output, torch.Tensor) and output.requires_grad and output.ndim and len(output) != len(tensors[0]):
+        alone = None
+        if isinstance(output, torch.Tensor) and output.ndim and len(output) != len(tensors[0]):
+            with suppress(Exception):
+                alone = call_model(model, mapped(x, lambda t: t.clone()[None]))
+    if isinstance(alone, torch.Tensor) and alone.ndim and len(alone) == 1:
         raise InputError(
             f"{name} returns a tensor of shape {tuple(output.shape)} for {given}: dimension 0 of both counts the "
             "examples. Way out, for a single one: x[None]. Nothing was changed."
