@@ -353,3 +353,19 @@ def test_the_coupling_behind_pooled_convolutions_is_that_of_the_dense_matrix(poo
     scaled = model[4].weight.detach() * (slopes * (1 - slopes)).sqrt()[:, None]  # W f'^(1/2), one an example
     largest = float(torch.linalg.matrix_norm(scaled, 2).max())
     assert 0.9 * largest < eq.estimate.coupling < 1.001 * largest
+
+
+@pytest.mark.parametrize("last", [nn.Sigmoid, nn.Tanh, nn.Softplus, lambda: nn.Softmax(1), nn.Hardsigmoid])
+def test_holomorphic_phases_of_models_that_end_in_an_activation(last):
+    """The order is that of the points, against the limit beta -> 0."""
+    model = nn.Sequential(*sigmoidal(6, 8, 4, scale=0.7, activation=nn.Tanh), last())
+    x, y = torch.rand(5, 6).double(), torch.rand(5, 4).double()
+    solver = mep.Relaxation(tol=1e-11, settle_steps=500)
+    limit, _ = mep.EquilibriumPropagation(model, "mse", 1e-9, solver, "hopfield").gradients(x, y)
+    errors = []
+    for beta in (0.8, 0.4):
+        ep = mep.EquilibriumPropagation(model, "mse", beta, solver, "hopfield", phases="holomorphic")
+        found, estimate = ep.gradients(x, y)
+        assert estimate.converged
+        errors.append(math.sqrt(sum(float((g - limit[p]).square().sum()) for p, g in found.items())))
+    assert math.log2(errors[0] / errors[1]) > 3.5 and errors[1] < 1e-2

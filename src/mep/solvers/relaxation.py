@@ -651,7 +651,8 @@ class Displacement:
         if delta is None:
             return s
         potential = self.energy.graph.by_name[self.energy.graph.output].potential
-        return potential.within(s + delta * expand_beta(self.energy.beta, delta))
+        moved = s + delta * expand_beta(self.energy.beta, delta)
+        return moved if moved.is_complex() else potential.within(moved)
 
     def without_runaways(self, residual: Tensor, limit: float, among: Tensor | None = None) -> Tensor:
         """Examples whose displacements have grown beyond a limit are given up: back to those of the first sweep.
