@@ -80,14 +80,19 @@ class BatchCost(ABC):
 class SquaredError(BatchCost):
     """`mean_j (s_j - y_j)^2` over the features j of an example: its mean over the batch is `F.mse_loss`."""
 
+    name = "mse"
+    for_labels = "For class labels pass F.one_hot(labels, classes).float(), or use cost='cross_entropy'."
+
     def __init__(self, output: Tensor, target: Tensor):
         if target.shape != output.shape:
             missing = (*target.shape, 1) == tuple(output.shape)
             hint = "target[:, None] has that shape. " if missing and target.ndim == 1 else ""
             raise InputError(
-                f"mse: the target has shape {tuple(target.shape)} and the output {tuple(output.shape)}; they must be "
-                f"equal. {hint}For class labels pass F.one_hot(labels, classes).float(), or use cost='cross_entropy'."
+                f"{self.name}: the target has shape {tuple(target.shape)} and the output {tuple(output.shape)}; they "
+                f"must be equal. {hint}{self.for_labels}"
             )
+        if target.is_complex():
+            raise InputError(f"{self.name}: the target must be real, got {target.dtype}.")
         self.target = target.to(output.dtype)
         self.features = output.numel() // len(output)
 
@@ -112,9 +117,12 @@ class SquaredError(BatchCost):
 class OneHotSquaredError(SquaredError):
     """The squared error, for which class labels (integers, classes along dimension 1) stand for one-hot vectors."""
 
+    name = "one_hot_mse"
+    for_labels = "Class labels must be integers (torch.long)."
+
     def __init__(self, output: Tensor, target: Tensor):
         if not target.is_floating_point() and output.ndim > 1:
-            target = torch.zeros_like(output).scatter_(1, _checked_labels(output, target), 1.0)
+            target = torch.zeros_like(output).scatter_(1, _checked_labels(output, target, self.name), 1.0)
         super().__init__(output, target)
 
 
@@ -140,7 +148,7 @@ class CrossEntropy(BatchCost):
             self.target = target.to(output.dtype)
             self.total = self.target.sum(1, keepdim=True)
         else:
-            self.labels = _checked_labels(output, target)
+            self.labels = _checked_labels(output, target, "cross_entropy")
             self._shape, self._dtype = output.shape, output.dtype
 
     @cached_property
@@ -416,19 +424,18 @@ def mean_cost(cost: str | PerExample | type[BatchCost] | WithReadout, output: An
     return make_cost(cost)(output.detach(), target).value(output).mean()
 
 
-def _checked_labels(output: Tensor, labels: Tensor) -> Tensor:
-    """Class labels as indices `[batch, 1, ...]`."""
+def _checked_labels(output: Tensor, labels: Tensor, cost: str) -> Tensor:
+    """Class labels for the cost of that name as indices `[batch, 1, ...]`."""
     wanted, classes = (output.shape[0], *output.shape[2:]), output.shape[1]
     column = labels.ndim > 1 and labels.shape == (*wanted, 1)
     if column or (labels.shape == output.shape and classes > 1 and labels.dtype != torch.bool):
         way_out = "labels.squeeze(-1)" if column else "labels.argmax(1), or labels.float() for probabilities"
         raise InputError(
-            f"cross_entropy: class labels must be integers of shape {wanted}, got {tuple(labels.shape)}. "
-            f"Pass {way_out}."
+            f"{cost}: class labels must be integers of shape {wanted}, got {tuple(labels.shape)}. Pass {way_out}."
         )
     if labels.shape != wanted or labels.dtype in (torch.bool, torch.complex64, torch.complex128):
         raise InputError(
-            f"cross_entropy: class labels must be integers of shape {wanted}, got {labels.dtype} of shape "
+            f"{cost}: class labels must be integers of shape {wanted}, got {labels.dtype} of shape "
             f"{tuple(labels.shape)}. Classes are dimension 1 of the output; for [batch, time, classes] transpose the "
             "output, or pass a cost function."
         )
@@ -437,7 +444,7 @@ def _checked_labels(output: Tensor, labels: Tensor) -> Tensor:
     if low < 0 or high >= classes:
         ignored = low == -100 and high < classes
         hint = " To ignore -100, pass cost=lambda out, y: F.cross_entropy(out, y, reduction='none')." if ignored else ""
-        raise InputError(f"cross_entropy: labels lie in [{low}, {high}], the output has {classes} classes.{hint}")
+        raise InputError(f"{cost}: labels lie in [{low}, {high}], the output has {classes} classes.{hint}")
     return labels.long().unsqueeze(1)
 
 

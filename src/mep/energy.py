@@ -40,7 +40,7 @@ from mep.graph.closed_forms import FREE_STATE, Kink, Potential, Quadratic
 from mep.graph.node import Beta, Node, expand_beta, select_beta, state_from_error
 from mep.graph.ops import StepContext
 from mep.guards import without_hooks
-from mep.layout import accurate, by_example, in_dtype, numbers_like, select_examples
+from mep.layout import accurate, as_laid_out, by_example, in_dtype, numbers_like, select_examples
 
 State = dict[str, Tensor]
 Box = tuple[float, float]
@@ -501,8 +501,9 @@ class Energy:
     def parameter_gradient(
         self, point: Point, errors: Mapping[str, Tensor] | None, weight: float, nodes: Sequence[Node] | None = None
     ) -> dict[Any, Tensor]:
-        """`weight * dE/dtheta`, over beta where there is a nudge, summed over the batch and over the nodes (or all).
+        """`weight * dE/dtheta`, over beta where there is a nudge, summed over the batch and these nodes.
 
+        By default over all nodes and groups.
         `errors` are the scaled ones, `de/dmu / beta`, where they are known. From displacements follows the difference
         from the free equilibrium, over beta.
         """
@@ -515,10 +516,16 @@ class Energy:
                 if self.nudge:
                     errors = {n: e / expand_beta(self.beta, e) for n, e in errors.items()}
             gradients = self.graph.param_vjp(point, errors, weight, nodes)
-        if nodes is None:
-            for group in self.groups:
-                add_gradients(gradients, self._group_gradient(group, point, weight))
+        if nodes is None and self.groups:
+            add_gradients(gradients, self.groups_gradient(point, weight))
         return gradients
+
+    def groups_gradient(self, point: Point, weight: float) -> dict[Any, Tensor]:
+        """The part of `parameter_gradient` that is that of the groups' own parameters: of no node alone."""
+        total: dict[Any, Tensor] = {}
+        for group in self.groups:
+            add_gradients(total, self._group_gradient(group, point, weight))
+        return total
 
     def _group_gradient(self, group: GroupEnergy, point: Point, weight: float) -> dict[Any, Tensor]:
         """`weight * de/dtheta` of a group's own parameters, over beta where there is a nudge."""
@@ -576,6 +583,7 @@ def example_norm(tensor: Tensor, batch: int) -> Tensor:
 
 def example_dot(a: Tensor, b: Tensor, batch: int) -> Tensor:
     """The inner product over everything but the examples, [batch], in float32 at least; conj(a) of complex numbers."""
+    b = as_laid_out(b, a) if a.ndim == 4 else b  # numbers in the same order
     a, b = by_example(a, batch), by_example(b, batch)
     if a.is_complex() is not b.is_complex():
         a, b = in_dtype(a, numbers_like(a, b)), in_dtype(b, numbers_like(b, a))

@@ -214,6 +214,10 @@ class Solver(ABC):
         """The same iterate with its point, its errors and its exact residual, where `step` was content with less."""
         return iterate
 
+    def snapshot(self, energy: Energy, iterate: Iterate) -> Iterate:
+        """The same iterate with its point and its errors, to look at; settling goes on as if nothing had happened."""
+        return self.finalize(energy, iterate)
+
     def diagnosis(self) -> tuple[float | None, float | None]:
         """As last measured: the fraction of states inside their boxes, and the coupling's largest eigenvalue."""
         return None, None
@@ -276,7 +280,7 @@ def settle(
         if idle is not None:
             iterate.residual = iterate.residual.masked_fill(idle, 0)
         if watch is not None:
-            watch(iterations, solver.finalize(energy, iterate))
+            watch(iterations, solver.snapshot(energy, iterate))
         worst = float(iterate.residual.max())
         # Which examples have settled: by their residuals, and by nothing else.
         if solver.adaptive and (iterations > 0 or iterate.exact):

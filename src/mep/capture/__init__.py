@@ -24,9 +24,10 @@ from mep.capture.export import check_leaves as check_leaves
 from mep.capture.export import export
 from mep.capture.kinks import read_kinks
 from mep.capture.reading import Reading
-from mep.errors import ArgumentError, InputError, TraceError, one_of, require
+from mep.capture.state import untouched
+from mep.errors import ArgumentError, InputError, MepError, TraceError, one_of, require
 from mep.graph.graph import Graph
-from mep.graph.inputs import flattened, unflattened
+from mep.graph.inputs import call_model, flattened, mapped, unflattened
 
 
 def trace(model: nn.Module, x: Any, leaves: Leaves = (), energy: str = "prediction") -> Graph:
@@ -66,6 +67,33 @@ def _read(model: nn.Module, x: Any, leaves: Leaves, cost: Callable[..., Any] | N
     return Reading(export(model, x, leaves, cost, target, symbols=False), model, x)
 
 
+def _check_applies(model: nn.Module, x: Any) -> None:
+    """Refuse a batch that the model itself cannot be applied to, or that is a single example without its dimension."""
+    name, tensors = type(model).__name__, [v for v in flattened(x)[0] if isinstance(v, torch.Tensor)]
+    given = f"this batch, {', '.join(f'{t.dtype} of shape {tuple(t.shape)}' for t in tensors)}"
+    with untouched(model), torch.enable_grad():  # some models differentiate
+        try:
+            output = call_model(model, mapped(x, torch.Tensor.clone))
+        except (MepError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            dtypes = {p.dtype for p in model.parameters()}
+            is_other = len(dtypes) == 1 and not dtypes & {t.dtype for t in tensors}
+            way_out = f" The parameters are {next(iter(dtypes))}." if is_other else ""
+            raise InputError(
+                f"{name} cannot be applied to {given}: {type(error).__name__}: {error}.{way_out} Nothing was changed."
+            ) from error
+        alone = None
+        if isinstance(output, torch.Tensor) and output.ndim and len(output) != len(tensors[0]):
+            with suppress(Exception):
+                alone = call_model(model, mapped(x, lambda t: t.clone()[None]))
+    if isinstance(alone, torch.Tensor) and alone.ndim and len(alone) == 1:
+        raise InputError(
+            f"{name} returns a tensor of shape {tuple(output.shape)} for {given}: dimension 0 of both counts the "
+            "examples. Way out, for a single one: x[None]. Nothing was changed."
+        )
+
+
 def _twice(x: Any) -> Any:
     leaves, structure = flattened(x)
     double = [torch.cat([v, v]) if isinstance(v, torch.Tensor) and v.ndim and len(v) == 1 else v for v in leaves]
@@ -92,7 +120,11 @@ def capture(
         raise ArgumentError(f"trace(model={type(model).__name__}): must be a torch.nn.Module.{way_out}")
     if not any(hasattr(leaf, "shape") for leaf in flattened(x)[0]):
         raise InputError(f"x must be a tensor, or a tuple or dict of them, not {type(x).__name__}: torch.as_tensor(x).")
-    reading = _read(model, x, leaves, cost, target)
+    try:
+        reading = _read(model, x, leaves, cost, target)
+    except TraceError:
+        _check_applies(model, x)
+        raise
     if energy == "hopfield":
         reading.move_states_behind_activations()
         return reading.graph()

@@ -182,6 +182,8 @@ class Graphs:
         given, unread = (self.model, x, self.leaves, self.energy, self.branches), None
         try:
             graph = capture(*given, function, target)
+        except InputError as error:
+            raise InputError(f"{error}{self._before()}") from error
         except TraceError as error:
             if function is None:
                 raise
@@ -196,6 +198,17 @@ class Graphs:
         found = _Known(graph, snapshot, structures, leaves, kinds, unread)
         self.known = [found, *self.known[: _KEPT - 1]]
         return found
+
+    def _before(self) -> str:
+        """The shapes of the batches before, as a sentence."""
+        if not self.known:
+            return ""
+        shapes = []
+        for dtype, _, sizes in self.known[0].leaves[: len(self.known[0].graph.leaves)]:
+            if dtype is not None:
+                of = [str(n) if isinstance(n, int) else "any" if i else "batch" for i, n in enumerate(sizes)]
+                shapes.append(f"{dtype} of shape ({', '.join(of)}{',' * (len(of) == 1)})")
+        return f" The last one was {', '.join(shapes)}."
 
     def _prove(self, known: _Known, x: Any, target: Any, rows: int | None) -> bool:
         proof = Proof(self.model, known.graph, self.cost, self.energy, self.branches, self.leaves, known.snapshot)

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from mep.capture import Leaves, capture
-from mep.capture.sides import Gradients, by_autograd, by_graph, first_tensor, loss_of, mapped
+from mep.capture.sides import Gradients, by_autograd, by_graph, first_tensor, loss_of
 from mep.capture.state import copied_together, trained_parameters, untouched
 from mep.capture.surroundings import Snapshot
 from mep.cost import recorded_function
 from mep.errors import MepError, TraceError
 from mep.graph.graph import Graph
+from mep.graph.inputs import mapped
 from mep.guards import generators, set_generators
 
 

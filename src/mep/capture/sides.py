@@ -7,7 +7,7 @@ equilibrium propagation for beta -> 0, by the very operations that settling uses
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from mep.cost import make_cost, mean_cost
 from mep.energy import Energy, make_node_energy
 from mep.errors import TraceError
 from mep.graph.graph import Graph
-from mep.graph.inputs import call_model, flattened, unflattened
+from mep.graph.inputs import call_model, flattened, mapped
 from mep.graph.ops import StepContext
 from mep.guards import without_hooks
 
@@ -69,12 +69,6 @@ def by_graph(graph: Graph, cost: Any, x: Any, target: Any, energy_name: str, hel
     for slot, value in context.new_buffers.items():
         slot.home[slot.key].copy_(value)
     return loss, gradients
-
-
-def mapped(x: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """A batch with other tensors."""
-    leaves, structure = flattened(x)
-    return unflattened([function(v) if isinstance(v, Tensor) else v for v in leaves], structure)
 
 
 def first_tensor(x: Any) -> Tensor:

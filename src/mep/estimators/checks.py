@@ -173,14 +173,19 @@ def _check_contrast(ep: Any) -> None:
     )
 
 
-def check_holomorphic(ep: Any, energy: Energy, free: Point, cost: BatchCost) -> None:
-    """Refuse models, dtypes and costs that cannot be continued to complex states."""
+def check_complex_dtypes(energy: Energy, free: Point) -> None:
+    """Refuse dtypes that have no complex ones."""
     call, output = f"{_CALL}(phases='holomorphic'", energy.output(free)
     dtypes = {output.dtype, *(p.dtype for p in energy.graph.parameters if p.is_floating_point())}
     is_cast = torch.is_autocast_enabled(output.device.type)
     if is_cast or not dtypes <= {torch.float32, torch.float64}:
         what = "torch.autocast" if is_cast else ", ".join(sorted(map(str, dtypes)))
         raise ArgumentError(f"{call}): complex states need float32 or float64, not {what}. Use phases='centered'.")
+
+
+def check_holomorphic(ep: Any, energy: Energy, free: Point, cost: BatchCost) -> None:
+    """Refuse models and costs that cannot be continued to complex states."""
+    call, output = f"{_CALL}(phases='holomorphic'", energy.output(free)
     if energy.is_forward:  # else the solver judges: where no Jacobian changes nothing is evaluated at complex states
         check_complex(energy.graph, f"{call})")
     if not cost.is_holomorphic(output):

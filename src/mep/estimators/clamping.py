@@ -25,7 +25,7 @@ from torch import Tensor
 from mep.energy import Box, Energy
 from mep.errors import ArgumentError, DivergedError, InputError
 from mep.graph import Graph
-from mep.graph.closed_forms.potentials import Quadratic
+from mep.graph.closed_forms.potentials import Potential, Quadratic, Softmax
 from mep.graph.node import Node
 from mep.graph.ops import StepContext
 from mep.settle import Result, Solver, rounded, settle
@@ -117,11 +117,12 @@ def relaxed(
     for name in start:
         if name in clamp and name not in held:
             raise ArgumentError(f"relax(start={{{name!r}: ...}}): it is held. Leave it out of start or of clamp.")
-    free = [name for name in graph.inputs if name not in clamp or name in held]
+    partly = {name: mask for name, mask in held.items() if not bool(mask.all())}  # the others are held as a whole
+    free = [name for name in graph.inputs if name not in clamp or name in partly]
     for name in free:
         if not energy.inputs[name].is_floating_point():
             raise InputError(f"relax: the input {name!r} is {energy.inputs[name].dtype} and cannot settle. Clamp it.")
-    boxes = _boxes(graph, free, box)
+    boxes = _boxes(graph, free, [name for name in graph.inputs if name in held], box)
     # Once forward, for shapes and dtypes, and for the random numbers of the step.
     predictions = graph.evaluate(energy.inputs, context).predictions
     context.recording = False
@@ -130,6 +131,9 @@ def relaxed(
         for what, given in (("clamp", clamp), ("start", start))
     )
     masks = {name: _mask(name, mask, clamp[name]) for name, mask in held.items()}
+    for name in predictions.keys() & clamp.keys():
+        _check_domain(name, clamp[name], masks.get(name), energy.potential_of(graph.by_name[name]))
+    masks = {name: masks[name] for name in partly}
 
     freed = with_free_inputs(graph, [FreeInput(name, energy.inputs[name], boxes[name]) for name in free])
     states = {node.name for node in freed.states}
@@ -210,13 +214,13 @@ def real_name(graph: Graph, name: str) -> str:
     )
 
 
-def _boxes(graph: Graph, free: Sequence[str], box: Boxes | None) -> Mapping[str, Box]:
-    """That of every input that is free."""
-    if box is not None and not free:
+def _boxes(graph: Graph, free: Sequence[str], masked: Sequence[str], box: Boxes | None) -> Mapping[str, Box]:
+    """That of every input that is free; inputs with a mask may have one, whatever is held."""
+    if box is not None and not free and not masked:
         raise ArgumentError(f"relax(box={box!r}): it bounds free inputs, and all are held. Leave it out.")
     given = {real_name(graph, n): b for n, b in box.items()} if isinstance(box, Mapping) else dict.fromkeys(free, box)
     for name in given:
-        if name not in free:
+        if name not in free and name not in masked:
             raise ArgumentError(f"relax(box={box!r}): {name!r} is no input that is free. Leave it out.")
     found: dict[str, Box] = {}
     for name in free:
@@ -243,9 +247,30 @@ def _fitting(what: str, name: str, value: Tensor, like: Tensor) -> Tensor:
         raise InputError(
             f"relax({what}={{{name!r}: ...}}): it has shape {tuple(value.shape)}, the state {tuple(like.shape)}.{hint}"
         )
+    if value.is_complex():
+        raise InputError(f"relax({what}={{{name!r}: ...}}): must be real, got {value.dtype}.")
     if not torch.isfinite(value).all():
         raise InputError(f"relax({what}={{{name!r}: ...}}): it contains NaN or Inf.")
     return value.detach().to(like.dtype)
+
+
+def _check_domain(name: str, value: Tensor, mask: Tensor | None, potential: Potential) -> None:
+    """Refuse values that no state behind the activation can have: their energy is infinite."""
+    held, (low, high) = value if mask is None else value[mask], potential.domain
+    if bool((held < low).any() or (held > high).any()):
+        raise InputError(
+            f"relax(clamp={{{name!r}: ...}}): states behind this activation lie in [{low:g}, {high:g}], and the values "
+            f"in [{float(held.min()):g}, {float(held.max()):g}]."
+        )
+    if isinstance(potential, Softmax):
+        whole = torch.ones_like(value, dtype=torch.bool) if mask is None else mask
+        if not torch.equal(whole.all(potential.dim), whole.any(potential.dim)):
+            raise InputError(
+                f"relax(held={{{name!r}: ...}}): units of one softmax sum to 1. Hold all of them, or none."
+            )
+        sums = value.sum(potential.dim)[whole.all(potential.dim)]
+        if bool(((sums - 1).abs() > 0.01).any()):
+            raise InputError(f"relax(clamp={{{name!r}: ...}}): units of one softmax sum to 1. Divide by their sum.")
 
 
 def _mask(name: str, mask: Tensor, value: Tensor) -> Tensor:

@@ -153,8 +153,10 @@ def settle_phases(
             settled = settle(nudged, free.point, solver, start, watch and partial(watch, multiple, nudged))
         found.append((weight, nudged, settled))
         if found[-1][2].result is Result.DIVERGED:
+            lost = (~found[-1][2].residual.isfinite()).nonzero().flatten().tolist()
+            where = f" in {len(lost)} of {energy.batch} examples, {str(lost[:5])[1:-1]}," if lost else ""
             raise DivergedError(
-                f"Settling diverged at {_named(beta)} with {solver}. Nothing was changed. Way out: "
+                f"Settling diverged{where} at {_named(beta)} with {solver}. Nothing was changed. Way out: "
                 + solver.failure_hint(nudged, free.point)
             )
     if found[-1][2].point.displacement is not None:  # the free phase is a part of its difference
@@ -249,6 +251,9 @@ def iter_gradients(phases: Sequence[Phase], output: Tensor, batch: int) -> Itera
     if nudged and nudged.cost.parameters:
         with torch.no_grad():
             unfinished = nudged.cost.parameter_gradient(output, 1 / batch)
+    with torch.no_grad():
+        for weight, energy, settled in phases:
+            _add(unfinished, energy.groups_gradient(settled.point, weight / batch))
     alone = finished({p: unfinished.pop(p) for p in list(unfinished) if p not in last})
     if alone:
         yield alone

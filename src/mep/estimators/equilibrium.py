@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from mep.cost import BatchCost, PerExample, WithReadout, make_cost
 from mep.energy import Energy, GroupEnergy, Hopfield, NodeEnergy, make_node_energy
 from mep.errors import ArgumentError, DivergedError, InputError, NotConvergedError, NotConvergedWarning, warn
 from mep.estimators.checks import (
+    check_complex_dtypes,
     check_feedback,
     check_feedback_shapes,
     check_groups,
@@ -317,7 +318,8 @@ class EquilibriumPropagation:
 
         Args:
             clamp: what is held, by name: "input" (else the name of an argument of `forward`), "output" (what the model
-                returns, before a readout), or a node with a state (see `mep.trace`). Whole states, [batch, ...].
+                returns, before a readout), or a node with a state (see `mep.trace`). Whole states, [batch, ...], of
+                values that the activation can have, the ends of its range included.
             start: where states that are free begin. By default inputs begin at zero and nodes on their predictions.
             held: masks for names in `clamp` of which only a part is held: True where a unit is.
             box: the bounds (low, high) of free inputs, such as the range of the data; or a mapping by name.
@@ -352,7 +354,8 @@ class EquilibriumPropagation:
             context = StepContext(freeze_branches=self.branches == "held" and self.solver.holds_branches)
             energy = Energy(graph, self.node_energy, graph.bind(x), context, batch, groups=self.groups)
             clamp, start, held = (by_real_name(graph, values) for values in (clamp, start, held))
-            return relaxed(energy, self.solver, clamp, start, held, box)
+            with dtype_errors(self.model):
+                return relaxed(energy, self.solver, clamp, start, held, box)
         finally:
             set_generators(noise)
 
@@ -380,6 +383,7 @@ class EquilibriumPropagation:
         """What belongs to this very model."""
         states = "hopfield" if self.node_energy.behind_activations else "prediction"
         self._untied_graphs: WeakKeyDictionary[Graph, Graph] = WeakKeyDictionary()
+        self._holomorphic: WeakSet[Graph] = WeakSet()
         self._graphs = Graphs(self.model, self.leaves, states, self.branches, self._whole_cost, self.proof)
         self.compiled_steps: CompiledSteps | None = None
         if self.compile:
@@ -436,7 +440,10 @@ class EquilibriumPropagation:
                 "out."
             )
         if self.phases == "holomorphic":
-            check_holomorphic(self, energy, free.point, cost)
+            check_complex_dtypes(energy, free.point)
+            if graph not in self._holomorphic:  # as long as the graph is the same, so are its operations
+                check_holomorphic(self, energy, free.point, cost)
+                self._holomorphic.add(graph)
         errors = None  # those of the same examples at their last equilibrium
         if indices is not None and energy.is_forward:
             errors = self._cache.of(indices, energy.state(free.point))[0]
@@ -672,6 +679,6 @@ def _write(new_buffers: Mapping[Slot, Tensor]) -> None:
                 buffer.copy_(value)
 
 
-_BOUND = ("_graphs", "_untied_graphs", "compiled_steps")
+_BOUND = ("_graphs", "_untied_graphs", "_holomorphic", "compiled_steps")
 """What belongs to the very model of an estimator, and is not copied."""
 _DESCENT = Descent(settle_steps=500, settle_lr=0.3, adaptive=True, tol=1e-4)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -45,6 +45,12 @@ def flattened(x: Any) -> tuple[list[Any], Any]:
 def unflattened(leaves: list[Any], structure: Any) -> Any:
     """The input of these leaves."""
     return leaves[0] if structure is None else pytree.tree_unflatten(leaves, structure)
+
+
+def mapped(x: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """A batch with other tensors."""
+    leaves, structure = flattened(x)
+    return unflattened([function(v) if isinstance(v, Tensor) else v for v in leaves], structure)
 
 
 def input_names(model: nn.Module, x: Any) -> list[str]:

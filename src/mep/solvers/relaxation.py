@@ -49,11 +49,11 @@ import torch
 from torch import Tensor, nn
 
 from mep.cost import BatchCost, SquaredError
-from mep.energy import FREE, Energy, Hopfield, NodeEnergy, State, example_dot, example_norm
+from mep.energy import FREE, Energy, Hopfield, NodeEnergy, State, example_dot, example_norm, rounding
 from mep.errors import ArgumentError, require
 from mep.graph import Graph, Point
 from mep.graph.node import Beta, Node, expand_beta
-from mep.layout import per_example
+from mep.layout import accurate, per_example
 from mep.settle import Iterate, Solver, Start
 
 _FREE_SHARE = 0.5
@@ -231,6 +231,10 @@ class Relaxation(Solver):
             self.memory.batches += 1
         return replace(iterate, residual=residual, exact=True, point=current.point)
 
+    def snapshot(self, energy: Energy, iterate: Iterate) -> Iterate:
+        """As it is: nothing is noted, and no example given up."""
+        return iterate
+
     def unrolled(self, energy: Energy, point: Point, start: Start, steps: int) -> tuple[Iterate, Tensor]:
         if energy.nudge is None:
             free = Relaxed(energy, point, None, self.memory)  # the cost says when to stop
@@ -269,6 +273,9 @@ class Relaxation(Solver):
         return self
 
     def failure_hint(self, energy: Energy, point: Point) -> str:
+        dtype = energy.output(point).dtype
+        if accurate(energy.output(point)) is not dtype:
+            return f"float32, or a larger tol: the states are {dtype}, whose rounding counts in the residuals."
         return (
             "smaller weights (a smaller learning rate, weight decay, mep.smep with a smaller gamma): strong couplings "
             "have several equilibria; or more settle_steps."
@@ -444,6 +451,7 @@ class Displacement:
         share = energy.free_share / torch.as_tensor(energy.beta).abs()
         left: Mapping[str, Tensor] = free.left if isinstance(free, FreePoint) else {}
         self.left = {name: norm * share for name, norm in left.items()}
+        self.rounded = None if output.dtype is self.dtype else rounding_share(energy, output, self.gradient)
 
     @property
     def point(self) -> Displaced:
@@ -483,8 +491,9 @@ class Displacement:
         self.gradient = self.cost.gradient(self._output(delta[output]))
         self.sweeps += 1
 
-    def residuals(self) -> State:
-        """Of every layer: `Energy.residuals` of the point, from the displacements."""
+    def residuals(self, sizes: State | None = None) -> State:
+        """Of every layer: `Energy.residuals` of the point, from the displacements; their `sizes` are filled in."""
+        sizes = {} if sizes is None else sizes
         found, output = {}, self.energy.graph.output
         for node in self.energy.graph.states:
             name = node.name
@@ -497,18 +506,20 @@ class Displacement:
             assert pull is not None
             other = self._hold(node, self._with_excess(name, pull))
             violated, one, two = (example_norm(t, self.energy.batch) for t in (side - other, side, other))
-            self.sizes[name] = one
+            sizes[name] = one
             larger = torch.maximum(one, two)
             left = self.left.get(name)
             if left is not None:
                 violated, larger = violated + left, larger + left
             violated = violated.div_(larger.add_(torch.finfo(larger.dtype).tiny))
+            if self.rounded is not None:
+                violated = violated + self.rounded
             found[name] = violated.masked_fill_((one == 0) & (two == 0), 0)  # nothing acts on units that may move
         return found
 
     def worst(self) -> Tensor:
         """The residual of the worst layer of every example, [batch]."""
-        found = list(self.residuals().values())
+        found = list(self.residuals(self.sizes).values())
         return found[0] if len(found) == 1 else torch.stack(found).amax(0)
 
     def residual(self) -> Tensor:
@@ -516,7 +527,9 @@ class Displacement:
         worst = self.worst()
         if not self.has_minimum:
             return self.ones
-        return worst if self.sweeps <= _PATIENT else self.without_runaways(worst, _RUNAWAY)
+        # At complex betas some functions have poles, and others grow as exp: that may be at once.
+        early = self.sweeps <= _PATIENT and not (is_complex(self.energy.beta) and not worst.isfinite().all())
+        return worst if early else self.without_runaways(worst, _RUNAWAY)
 
     def bounded(self, residual: Tensor, tol: float) -> Tensor:
         """The residuals, after examples that have not settled were given up if they have grown much."""
@@ -638,16 +651,22 @@ class Displacement:
         if delta is None:
             return s
         potential = self.energy.graph.by_name[self.energy.graph.output].potential
-        return potential.within(s + delta * expand_beta(self.energy.beta, delta))
+        moved = s + delta * expand_beta(self.energy.beta, delta)
+        return moved if moved.is_complex() else potential.within(moved)
 
     def without_runaways(self, residual: Tensor, limit: float, among: Tensor | None = None) -> Tensor:
-        """Examples whose displacements have grown beyond a limit are given up: back to those of the first sweep."""
+        """Examples whose displacements have grown beyond a limit are given up: back to those of the first sweep.
+
+        At complex betas these may be infinite; then back to none.
+        """
+        self.first = self.first or dict(self.delta)
         now = torch.stack([self.sizes[name] for name in self.first]).norm(dim=0)
         grown = ~(now <= limit * _size(self.first, self.energy.batch))
         grown = grown if among is None else grown & among
         if self.decides and not grown.any():
             return residual
         for name, first in self.first.items():
+            first = first if not is_complex(self.energy.beta) else torch.where(first.isfinite(), first, 0)
             self.delta[name] = torch.where(per_example(grown, first), first, self.delta[name])
         self.drawn.clear()
         self._move()
@@ -704,6 +723,20 @@ def cost_curvature(energy: Energy, output: Tensor, gradient: Tensor) -> Beta:
         else:
             curvature = max(curvature, 0.0)
     return expand_beta(curvature, output)
+
+
+def rounding_share(energy: Energy, output: Tensor, gradient: Tensor) -> Tensor:
+    """How far displacements may be off by rounding, relatively, in dtypes with few digits: [batch].
+
+    By their own rounding, and by that of the output, which changes dC/ds by up to the cost's smoothness times as much:
+    as many units in the last place as the free phase leaves.
+    """
+    assert energy.nudge is not None
+    smoothness = energy.nudge.cost.smoothness
+    size = example_norm(gradient, energy.batch).clamp(min=torch.finfo(torch.float32).tiny)
+    share = rounding(output, energy.batch) / size
+    share = share if smoothness is None else share * smoothness
+    return _ROUNDING * (torch.finfo(output.dtype).eps + share)
 
 
 def is_complex(beta: Beta) -> bool:

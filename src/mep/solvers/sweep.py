@@ -103,7 +103,8 @@ class Sweep(Solver):
         if active is not None and a.ndim:
             a = torch.where(network.mine(active), a, 0)
         network.move(a)
-        return replace(iterate, residual=network.residual, state=(network, a), diverging=network.runs_away())
+        diverging = network.runs_away()
+        return replace(iterate, residual=network.residual, state=(network, a), diverging=diverging)
 
     def finalize(self, energy: Energy, iterate: Iterate) -> Iterate:
         network, a = iterate.state

@@ -49,6 +49,11 @@ class Potential(ABC):
         return FREE
 
     @property
+    def domain(self) -> Bounds:
+        """The least and the largest number at which G is finite."""
+        return self.bounds
+
+    @property
     def is_identity(self) -> bool:
         """Whether `f(a) = a` between the faces."""
         return False
@@ -176,6 +181,10 @@ class Sigmoid(Potential):
     """f(a) = 1 / (1 + exp(-a)): G is the negative binary entropy."""
 
     @property
+    def domain(self) -> Bounds:
+        return 0.0, 1.0
+
+    @property
     def steepest(self) -> float:
         return 0.25
 
@@ -203,6 +212,10 @@ class Sigmoid(Potential):
 class Tanh(Potential):
     """f(a) = tanh(a), which is 2 sigmoid(2 a) - 1."""
 
+    @property
+    def domain(self) -> Bounds:
+        return -1.0, 1.0
+
     def respond(self, pull: Tensor, held_at: Tensor | None = None) -> Tensor:
         return self.within(pull.tanh())
 
@@ -228,6 +241,10 @@ class Softplus(Potential):
     """f(a) = log(1 + exp(b a)) / b with sharpness b: G is that of b = 1 at b s, over b^2."""
 
     sharpness: float = 1.0
+
+    @property
+    def domain(self) -> Bounds:
+        return 0.0, math.inf
 
     @property
     def is_bounded(self) -> bool:
@@ -268,6 +285,11 @@ class Softmax(Potential):
     """f(a) = exp(a) / sum exp(a) over a dimension: G is the negative entropy, on the simplex."""
 
     dim: int = -1
+
+    @property
+    def domain(self) -> Bounds:
+        """Of each unit; all together are 1."""
+        return 0.0, 1.0
 
     @property
     def steepest(self) -> float:

@@ -95,8 +95,15 @@ class Network(ABC):
         return self.response.size
 
     def runs_away(self) -> bool:
-        """Whether some example's errors have grown beyond hope since the first move; small ones may be disturbed."""
-        return bool(has_grown(self.error_size(), self.first_size(), self.rows).any())
+        """Whether some example's errors have grown beyond hope since the first move; small ones may be disturbed.
+
+        The residuals of those are infinite from then on.
+        """
+        grown = has_grown(self.error_size(), self.first_size(), self.rows)
+        if not grown.any():
+            return False
+        self.note(self.mine(self.residual).masked_fill(grown, torch.inf))
+        return True
 
     def note(self, residual: Tensor) -> None:
         """The residuals of the examples in play."""
