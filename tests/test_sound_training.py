@@ -2077,6 +2077,58 @@ def test_forward_may_ask_how_many_examples_there_are(name):
         assert error.norm() < 1e-3 * flat(exact, parameters).norm()
 
 
+def by_parity(net, x):
+    h = net.a(x)
+    return net.c(torch.tanh(3 * h if x.shape[1] % 2 else h)).mean(1)
+
+
+def by_number_of_tokens(net, x):
+    h = net.a(x)
+    return net.c(torch.tanh(3 * h if x.shape[0] * x.shape[1] > 21 else h)).mean(1)
+
+
+def by_whether_it_is_square(net, x):
+    h = net.a(x)
+    return net.c(torch.tanh(3 * h if x.shape[0] == x.shape[1] else h)).mean(1)
+
+
+def padded_to_pairs(net, x):
+    """As windows of attention are."""
+    h = F.pad(net.a(x), (0, 0, 0, -x.shape[1] % 2))
+    return net.c(h.view(len(x), -1, 2, 6).tanh().sum(2).cumsum(1)[:, -1])
+
+
+DECIDING = {
+    "parity": by_parity,
+    "the number of tokens": by_number_of_tokens,
+    "whether it is square": by_whether_it_is_square,
+    "padding to pairs": padded_to_pairs,
+}
+
+
+@pytest.mark.parametrize("name", DECIDING)
+def test_what_forward_decides_by_sizes_is_decided_again_for_others(name):
+    """Also for shapes before which nothing is proven."""
+    model = Net(DECIDING[name]).double()
+    parameters = list(model.parameters())
+    ep = mep.EquilibriumPropagation(model, solver=SOLVER, beta=1e-5)
+    for seed, (size, length) in enumerate([(5, 4), (5, 6), (5, 5), (5, 3), (2, 4), (4, 6), (3, 3), (1, 3)]):
+        x, y = sequences(size, length, 4, seed=seed), torch.arange(size) % 3
+        loss, exact = by_autograd(model, x, y)
+        found, estimate = ep.gradients(x, y)
+        torch.testing.assert_close(estimate.loss, loss)
+        exact = flat(exact, parameters)
+        assert (flat(found, parameters) - exact).norm() < 1e-3 * exact.norm(), f"{size} examples of {length}"
+
+
+def test_a_part_of_a_batch_is_compared_only_where_the_graph_is_for_it():
+    """Forward reads the number of examples, and the proof of a later step takes every eighth of them alone."""
+    model = Net(lambda net, x: net.c(torch.tanh(net.a(x) * (3 if len(x) % 2 else 1)))).double()
+    ep = mep.EquilibriumPropagation(model, solver=SOLVER)
+    for seed in range(5):
+        ep.gradients(*batch(seed, size=24))
+
+
 def buffered(forward):
     model = Net(forward)
     model.register_buffer("kept", torch.tensor([True, False, True, True, False, True]))

@@ -74,7 +74,7 @@ class _Known:
                     return False
                 if symbols.setdefault(symbol, length) != length:
                     return False
-        return True
+        return self.graph.allows(symbols)
 
 
 class Graphs:

@@ -19,7 +19,8 @@ from mep.capture.state import copied_together, trained_parameters, untouched
 from mep.capture.surroundings import Snapshot
 from mep.cost import recorded_function
 from mep.errors import MepError, TraceError
-from mep.graph.graph import Graph
+from mep.graph.graph import Graph, lengths_of
+from mep.graph.inputs import flattened
 from mep.guards import generators, set_generators
 
 
@@ -76,9 +77,8 @@ def prove(proof: Proof, x: Any, target: Any, rows: int | None = None) -> bool:
     Raises:
         TraceError: they differ; the message names the parameter, the node and the source line.
     """
-    batch, sizes = first_tensor(x).shape[0], proof.graph.sizes
-    free = sizes[0][0] if sizes and sizes[0] else None
-    if rows is not None and isinstance(free, tuple) and free[1] <= rows < batch:
+    batch = first_tensor(x).shape[0]
+    if rows is not None and rows < batch and _takes(proof.graph, x, target, rows):
         x, target = (mapped(v, lambda t: t[:rows] if t.ndim and len(t) == batch else t) for v in (x, target))
     wanted, found = _sides(proof, x, target)
     if not math.isfinite(wanted.loss):
@@ -93,6 +93,15 @@ def prove(proof: Proof, x: Any, target: Any, rows: int | None = None) -> bool:
     if difference is not None:
         raise TraceError(difference)
     return True
+
+
+def _takes(graph: Graph, x: Any, target: Any, rows: int) -> bool:
+    """Whether a graph is for so many examples of a batch as well."""
+    free = graph.sizes[0][0] if graph.sizes and graph.sizes[0] else None
+    if not isinstance(free, tuple) or rows < free[1]:
+        return False
+    tensors = [v for v in (*flattened(x)[0], *flattened(target)[0]) if isinstance(v, Tensor)]
+    return graph.allows(lengths_of(graph.sizes, tensors) | {free[0]: rows})
 
 
 def _sides(proof: Proof, x: Any, target: Any) -> tuple[Side, Side]:

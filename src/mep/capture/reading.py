@@ -100,6 +100,12 @@ class Reading:
         self._find_output()
         self.ops = {n: self._op(n) for n in self.nodes}
 
+    def conditions(self) -> tuple[Any, ...]:
+        """Relations between free sizes on which forward, torch or the reading has decided so far."""
+        given = (*self.exported.inputs, *self.exported.targets)
+        free = [size for n in given for size in value(n).shape if isinstance(size, torch.SymInt)]
+        return tuple(dict.fromkeys(guard.expr for guard in free[0].node.shape_env.guards)) if free else ()
+
     def data_ops(self) -> list[fx.Node]:
         """The operations whose value depends on an input, not merely on its shape."""
         return [n for n in self.nodes if self.data[n] and n in self.needed]
@@ -150,6 +156,7 @@ class Reading:
             cost=self.cost,
             kept=tuple(kept),
             sizes=self.exported.sizes,
+            conditions=self.conditions(),
             stateless=tuple(
                 f"`{label(m)}` in node `{self.names[n]}`" + (f" ({line})" if (line := source_line(m)) else "")
                 for n, (program, _) in folded.items()
