@@ -2129,6 +2129,45 @@ def test_a_part_of_a_batch_is_compared_only_where_the_graph_is_for_it():
         ep.gradients(*batch(seed, size=24))
 
 
+LAYOUTS = {
+    "of the input": lambda model, x, layout: x.to(memory_format=layout),
+    "of the weights": lambda model, x, layout: model.to(memory_format=layout) and x,
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_noise_is_drawn_in_the_order_of_memory_when_that_changes(name):
+    """Dropout draws for values as they lie in memory, and convolutions lay them as they find input or weight."""
+    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.Dropout(0.5), nn.Flatten(), nn.Linear(16, 3)).double()
+    ep = mep.EquilibriumPropagation(model, solver=SOLVER, beta=1e-5)
+    for seed, layout in enumerate((torch.contiguous_format, torch.channels_last, torch.contiguous_format)):
+        x = LAYOUTS[name](model, sequences(BATCH, 2, 4, 4, seed=seed), layout)
+        torch.manual_seed(seed)
+        loss, exact = by_autograd(model, x, LABELS)
+        torch.manual_seed(seed)
+        found, estimate = ep.gradients(x, LABELS)
+        torch.testing.assert_close(estimate.loss, loss)
+        parameters = list(model.parameters())
+        exact = flat(exact, parameters)
+        assert (flat(found, parameters) - exact).norm() < 1e-3 * exact.norm()
+
+
+def test_parameters_may_grow_in_place():
+    """As `.data` does, without a trace in any attribute."""
+    model = Net(lambda net, x: F.linear(net.a(x).tanh().view(len(x), 2, -1).sum(1), net.head)).double()
+    model.b = model.c = None
+    model.head = nn.Parameter(torch.randn(3, 3).double())
+    ep = mep.EquilibriumPropagation(model, solver=SOLVER, beta=1e-5)
+    for width in (6, 8):
+        shapes = {"a.weight": (width, 4), "a.bias": (width,), "head": (3, width // 2)}
+        for name, shape in shapes.items():
+            model.get_parameter(name).data = sequences(*shape)
+        x, y = batch()
+        exact = by_autograd(model, x, y)[1]
+        parameters = list(model.parameters())
+        assert (flat(ep.gradients(x, y)[0], parameters) - flat(exact, parameters)).norm() < 1e-3
+
+
 def buffered(forward):
     model = Net(forward)
     model.register_buffer("kept", torch.tensor([True, False, True, True, False, True]))

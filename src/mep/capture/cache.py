@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -37,8 +38,10 @@ class _Known:
     structures: tuple[Any, ...]
     leaves: list[tuple[Any, ...]]
     """Of the batch: dtype, device, sizes (as in `Graph.sizes`) of each tensor; None, None, the value of any other."""
-    kinds: list[tuple[torch.dtype, bool]]
-    """dtype of every parameter and whether it is trained."""
+    orders: list[tuple[int, ...] | None]
+    """Of the batch: in which order the dimensions lie in memory, see `_order`: noise is drawn in that of the values."""
+    kinds: list[tuple[Any, ...]]
+    """Of every parameter, see `_kind`."""
     unread: TraceError | None = None
     """Why the cost could not be recorded with the model."""
     uses: int = 0
@@ -52,16 +55,17 @@ class _Known:
 
     def fits(self, leaves: Sequence[Any]) -> bool:
         """Whether a batch is of the kind that was captured, and the parameters are. Called in every step."""
-        for p, (dtype, is_trained) in zip(self.graph.parameters, self.kinds, strict=True):
-            if p.dtype != dtype or p.requires_grad != is_trained:
-                return False
+        if not all(map(operator.eq, map(_kind, self.graph.parameters), self.kinds)):
+            return False
         symbols: dict[str, int] = {}
-        for leaf, (dtype, device, sizes) in zip(leaves, self.leaves, strict=True):
+        for leaf, (dtype, device, sizes), order in zip(leaves, self.leaves, self.orders, strict=True):
             if dtype is None:
                 if isinstance(leaf, Tensor) or type(leaf) is not type(sizes) or leaf != sizes:
                     return False
                 continue
             if not isinstance(leaf, Tensor) or leaf.dtype != dtype or leaf.device != device or leaf.ndim != len(sizes):
+                return False
+            if _order(leaf) != order:
                 return False
             for length, size in zip(leaf.shape, sizes, strict=True):
                 if isinstance(size, int):
@@ -75,6 +79,18 @@ class _Known:
                 if symbols.setdefault(symbol, length) != length:
                     return False
         return self.graph.allows(symbols)
+
+
+def _kind(p: Tensor) -> tuple[Any, ...]:
+    """What of a parameter is fixed in a graph: not its numbers."""
+    return p.dtype, p.requires_grad, p.shape, p.stride()
+
+
+def _order(t: Tensor) -> tuple[int, ...] | None:
+    """The dimensions of a tensor from the slowest to the fastest in memory; None for row after row."""
+    if t.layout is not torch.strided or t.is_contiguous():
+        return None
+    return tuple(sorted(range(t.ndim), key=lambda d: -t.stride(d)))
 
 
 class Graphs:
@@ -192,8 +208,9 @@ class Graphs:
         for v in batch:
             is_tensor = isinstance(v, Tensor)
             leaves.append((v.dtype, v.device, next(free, tuple(v.shape))) if is_tensor else (None, None, v))
-        kinds = [(p.dtype, p.requires_grad) for p in graph.parameters]
-        found = _Known(graph, snapshot, structures, leaves, kinds, unread)
+        kinds = [_kind(p) for p in graph.parameters]
+        orders = [_order(v) if isinstance(v, Tensor) else None for v in batch]
+        found = _Known(graph, snapshot, structures, leaves, orders, kinds, unread)
         self.known = [found, *self.known[: _KEPT - 1]]
         return found
 
