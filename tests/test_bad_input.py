@@ -111,12 +111,26 @@ def spoilt(x, value):
     return x
 
 
+class Holder:
+    """What a batch of some library is."""
+
+
 BAD_BATCHES = {
     "empty": ("mse", lambda x, y: (x[:0], y[:0]), mep.InputError, "(0, 4)", "at least one example"),
     "NaN input": ("mse", lambda x, y: (spoilt(x, NAN), y), mep.InputError, "NaN", "drop"),
     "infinite input": ("mse", lambda x, y: (spoilt(x, -INF), y), mep.InputError, "Inf", "drop"),
     "one number": ("mse", lambda x, y: (x[0, 0], y), mep.InputError, "()"),
     "input of numpy": ("mse", lambda x, y: (x.numpy(), y), mep.InputError, "ndarray", "torch.as_tensor"),
+    "one of two inputs of numpy": (
+        "mse",
+        lambda x, y: ((x, x.numpy()), y),
+        mep.InputError,
+        "ndarray",
+        "torch.as_tensor",
+    ),
+    "an object": ("mse", lambda x, y: ((x, Holder()), y), mep.InputError, "Holder", "tensors"),
+    "no tensor": ("mse", lambda x, y: ((1, "a"), y), mep.InputError, "tuple", "none"),
+    "a number before the examples": ("mse", lambda x, y: ((x[0, 0], x), y), mep.InputError, "single number", "by name"),
     "target of numpy": ("mse", lambda x, y: (x, y.numpy()), mep.InputError, "ndarray", "torch.as_tensor"),
     "target in a list": ("cross_entropy", lambda x, y: (x, y.tolist()), mep.InputError, "list", "torch.as_tensor"),
     "NaN target": ("mse", lambda x, y: (x, spoilt(y, NAN)), mep.MepError, "nan", "target"),

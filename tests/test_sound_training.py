@@ -2129,6 +2129,80 @@ def test_a_part_of_a_batch_is_compared_only_where_the_graph_is_for_it():
         ep.gradients(*batch(seed, size=24))
 
 
+def own_generator(net, x):
+    return net.c(torch.tanh(net.a(x)) * torch.rand(6, generator=net.generator, dtype=x.dtype))
+
+
+def test_a_generator_of_ones_own_is_refused():
+    model = Net(own_generator, generator=torch.Generator()).double()
+    ep = mep.EquilibriumPropagation(model)
+    state = model.generator.get_state()
+    assert_refused(lambda: ep.gradients(*batch()), model, "Generator", "Way out")
+    assert torch.equal(model.generator.get_state(), state)
+
+
+def attended_with_mask(net, x, mask):
+    h = net.a(x)
+    return net.c(F.scaled_dot_product_attention(h, h, h, attn_mask=mask).mean(1))
+
+
+def without_missing_values(net, x):
+    missing = x.isnan()
+    return net.c(torch.tanh(net.a(x.nan_to_num()) + net.b(net.a(missing.to(x.dtype)))))
+
+
+def test_masks_with_minus_infinity_may_be_inputs():
+    model = Net(attended_with_mask).double()
+    mask = nn.Transformer.generate_square_subsequent_mask(3, dtype=torch.float64).expand(BATCH, 3, 3)
+    assert_right(model, (sequences(BATCH, 3, 4), mask), LABELS)
+
+
+def test_missing_values_may_be_nan_where_forward_replaces_them():
+    model, (x, y) = Net(without_missing_values).double(), batch()
+    x[1, 2] = x[3, 0] = torch.nan
+    assert_right(model, x, y)
+    ep = mep.EquilibriumPropagation(model)
+    torch.testing.assert_close(ep.predict(x), model(x))
+    torch.testing.assert_close(mep.Backprop(model)(x, y).loss, by_autograd(model, x, y)[0])
+    with pytest.raises(mep.InputError, match="NaN"):
+        mep.EquilibriumPropagation(quiet_net()).predict(x)
+
+
+def rows_of_tokens(net, x):
+    """As a language model that flattens its output for the loss."""
+    return net.c(net.a(x).tanh()).view(-1, 3)
+
+
+def test_output_may_have_several_rows_an_example_for_a_cost_of_them_all():
+    model = Net(rows_of_tokens).double()
+    x, y = sequences(BATCH, 4, 4), torch.arange(BATCH * 4) % 3
+    assert_right(model, x, y, lambda out, y: F.cross_entropy(out, y))
+    ep = mep.EquilibriumPropagation(model)
+    torch.testing.assert_close(ep.predict(x), model(x))
+    with pytest.raises(mep.InputError, match=r"20 rows for 5 examples.*Way out"):
+        ep(x, y)
+
+
+class OfComplexNumbers(nn.Module):
+    """Without a real parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.v = nn.Parameter(torch.randn(4, 6, dtype=torch.complex128))
+        self.w = nn.Parameter(torch.randn(6, 3, dtype=torch.complex128))
+
+    def forward(self, x):
+        return (torch.tanh(x @ self.v) @ self.w).abs()
+
+
+def test_a_model_without_real_parameters_is_right():
+    model, x, y = OfComplexNumbers(), sequences(BATCH, 4).to(torch.complex128), LABELS
+    exact = by_autograd(model, x, y)[1]
+    found, _ = mep.EquilibriumPropagation(model, beta=1e-5, solver=SOLVER).gradients(x, y)
+    for p, g in exact.items():
+        assert (found[p] - g).norm() < 1e-3 * g.norm()
+
+
 LAYOUTS = {
     "of the input": lambda model, x, layout: x.to(memory_format=layout),
     "of the weights": lambda model, x, layout: model.to(memory_format=layout) and x,

@@ -252,6 +252,12 @@ def _read(
             f"{type(model).__name__} writes to its parameter `{name}` in forward, and a step would drop that. Way out: "
             "write after the step, or make it a buffer (register_buffer)."
         )
+    for path in signature.inputs_to_lifted_custom_objs.values():
+        kind = type(program.constants[path]).__name__
+        raise TraceError(
+            f"{type(model).__name__} reads a {kind} of its own in forward, whose state no graph can hold. Way out: "
+            "draw from torch's generator, which torch.manual_seed sets, or give forward what was drawn as an input."
+        )
     own = {id(t): s for t, s in _tensors_of(model)} | {id(t): s for t, s in _tensors_of(root.criterion, "cost.")}
     tensors = dict(root.named_parameters(remove_duplicate=False)) | dict(root.named_buffers(remove_duplicate=False))
     for n in graph.find_nodes(op="call_function", target=torch.ops.mep.whole.default):

@@ -193,7 +193,7 @@ def _difference(proof: Proof, wanted: Side, found: Side, relative: float, absolu
 
 def _bounds(model: nn.Module, x: Any) -> Bounds:
     device = first_tensor(x).device.type
-    dtypes = [p.dtype for p in model.parameters() if p.is_floating_point()]
+    dtypes = [p.dtype.to_real() for p in model.parameters() if p.is_floating_point() or p.is_complex()]
     if torch.is_autocast_enabled(device):
         dtypes.append(torch.get_autocast_dtype(device))
     return max((BOUNDS.get(dtype, BOUNDS[torch.float32]) for dtype in dtypes), key=lambda b: b.relative)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from mep.capture.cost import cost_of
 from mep.cost import make_cost, mean_cost
 from mep.energy import Energy, make_node_energy
-from mep.errors import TraceError
+from mep.errors import InputError, TraceError
 from mep.graph.graph import Graph
 from mep.graph.inputs import call_model, flattened, unflattened
 from mep.graph.ops import StepContext
@@ -59,6 +59,7 @@ def by_graph(graph: Graph, cost: Any, x: Any, target: Any, energy_name: str, hel
     free = energy.free_point()
     context.recording = False
     output = energy.output(free)
+    check_rows(output, batch)
     of_batch = cost_of(graph, make_cost(cost), energy.inputs, output, target)
     errors = {name: torch.zeros_like(s) for name, s in energy.state(free).items()}
     errors |= energy.backpropagated(free, of_batch.gradient(output))
@@ -69,6 +70,15 @@ def by_graph(graph: Graph, cost: Any, x: Any, target: Any, energy_name: str, hel
     for slot, value in context.new_buffers.items():
         slot.home[slot.key].copy_(value)
     return loss, gradients
+
+
+def check_rows(output: Tensor, batch: int) -> None:
+    """Refuse an output that has other rows than the examples."""
+    if len(output) != batch:
+        raise InputError(
+            f"The output has {len(output)} rows for {batch} examples; dimension 0 is the batch. Way out: a cost "
+            "function, which may return the mean of all rows: cost=lambda out, y: F.cross_entropy(out, y)."
+        )
 
 
 def mapped(x: Any, function: Callable[[Tensor], Tensor]) -> Any:

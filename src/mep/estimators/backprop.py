@@ -14,7 +14,7 @@ from mep.errors import ArgumentError, DivergedError
 from mep.estimators.checks import noise_undone_on_error
 from mep.estimators.contrast import accumulate, finished
 from mep.estimators.estimate import Estimate, Gradients
-from mep.graph.inputs import call_model, check_mode, check_model, checked_batch, dtype_errors
+from mep.graph.inputs import call_model, check_mode, check_model, checked_batch, dtype_errors, input_errors
 from mep.guards import without_hooks
 
 
@@ -46,12 +46,18 @@ class Backprop:
         if indices is not None:
             raise ArgumentError("Backprop: there is no equilibrium to begin at; leave indices out.")
         check_mode()
-        batch = checked_batch(x, target, self.cost)
+        batch = checked_batch(x, target, self.cost, finite=False)
         check_model(self.model, "Backprop")
         trained = trained_parameters(self.model, self.cost)
         buffers = Buffers(self.model)
         try:
-            with noise_undone_on_error(), dtype_errors(self.model), without_hooks(trained), torch.enable_grad():
+            with (
+                noise_undone_on_error(),
+                dtype_errors(self.model),
+                input_errors(x),
+                without_hooks(trained),
+                torch.enable_grad(),
+            ):
                 loss = mean_cost(self.cost, call_model(self.model, x), target)
                 value = float(loss.detach())
                 if not math.isfinite(value):

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from mep.capture import Leaves, check_leaves
 from mep.capture.cache import Graphs
 from mep.capture.cost import cost_of
+from mep.capture.sides import check_rows
 from mep.capture.state import check_state
 from mep.cost import BatchCost, PerExample, WithReadout, make_cost
 from mep.energy import Energy, GroupEnergy, Hopfield, NodeEnergy, make_node_energy
-from mep.errors import ArgumentError, DivergedError, InputError, NotConvergedError, NotConvergedWarning, warn
+from mep.errors import ArgumentError, DivergedError, NotConvergedError, NotConvergedWarning, warn
 from mep.estimators.checks import (
     check_feedback,
     check_feedback_shapes,
@@ -49,7 +50,15 @@ from mep.estimators.layer_factors import LayerStatistics, layer_statistics
 from mep.estimators.view import Equilibrium, Recorder, view
 from mep.estimators.warm_start import EquilibriumCache, check_indices
 from mep.graph import Graph
-from mep.graph.inputs import check_mode, check_model, checked_batch, dtype_errors, input_names
+from mep.graph.inputs import (
+    check_finite,
+    check_mode,
+    check_model,
+    checked_batch,
+    dtype_errors,
+    input_errors,
+    input_names,
+)
 from mep.graph.ops import Slot, StepContext
 from mep.graph.untied import untied_graph
 from mep.guards import Noise, generators, region, set_generators, uninterrupted
@@ -216,9 +225,10 @@ class EquilibriumPropagation:
                 graph = self._graphs.of(x, target)
                 if (found := self._compiled(graph, x, target, table)) is not None:
                     return found
-            step = self._settled(x, target, batch, indices, table, graph)
-            with region("contrast"):
-                gradients = finished(total_gradient(step.phases, step.output, batch))
+            with input_errors(x):
+                step = self._settled(x, target, batch, indices, table, graph)
+                with region("contrast"):
+                    gradients = finished(total_gradient(step.phases, step.output, batch))
             with uninterrupted():
                 self._finish(step, x, target, indices)
                 noise = None
@@ -241,9 +251,10 @@ class EquilibriumPropagation:
         noise: Noise | None = generators()
         try:
             table = make_contrast(self.phases, self.points)
-            step = self._settled(x, target, batch, indices, table, saves_memory=True)
-            # Made twice: first to see that all are finite, since the first that is used changes a weight.
-            deque(iter_gradients(step.phases, step.output, batch), maxlen=0)
+            with input_errors(x):
+                step = self._settled(x, target, batch, indices, table, saves_memory=True)
+                # Made twice: first to see that all are finite, since the first that is used changes a weight.
+                deque(iter_gradients(step.phases, step.output, batch), maxlen=0)
             buffers = dict(step.energy.context.new_buffers)
             step.energy.context.new_buffers.clear()  # autograd has kept the old ones for the gradients still to be made
             with uninterrupted():
@@ -284,7 +295,8 @@ class EquilibriumPropagation:
         recorder = Recorder() if record else None
         try:
             table = make_contrast(self.phases, self.points)
-            step = self._settled(x, target, batch, indices, table, watch=recorder)
+            with input_errors(x):
+                step = self._settled(x, target, batch, indices, table, watch=recorder)
             return view(step.estimate, step.energy, step.free, step.phases, step.table, recorder)
         finally:
             set_generators(noise)
@@ -292,13 +304,15 @@ class EquilibriumPropagation:
     @torch.no_grad()
     def predict(self, x: Any) -> Tensor:
         """The output of the free equilibrium, or what the readout makes of it; for the prediction energy `model(x)`."""
-        batch = checked_batch(x)
+        batch = checked_batch(x, finite=not self.node_energy.is_forward)
         with noise_undone_on_error(), dtype_errors(self.model):
             graph = self._graphs.of(x)
             energy, free = self._free(self._untied(graph) if self.feedback else graph, x, batch)
             output = energy.output(free.point)
             if isinstance(self._whole_cost, WithReadout):
                 output = self._whole_cost.read(output)
+            if not bool(output.isfinite().all()):
+                check_finite(x)
         _write(energy.context.new_buffers)
         return output
 
@@ -396,7 +410,7 @@ class EquilibriumPropagation:
     def _check(self, x: Any, target: Any) -> int:
         """The number of examples, once everything that can be refused without the model is found right."""
         check_mode()
-        batch = checked_batch(x, target, self.cost)
+        batch = checked_batch(x, target, self.cost, finite=not self.node_energy.is_forward)
         check_model(self.model, "EquilibriumPropagation")
         return batch
 
@@ -420,8 +434,7 @@ class EquilibriumPropagation:
         with region("free phase"):
             energy, free = self._free(graph, x, batch, indices, target)
         output = energy.output(free.point)
-        if len(output) != batch:
-            raise InputError(f"The output has {len(output)} rows for {batch} examples; dimension 0 is the batch.")
+        check_rows(output, batch)
         cost = cost_of(graph, self._cost, energy.inputs, output, target) if graph.cost else self._cost(output, target)
         loss = cost.value(output).mean()
         if not math.isfinite(float(loss)):
