@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -41,7 +40,7 @@ class _Known:
     orders: list[tuple[int, ...] | None]
     """Of the batch: in which order the dimensions lie in memory, see `_order`: noise is drawn in that of the values."""
     kinds: list[tuple[Any, ...]]
-    """Of every parameter, see `_kind`."""
+    """Of every parameter the dtype, whether it is trained, the shape, and how it lies in memory."""
     unread: TraceError | None = None
     """Why the cost could not be recorded with the model."""
     uses: int = 0
@@ -55,8 +54,9 @@ class _Known:
 
     def fits(self, leaves: Sequence[Any]) -> bool:
         """Whether a batch is of the kind that was captured, and the parameters are. Called in every step."""
-        if not all(map(operator.eq, map(_kind, self.graph.parameters), self.kinds)):
-            return False
+        for p, (dtype, is_trained, shape, stride) in zip(self.graph.parameters, self.kinds, strict=True):
+            if p.dtype != dtype or p.requires_grad != is_trained or p.shape != shape or p.stride() != stride:
+                return False
         symbols: dict[str, int] = {}
         for leaf, (dtype, device, sizes), order in zip(leaves, self.leaves, self.orders, strict=True):
             if dtype is None:
@@ -65,7 +65,8 @@ class _Known:
                 continue
             if not isinstance(leaf, Tensor) or leaf.dtype != dtype or leaf.device != device or leaf.ndim != len(sizes):
                 return False
-            if _order(leaf) != order:
+            is_by_row = leaf.layout is torch.strided and leaf.is_contiguous()
+            if (order is not None) if is_by_row else _order(leaf) != order:
                 return False
             for length, size in zip(leaf.shape, sizes, strict=True):
                 if isinstance(size, int):
@@ -78,19 +79,15 @@ class _Known:
                     return False
                 if symbols.setdefault(symbol, length) != length:
                     return False
-        return self.graph.allows(symbols)
-
-
-def _kind(p: Tensor) -> tuple[Any, ...]:
-    """What of a parameter is fixed in a graph: not its numbers."""
-    return p.dtype, p.requires_grad, p.shape, p.stride()
+        return not self.graph.conditions or self.graph.allows(symbols)
 
 
 def _order(t: Tensor) -> tuple[int, ...] | None:
     """The dimensions of a tensor from the slowest to the fastest in memory; None for row after row."""
     if t.layout is not torch.strided or t.is_contiguous():
         return None
-    return tuple(sorted(range(t.ndim), key=lambda d: -t.stride(d)))
+    strides = t.stride()
+    return tuple(sorted(range(t.ndim), key=lambda d: -strides[d]))
 
 
 class Graphs:
@@ -208,7 +205,7 @@ class Graphs:
         for v in batch:
             is_tensor = isinstance(v, Tensor)
             leaves.append((v.dtype, v.device, next(free, tuple(v.shape))) if is_tensor else (None, None, v))
-        kinds = [_kind(p) for p in graph.parameters]
+        kinds = [(p.dtype, p.requires_grad, p.shape, p.stride()) for p in graph.parameters]
         orders = [_order(v) if isinstance(v, Tensor) else None for v in batch]
         found = _Known(graph, snapshot, structures, leaves, orders, kinds, unread)
         self.known = [found, *self.known[: _KEPT - 1]]

@@ -59,7 +59,8 @@ def by_graph(graph: Graph, cost: Any, x: Any, target: Any, energy_name: str, hel
     free = energy.free_point()
     context.recording = False
     output = energy.output(free)
-    check_rows(output, batch)
+    if len(output) != batch:
+        raise wrong_rows(len(output), batch)
     of_batch = cost_of(graph, make_cost(cost), energy.inputs, output, target)
     errors = {name: torch.zeros_like(s) for name, s in energy.state(free).items()}
     errors |= energy.backpropagated(free, of_batch.gradient(output))
@@ -72,13 +73,12 @@ def by_graph(graph: Graph, cost: Any, x: Any, target: Any, energy_name: str, hel
     return loss, gradients
 
 
-def check_rows(output: Tensor, batch: int) -> None:
-    """Refuse an output that has other rows than the examples."""
-    if len(output) != batch:
-        raise InputError(
-            f"The output has {len(output)} rows for {batch} examples; dimension 0 is the batch. Way out: a cost "
-            "function, which may return the mean of all rows: cost=lambda out, y: F.cross_entropy(out, y)."
-        )
+def wrong_rows(rows: int, batch: int) -> InputError:
+    """Of an output that has other rows than the examples."""
+    return InputError(
+        f"The output has {rows} rows for {batch} examples; dimension 0 is the batch. Way out: a cost function, which "
+        "may return the mean of all rows: cost=lambda out, y: F.cross_entropy(out, y)."
+    )
 
 
 def mapped(x: Any, function: Callable[[Tensor], Tensor]) -> Any:

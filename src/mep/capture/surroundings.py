@@ -67,6 +67,7 @@ _RECORDS: tuple[Any, ...] = (
 _WAYS_OF_CONTEXT: tuple[Any, ...] = (
     lambda variable, _, default: variable.get(default), lambda variable, _, new: variable.set(new), lambda *_: None
 )  # fmt: skip
+_FORWARD = operator.attrgetter("forward")
 _ABSENT = object()
 
 
@@ -136,21 +137,25 @@ class _Buffers(Place):
 
 
 class _Classes(Place):
-    """The classes of objects, which may be assigned anew: the keys are positions."""
+    """The classes of objects, which may be assigned anew, and then what `forward` is in classes of torch's modules.
 
-    def __init__(self, owner: list[Any]):
-        self.name, self.owner, self.view = "the class", owner, self
+    The keys are positions.
+    """
+
+    def __init__(self, objects: list[Any], classes: list[Any]):
+        self.name, self.objects, self.owner, self.view = "the class", objects, classes, self
 
     def __iter__(self) -> Iterator[Any]:
-        return map(type, self.owner)
+        return chain(map(type, self.objects), map(_FORWARD, self.owner))
 
     def items(self) -> dict[Any, Any]:
         return dict(enumerate(self))
 
     def refill(self, now: dict[Any, Any], before: dict[Any, Any]) -> None:
-        for i, cls in before.items():
-            if now[i] is not cls:
-                self.owner[i].__class__ = cls
+        homes = [(own, "__class__") for own in self.objects] + [(cls, "forward") for cls in self.owner]
+        for (home, name), old, new in zip(homes, before.values(), now.values(), strict=True):
+            if new is not old:
+                setattr(home, name, old)
 
 
 Facts = list[dict[Any, Any]]
@@ -295,6 +300,7 @@ def places(*roots: Any) -> Iterator[Place]:
             yield Place("every module", hooks)
     seen: dict[int, Any] = {}
     objects: list[Any] = []
+    classes: list[Any] = []
     patched: dict[str, set[str]] = {}
     queue: deque[tuple[str, Any]] = deque(("cost" if i else "model", root) for i, root in enumerate(roots))
     while queue:
@@ -304,6 +310,9 @@ def places(*roots: Any) -> Iterator[Place]:
         if id(value) in seen or isinstance(value, (*_PLAIN, Tensor, torch.Generator, BuiltinFunctionType)):
             continue
         seen[id(value)] = value
+        if isinstance(value, type) and issubclass(value, nn.Module) and _is_foreign(value):
+            classes.append(value)
+            queue.append((value.__name__, value.forward))
         if isinstance(value, nn.Module):
             for path, module in value.named_modules():
                 seen[id(module)] = module
@@ -320,7 +329,7 @@ def places(*roots: Any) -> Iterator[Place]:
         if _is_object(value):
             objects.append(value)
             queue.append((type(value).__name__, type(value)))
-    yield _Classes(objects)
+    yield _Classes(objects, classes)
 
 
 def _of_module(name: str, module: nn.Module) -> Iterator[Place]:
@@ -345,8 +354,6 @@ def _of_object(name: str, value: Any, known: dict[str, set[str]]) -> Iterator[Pl
     elif isinstance(value, ContextVar):
         yield _Named(name, value, ("value",), *_WAYS_OF_CONTEXT)
     elif isinstance(value, type):
-        if _is_foreign(value) and issubclass(value, nn.Module):
-            yield _Named(value.__name__, value, ("forward",))
         for cls in value.__mro__ if not _is_foreign(value) else ():
             if not _is_foreign(cls):
                 ways = (lambda cls, key, default: vars(cls).get(key, default)), setattr, delattr

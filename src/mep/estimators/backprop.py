@@ -14,7 +14,7 @@ from mep.errors import ArgumentError, DivergedError
 from mep.estimators.checks import noise_undone_on_error
 from mep.estimators.contrast import accumulate, finished
 from mep.estimators.estimate import Estimate, Gradients
-from mep.graph.inputs import call_model, check_mode, check_model, checked_batch, dtype_errors, input_errors
+from mep.graph.inputs import call_model, check_finite, check_mode, check_model, checked_batch, dtype_errors
 from mep.guards import without_hooks
 
 
@@ -51,13 +51,7 @@ class Backprop:
         trained = trained_parameters(self.model, self.cost)
         buffers = Buffers(self.model)
         try:
-            with (
-                noise_undone_on_error(),
-                dtype_errors(self.model),
-                input_errors(x),
-                without_hooks(trained),
-                torch.enable_grad(),
-            ):
+            with noise_undone_on_error(), dtype_errors(self.model), without_hooks(trained), torch.enable_grad():
                 loss = mean_cost(self.cost, call_model(self.model, x), target)
                 value = float(loss.detach())
                 if not math.isfinite(value):
@@ -65,8 +59,10 @@ class Backprop:
                 found = torch.autograd.grad(loss, trained, allow_unused=True)
                 gradients = finished({p: g.to_dense() for p, g in zip(trained, found, strict=True) if g is not None})
                 estimate = Estimate.exact(loss.detach(), batch)
-        except BaseException:
+        except BaseException as error:
             buffers.undo()
+            if isinstance(error, DivergedError):
+                check_finite(x)
             raise
         return gradients, estimate
 

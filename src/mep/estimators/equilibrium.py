@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mep.capture import Leaves, check_leaves
 from mep.capture.cache import Graphs
 from mep.capture.cost import cost_of
-from mep.capture.sides import check_rows
+from mep.capture.sides import wrong_rows
 from mep.capture.state import check_state
 from mep.cost import BatchCost, PerExample, WithReadout, make_cost
 from mep.energy import Energy, GroupEnergy, Hopfield, NodeEnergy, make_node_energy
@@ -56,7 +56,6 @@ from mep.graph.inputs import (
     check_model,
     checked_batch,
     dtype_errors,
-    input_errors,
     input_names,
 )
 from mep.graph.ops import Slot, StepContext
@@ -225,16 +224,17 @@ class EquilibriumPropagation:
                 graph = self._graphs.of(x, target)
                 if (found := self._compiled(graph, x, target, table)) is not None:
                     return found
-            with input_errors(x):
-                step = self._settled(x, target, batch, indices, table, graph)
-                with region("contrast"):
-                    gradients = finished(total_gradient(step.phases, step.output, batch))
+            step = self._settled(x, target, batch, indices, table, graph)
+            with region("contrast"):
+                gradients = finished(total_gradient(step.phases, step.output, batch))
             with uninterrupted():
                 self._finish(step, x, target, indices)
                 noise = None
-        except BaseException:
+        except BaseException as error:
             if noise is not None:  # after that all has moved, the noise included
                 set_generators(noise)
+            if isinstance(error, DivergedError):
+                check_finite(x)
             raise
         return gradients, step.estimate
 
@@ -251,18 +251,19 @@ class EquilibriumPropagation:
         noise: Noise | None = generators()
         try:
             table = make_contrast(self.phases, self.points)
-            with input_errors(x):
-                step = self._settled(x, target, batch, indices, table, saves_memory=True)
-                # Made twice: first to see that all are finite, since the first that is used changes a weight.
-                deque(iter_gradients(step.phases, step.output, batch), maxlen=0)
+            step = self._settled(x, target, batch, indices, table, saves_memory=True)
+            # Made twice: first to see that all are finite, since the first that is used changes a weight.
+            deque(iter_gradients(step.phases, step.output, batch), maxlen=0)
             buffers = dict(step.energy.context.new_buffers)
             step.energy.context.new_buffers.clear()  # autograd has kept the old ones for the gradients still to be made
             with uninterrupted():
                 self._finish(step, x, target, indices)
                 noise = None
-        except BaseException:
+        except BaseException as error:
             if noise is not None:
                 set_generators(noise)
+            if isinstance(error, DivergedError):
+                check_finite(x)
             raise
 
         def gradients() -> Iterator[Gradients]:
@@ -295,9 +296,11 @@ class EquilibriumPropagation:
         recorder = Recorder() if record else None
         try:
             table = make_contrast(self.phases, self.points)
-            with input_errors(x):
-                step = self._settled(x, target, batch, indices, table, watch=recorder)
+            step = self._settled(x, target, batch, indices, table, watch=recorder)
             return view(step.estimate, step.energy, step.free, step.phases, step.table, recorder)
+        except DivergedError:
+            check_finite(x)
+            raise
         finally:
             set_generators(noise)
 
@@ -434,7 +437,8 @@ class EquilibriumPropagation:
         with region("free phase"):
             energy, free = self._free(graph, x, batch, indices, target)
         output = energy.output(free.point)
-        check_rows(output, batch)
+        if len(output) != batch:
+            raise wrong_rows(len(output), batch)
         cost = cost_of(graph, self._cost, energy.inputs, output, target) if graph.cost else self._cost(output, target)
         loss = cost.value(output).mean()
         if not math.isfinite(float(loss)):

@@ -133,8 +133,6 @@ class Graph:
 
     def allows(self, lengths: Mapping[str, int]) -> bool:
         """Whether the conditions hold where symbols are these numbers; see `lengths_of`."""
-        if not self.conditions:
-            return True
         key = tuple(lengths.items())
         if key not in self._allowed:
             self._allowed[key] = conditions_hold(self.conditions, lengths)

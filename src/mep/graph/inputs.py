@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from mep.cost import recorded_function
-from mep.errors import ArgumentError, DivergedError, InputError, ParameterError
+from mep.errors import ArgumentError, InputError, ParameterError
 
 
 def call_model(model: nn.Module, x: Any) -> Any:
@@ -77,16 +77,6 @@ def describe(x: Any) -> str:
     return f"a tuple of {len(x)}" if isinstance(x, (tuple, list)) else type(x).__name__
 
 
-@contextmanager
-def input_errors(x: Any) -> Iterator[None]:
-    """Inside, numbers that are not finite are blamed on the input if that is not either."""
-    try:
-        yield
-    except DivergedError:
-        check_finite(x)
-        raise
-
-
 _NO_TARGET = object()
 
 
@@ -104,7 +94,7 @@ def checked_batch(x: Any, target: Any = _NO_TARGET, cost: Any = None, finite: bo
     for leaf in flattened(x)[0]:
         if isinstance(leaf, Tensor):
             tensors.append(leaf)
-        elif not isinstance(leaf, _FIXED) and not callable(leaf) and getattr(leaf, "ndim", 1):
+        elif not isinstance(leaf, _FIXED) and not callable(leaf) and getattr(leaf, "ndim", None) != 0:
             raise InputError(
                 f"x holds an object of {type(leaf).__name__}, whose content may change unseen. Way out: pass its "
                 "tensors, in a tuple or dict: torch.as_tensor(...)."
@@ -114,8 +104,10 @@ def checked_batch(x: Any, target: Any = _NO_TARGET, cost: Any = None, finite: bo
             f"x must be a tensor, or a tuple or dict of them, and this {type(x).__name__} holds none. Way out: "
             "torch.as_tensor(x)."
         )
-    made_in_inference = False
-    for leaf in [*tensors, *([] if target is _NO_TARGET else flattened(target)[0])]:
+    made_in_inference, targets = False, [target]
+    if target is not _NO_TARGET and not isinstance(target, Tensor):
+        targets = flattened(target)[0]
+    for leaf in [*tensors, *targets]:
         made_in_inference |= isinstance(leaf, Tensor) and leaf.is_inference()
     if made_in_inference:
         raise InputError(
