@@ -399,9 +399,26 @@ class EquilibriumPropagation:
         self._untied_graphs: WeakKeyDictionary[Graph, Graph] = WeakKeyDictionary()
         self._graphs = Graphs(self.model, self.leaves, states, self.branches, self._whole_cost, self.proof)
         self.compiled_steps: CompiledSteps | None = None
+        self._start_compiling()
+        self._is_unchecked, self._is_built = False, True
+
+    def _start_compiling(self) -> None:
+        """Anew where settings are not those of the programs that there are."""
         if self.compile:
             options = CompileOptions(self.solver, self.node_energy, self.phases, self.observe is not None)
-            self.compiled_steps = CompiledSteps(options, self._cost)
+            if self.compiled_steps is None or self.compiled_steps.setting != options:
+                self.compiled_steps = CompiledSteps(options, self._cost)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Settings on which no graph depends may be changed; they are checked before the next step."""
+        if "_is_built" in self.__dict__ and not name.startswith("_"):
+            call = f"{type(self).__name__}.{name} = {value!r}"
+            if name in _SETTLED:
+                raise ArgumentError(f"{call}: graphs are captured for what it was. Way out: build another estimator.")
+            if not hasattr(self, name) and type(self) is EquilibriumPropagation:
+                raise ArgumentError(f"{call}: there is no such setting.")
+            self._is_unchecked = True
+        super().__setattr__(name, value)
 
     def _untied(self, graph: Graph) -> Graph:
         """The graph with the feedback weights, the same one each time; what is proven is the graph without them."""
@@ -412,6 +429,11 @@ class EquilibriumPropagation:
 
     def _check(self, x: Any, target: Any) -> int:
         """The number of examples, once everything that can be refused without the model is found right."""
+        if self._is_unchecked:
+            check_solver(self.solver)
+            check_settings(self)
+            self._start_compiling()
+            self._is_unchecked = False
         check_mode()
         batch = checked_batch(x, target, self.cost, finite=not self.node_energy.is_forward)
         check_model(self.model, "EquilibriumPropagation")
@@ -687,6 +709,10 @@ def _write(new_buffers: Mapping[Slot, Tensor]) -> None:
                 buffer.copy_(value)
 
 
-_BOUND = ("_graphs", "_untied_graphs", "compiled_steps")
+_BOUND = ("_graphs", "_untied_graphs", "compiled_steps", "_is_built")
 """What belongs to the very model of an estimator, and is not copied."""
+_SETTLED = (
+    "model", "cost", "readout", "node_energy", "branches", "leaves", "compile", "proof", "groups", "feedback"
+)  # fmt: skip
+"""Settings of an estimator that cannot change."""
 _DESCENT = Descent(settle_steps=500, settle_lr=0.3, adaptive=True, tol=1e-4)
