@@ -2129,6 +2129,56 @@ def test_a_part_of_a_batch_is_compared_only_where_the_graph_is_for_it():
         ep.gradients(*batch(seed, size=24))
 
 
+def hidden(made):
+    """A model that reads a layer, or a tensor, which is none of its parameters; and the tensors."""
+    model, other = quiet_net(), nn.Linear(3, 3).double()
+    if made == "a tensor":
+        model.scale = torch.ones(3, dtype=torch.float64, requires_grad=True)
+        model.append(Net(lambda net, x: x * model.scale))
+        return model, "cross_entropy", [model.scale]
+    if made == "a buffer":
+        model.register_buffer("scale", torch.ones(3, dtype=torch.float64).requires_grad_())
+        model.append(Net(lambda net, x: x * model.scale))
+        return model, "cross_entropy", [model.scale]
+    if made == "a list of layers":
+        last = Net(lambda net, x: net.layers[0](x))
+        last.layers = [other]
+        return model.append(last), "cross_entropy", [*other.parameters()]
+    return model, lambda out, y: F.cross_entropy(other(out), y, reduction="none"), [*other.parameters()]
+
+
+HIDDEN = ["a tensor", "a buffer", "a list of layers", "a layer in the cost"]
+
+
+@pytest.mark.parametrize("made", HIDDEN)
+def test_what_would_be_trained_but_is_no_parameter_is_said_once(made):
+    """Not where it is frozen, as the way out says."""
+    model, cost, tensors = hidden(made)
+    ep = mep.EquilibriumPropagation(model, cost, solver=SOLVER)
+    with pytest.warns(UserWarning, match=rf"{len(tensors)} tensors that require a gradient.*Way out"):
+        ep(*batch())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ep(*batch())
+        for t in tensors:
+            t.requires_grad_(False)
+        mep.EquilibriumPropagation(model, cost, solver=SOLVER)(*batch())
+
+
+def test_nothing_is_said_of_tensors_made_in_forward_of_detached_layers_or_of_the_batch():
+    teacher = nn.Linear(4, 3).double()
+
+    def forward(net, x):
+        made = torch.ones(6, dtype=x.dtype, requires_grad=True)
+        return net.c(net.a(x).tanh() * made) + teacher(x).detach()
+
+    x, _ = batch()
+    ep = mep.EquilibriumPropagation(Net(forward).double(), lambda out, y: (out - y).square().sum(1), solver=SOLVER)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ep(x.requires_grad_(), torch.randn(BATCH, 3).double().requires_grad_())
+
+
 def own_generator(net, x):
     return net.c(torch.tanh(net.a(x)) * torch.rand(6, generator=net.generator, dtype=x.dtype))
 

@@ -212,7 +212,8 @@ class Graphs:
         return found
 
     def _prove(self, known: _Known, x: Any, target: Any, rows: int | None) -> bool:
-        proof = Proof(self.model, known.graph, self.cost, self.energy, self.branches, self.leaves, known.snapshot)
+        kind = self.energy, self.branches, self.leaves
+        proof = Proof(self.model, known.graph, self.cost, *kind, known.snapshot, is_known=bool(known.proven))
         try:
             with dtype_errors(self.model):
                 return prove(proof, x, target, rows)

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from mep.capture import Leaves, capture
-from mep.capture.sides import Gradients, by_autograd, by_graph, first_tensor, loss_of, mapped
+from mep.capture.sides import Gradients, by_autograd, by_graph, first_tensor, leaves_of, loss_of, mapped
 from mep.capture.state import copied_together, trained_parameters, untouched
 from mep.capture.surroundings import Snapshot
 from mep.cost import recorded_function
-from mep.errors import MepError, TraceError
+from mep.errors import MepError, TraceError, warn
 from mep.graph.graph import Graph, lengths_of
 from mep.graph.inputs import flattened
 from mep.guards import generators, set_generators
@@ -54,6 +54,8 @@ class Proof:
     branches: str
     leaves: Leaves
     snapshot: Snapshot | None = None
+    is_known: bool = False
+    """Whether the graph was proven before."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,8 @@ def _sides(proof: Proof, x: Any, target: Any) -> tuple[Side, Side]:
     trained |= dict.fromkeys(p for p in proof.graph.parameters if p.requires_grad)
     with untouched(proof.model, *([proof.cost] if callable(proof.cost) else [])) as buffers:
         noise = generators(everyones=True)
-        wanted = Side(*by_autograd(proof.model, proof.cost, x, target, list(trained)), buffers.values())
+        loss, gradients, leaves = by_autograd(proof.model, proof.cost, x, target, list(trained))
+        wanted = Side(loss, gradients, buffers.values())
         written = [(p, old) for p, version, old in kept if p._version != version or not torch.equal(p, old)]
         if written:
             with torch.no_grad():
@@ -129,7 +132,10 @@ def _sides(proof: Proof, x: Any, target: Any) -> tuple[Side, Side]:
         buffers.undo()
         set_generators(noise)
         with torch.enable_grad():  # forward may hook what it computes
-            again = float(loss_of(proof.model, proof.cost, mapped(x, Tensor.clone), target).detach())
+            loss_again = loss_of(proof.model, proof.cost, mapped(x, Tensor.clone), target)
+        if not proof.is_known:
+            _warn_of(name, leaves, leaves_of(loss_again), [*trained, *flattened(x)[0], *flattened(target)[0]])
+        again = float(loss_again.detach())
         moved = snapshot.moved(first, snapshot.now()) if snapshot else None
         if moved is not None:
             raise TraceError(f"{moved} of {name} changes whenever forward runs: {way_out}")
@@ -150,6 +156,19 @@ def _sides(proof: Proof, x: Any, target: Any) -> tuple[Side, Side]:
                 "whole, leaves=(ThatModule,)."
             )
     return wanted, found
+
+
+def _warn_of(name: str, first: Sequence[Tensor], second: Sequence[Tensor], given: Sequence[Any]) -> None:
+    """Warn of tensors that two runs of a model have read and would train, other than those given."""
+    known, both = {id(t) for t in given}, {id(t) for t in second}
+    lost = [tuple(t.shape) for t in first if id(t) in both and id(t) not in known]
+    if lost:
+        warn(
+            f"{name} or its cost reads {len(lost)} tensors that require a gradient and are not among their parameters, "
+            f"of shapes {lost[:3]}. They get none here. Way out: register them (nn.Parameter, nn.ModuleList, a cost "
+            "that is a module), or requires_grad_(False) where they are not to be trained.",
+            UserWarning,
+        )
 
 
 def _difference(proof: Proof, wanted: Side, found: Side, relative: float, absolute: float) -> str | None:
@@ -213,7 +232,7 @@ def _in_double(proof: Proof, x: Any, target: Any) -> str | None:
             x, target = (mapped(v, lambda t: t.double() if t.is_floating_point() else t) for v in (x, target))
             function = recorded_function(cost) if proof.graph.cost else None
             graph = capture(twin, x, proof.leaves, proof.energy, proof.branches, function, target)
-            again = Proof(twin, graph, cost, proof.energy, proof.branches, proof.leaves)
+            again = Proof(twin, graph, cost, proof.energy, proof.branches, proof.leaves, is_known=True)
             wanted, found = _sides(again, x, target)
         except (RuntimeError, TypeError, MepError):
             return _IMPOSSIBLE

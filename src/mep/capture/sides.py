@@ -30,13 +30,29 @@ def loss_of(model: nn.Module, cost: Any, x: Any, target: Any) -> Tensor:
     return mean_cost(cost, call_model(model, x), target)
 
 
+def leaves_of(loss: Tensor) -> list[Tensor]:
+    """The tensors that `loss.backward()` would give a gradient."""
+    waiting, seen, found = [loss.grad_fn], set[Any](), []
+    while waiting:
+        step: Any = waiting.pop()
+        if step is not None and step not in seen:
+            seen.add(step)
+            found += [step.variable] if hasattr(step, "variable") else []
+            waiting += [before for before, _ in step.next_functions]
+    return found
+
+
 def by_autograd(
     model: nn.Module, cost: Any, x: Any, target: Any, trained: Sequence[nn.Parameter]
-) -> tuple[float, Gradients]:
-    """Loss and gradient of a batch by the model itself: it may write to buffers, and hooks on parameters do not run."""
+) -> tuple[float, Gradients, list[Tensor]]:
+    """Loss and gradient of a batch by the model itself, and the leaves of autograd's graph.
+
+    The model may write to buffers, and hooks on parameters do not run.
+    """
     with torch.enable_grad(), without_hooks(trained):
         loss = loss_of(model, cost, mapped(x, Tensor.clone), target)
         found: Sequence[Tensor | None] = [None] * len(trained)
+        leaves = leaves_of(loss)
         try:
             if loss.requires_grad:
                 found = torch.autograd.grad(loss, trained, allow_unused=True)
@@ -47,7 +63,7 @@ def by_autograd(
                 "torch.autograd.grad(loss, list(model.parameters())) works."
             ) from error
     gradients = {p: g.to_dense().detach() for p, g in zip(trained, found, strict=True) if g is not None}
-    return float(loss.detach()), gradients
+    return float(loss.detach()), gradients, leaves
 
 
 @torch.no_grad()
