@@ -2098,7 +2098,12 @@ def padded_to_pairs(net, x):
     return net.c(h.view(len(x), -1, 2, 6).tanh().sum(2).cumsum(1)[:, -1])
 
 
+def by_a_key_of_text(net, x):
+    return net.c(torch.tanh(net.a(x) * {"of 4": 1.0, "of 5": 3.0}.get(f"of {x.shape[1]}", 2.0))).mean(1)
+
+
 DECIDING = {
+    "a text": by_a_key_of_text,
     "parity": by_parity,
     "the number of tokens": by_number_of_tokens,
     "whether it is square": by_whether_it_is_square,
@@ -2177,6 +2182,29 @@ def test_nothing_is_said_of_tensors_made_in_forward_of_detached_layers_or_of_the
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         ep(x.requires_grad_(), torch.randn(BATCH, 3).double().requires_grad_())
+
+
+def grown(net, x):
+    if x.shape[1] > len(net.table):
+        net.register_buffer("table", torch.ones(x.shape[1], 1, dtype=x.dtype))
+    return net.c(torch.tanh(net.a(x) * net.table[: x.shape[1]])).mean(1)
+
+
+def test_a_buffer_that_grows_in_forward_is_refused_and_may_be_grown_before():
+    model, x = Net(grown).double(), sequences(BATCH, 4, 4)
+    model.register_buffer("table", torch.ones(3, 1).double())
+    ep = mep.EquilibriumPropagation(model, solver=SOLVER)
+    assert_refused(lambda: ep.gradients(x, LABELS), model, "`table` anew", "Run the model once")
+    model(x)
+    assert_right(model, x, LABELS)
+
+
+def test_a_sparse_buffer_may_be_multiplied_with():
+    model, (x, y) = Net(lambda net, x: net.c(torch.sparse.mm(net.edges, torch.tanh(net.a(x))))).double(), batch()
+    model.register_buffer("edges", torch.eye(BATCH).double().roll(1, 0).to_sparse())
+    exact, parameters = by_autograd(model, x, y)[1], list(model.parameters())
+    found, _ = mep.EquilibriumPropagation(model, solver=SOLVER, beta=1e-5).gradients(x, y)
+    assert (flat(found, parameters) - flat(exact, parameters)).norm() < 1e-3 * flat(exact, parameters).norm()
 
 
 def own_generator(net, x):

@@ -72,6 +72,8 @@ def same(a: Tensor, b: Tensor) -> bool:
         False
     """
     is_like = a.shape == b.shape and a.dtype == b.dtype
+    if is_like and a.layout is not torch.strided:
+        a, b = a.to_dense(), b.to_dense()
     return is_like and (torch.equal(a, b) or bool(((a == b) | ((a != a) & (b != b))).all()))
 
 

@@ -201,9 +201,10 @@ def _difference(proof: Proof, wanted: Side, found: Side, relative: float, absolu
             f"is not seen {way_out}"
         )
     # A mean of a batch may be nothing but rounding.
-    largest = [float(b.double().abs().max()) for b in wanted.buffers if b.numel() and not b.is_complex()]
+    ours, theirs = ([b.to_dense() for b in side.buffers] for side in (found, wanted))
+    largest = [float(b.double().abs().max()) for b in theirs if b.numel() and not b.is_complex()]
     slack = absolute * max([1.0, *largest])
-    for b, g in zip(wanted.buffers, found.buffers, strict=True):
+    for b, g in zip(theirs, ours, strict=True):
         if b.shape != g.shape or not torch.allclose(b, g, rtol=relative, atol=slack, equal_nan=True):
             which = next((n for n, own in proof.model.named_buffers() if own.shape == b.shape), "?")
             return f"{is_not} a buffer like `{which}` is written otherwise. Way out: keep what writes it {way_out}"
