@@ -310,7 +310,8 @@ def places(*roots: Any) -> Iterator[Place]:
         if id(value) in seen or isinstance(value, (*_PLAIN, Tensor, torch.Generator, BuiltinFunctionType)):
             continue
         seen[id(value)] = value
-        if isinstance(value, type) and issubclass(value, nn.Module) and _is_foreign(value):
+        is_torchs = isinstance(value, type) and issubclass(value, nn.Module) and _is_foreign(value)
+        if is_torchs and hasattr(value, "forward"):  # classes of scripted modules have none
             classes.append(value)
             queue.append((value.__name__, value.forward))
         if isinstance(value, nn.Module):
