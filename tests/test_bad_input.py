@@ -1,5 +1,6 @@
 """What cannot be is refused: with a typed error that names the value and the way out, and nothing has changed."""
 
+import copy
 import inspect
 import math
 
@@ -111,12 +112,26 @@ def spoilt(x, value):
     return x
 
 
+class Holder:
+    """What a batch of some library is."""
+
+
 BAD_BATCHES = {
     "empty": ("mse", lambda x, y: (x[:0], y[:0]), mep.InputError, "(0, 4)", "at least one example"),
     "NaN input": ("mse", lambda x, y: (spoilt(x, NAN), y), mep.InputError, "NaN", "drop"),
     "infinite input": ("mse", lambda x, y: (spoilt(x, -INF), y), mep.InputError, "Inf", "drop"),
     "one number": ("mse", lambda x, y: (x[0, 0], y), mep.InputError, "()"),
     "input of numpy": ("mse", lambda x, y: (x.numpy(), y), mep.InputError, "ndarray", "torch.as_tensor"),
+    "one of two inputs of numpy": (
+        "mse",
+        lambda x, y: ((x, x.numpy()), y),
+        mep.InputError,
+        "ndarray",
+        "torch.as_tensor",
+    ),
+    "an object": ("mse", lambda x, y: ((x, Holder()), y), mep.InputError, "Holder", "tensors"),
+    "no tensor": ("mse", lambda x, y: ((1, "a"), y), mep.InputError, "tuple", "none"),
+    "a number before the examples": ("mse", lambda x, y: ((x[0, 0], x), y), mep.InputError, "single number", "by name"),
     "target of numpy": ("mse", lambda x, y: (x, y.numpy()), mep.InputError, "ndarray", "torch.as_tensor"),
     "target in a list": ("cross_entropy", lambda x, y: (x, y.tolist()), mep.InputError, "list", "torch.as_tensor"),
     "NaN target": ("mse", lambda x, y: (x, spoilt(y, NAN)), mep.MepError, "nan", "target"),
@@ -399,3 +414,34 @@ def test_inference_mode_is_refused(preset):
     with torch.inference_mode():
         assert_refused(opt, x, y, mep.ArgumentError, "inference_mode")
         assert opt.predict(x).shape == (6, 3)
+
+
+SETTLED = {
+    "model": nn.Linear(4, 3), "cost": "mse", "readout": nn.Linear(3, 3), "branches": "exact", "leaves": ("4",),
+    "compile": True, "proof": "never",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SETTLED)
+def test_what_a_graph_was_captured_for_cannot_be_changed(name):
+    """It would be ignored."""
+    ep = mep.EquilibriumPropagation(net())
+    before = getattr(ep, name)
+    with pytest.raises(mep.ArgumentError, match=f"(?s){name}.*another estimator"):
+        setattr(ep, name, SETTLED[name])
+    assert getattr(ep, name) is before
+
+
+def test_other_settings_may_be_changed_and_are_checked_before_the_next_step():
+    ep = mep.EquilibriumPropagation(net().eval())
+    ep.beta, ep.phases, ep.solver = 0.02, "centered", mep.Sweep(tol=1e-3)
+    wanted = mep.EquilibriumPropagation(ep.model, beta=0.02, phases="centered", solver=mep.Sweep(tol=1e-3))
+    for g, h in zip(ep.gradients(X, Y)[0].values(), wanted.gradients(X, Y)[0].values(), strict=True):
+        torch.testing.assert_close(g, h)
+    for name, value in {"beta": -1.0, "phases": "both", "solver": None}.items():
+        twin = copy.deepcopy(ep)
+        setattr(twin, name, value)
+        with pytest.raises(mep.ArgumentError, match=name):
+            twin(X, Y)
+    with pytest.raises(mep.ArgumentError, match=r"betta.*no such setting"):
+        ep.betta = 0.1

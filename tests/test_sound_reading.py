@@ -11,11 +11,18 @@
 | writes in place, through views                        | `WRITES`, `UNSEEN_WRITES`                       |
 """
 
+import array
 import collections
+import configparser
 import functools
 import itertools
+import os
 import random
+import sys
+import threading
 import types
+import weakref
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -934,15 +941,23 @@ class Settings:
     gain = 1.0
 
 
+REFERRED = []
+"""What only weak references lead to."""
+
+
+class OtherSettings:
+    gain = 2.0
+
+
 class Gained(nn.Module):
     """A network whose first layer is scaled by `gain()`, from `state`, which is no tensor that torch knows of."""
 
     shared = 1.0
     table = {"gain": 1.0}  # noqa: RUF012
 
-    def __init__(self, state=None, gain=lambda m: 1.0):
+    def __init__(self, state=None, gain=lambda m: 1.0, act=None):
         super().__init__()
-        self.a, self.c = nn.Linear(4, 6), nn.Linear(6, 3)
+        self.a, self.c, self.act = nn.Linear(4, 6), nn.Linear(6, 3), act
         self.state, self.read = state, gain
 
     def gain(self):
@@ -970,6 +985,29 @@ def nest(depth):
 
 def deep(config):
     return deep(config.inner) if config.inner else config
+
+
+def array_of_twos(state):
+    state[0] = 2
+
+
+def settings_file():
+    parser = configparser.ConfigParser()
+    parser.read_string("[a]\ng = 1.0")
+    return parser
+
+
+def settings_doubled(parser):
+    parser["a"]["g"] = "2.0"
+
+
+def referred():
+    REFERRED.append(Config())
+    return weakref.ref(REFERRED[-1])
+
+
+def other_settings(settings):
+    settings.__class__ = OtherSettings
 
 
 MODEL_STATE = {
@@ -1012,7 +1050,36 @@ MODEL_STATE = {
         gained(lambda: functools.partial(torch.full, (6,), fill_value=1.0), lambda m: m.state()),
         on_state(lambda s: s.keywords.update(fill_value=2.0)),
     ),
-}
+    "an array of Python's": (gained(lambda: array.array("d", [1.0]), lambda m: m.state[0]), on_state(array_of_twos)),
+    "bytes": (gained(lambda: bytearray([1]), lambda m: m.state[0]), on_state(array_of_twos)),
+    "a dict of one's own": (
+        gained(lambda: collections.UserDict(g=1.0), lambda m: m.state["g"]),
+        on_state(lambda s: s.update(g=2.0)),
+    ),
+    "several dicts": (
+        gained(lambda: collections.ChainMap({}, {"g": 1.0}), lambda m: m.state["g"]),
+        on_state(lambda s: s.maps[1].update(g=2.0)),
+    ),
+    "a file of settings": (gained(settings_file, lambda m: m.state.getfloat("a", "g")), on_state(settings_doubled)),
+    "a section of settings": (
+        gained(lambda: settings_file()["a"], lambda m: m.state.getfloat("g")),
+        on_state(lambda s: settings_doubled(s.parser)),
+    ),
+    "a distribution": (
+        gained(lambda: torch.distributions.Normal(torch.ones(6).double(), 1.0), lambda m: m.state.loc),
+        on_state(lambda s: setattr(s, "loc", 2 * s.loc)),
+    ),
+    "what belongs to a thread": (gained(threading.local, lambda m: getattr(m.state, "g", 1.0)),
+                                 on_state(lambda s: setattr(s, "g", 2.0))),
+    "a variable of a context": (gained(lambda: ContextVar("g", default=1.0), lambda m: m.state.get()),
+                                on_state(lambda s: s.set(2.0))),
+    "a weak reference": (gained(referred, lambda m: m.state().gain), on_state(lambda s: setattr(s(), "gain", 2.0))),
+    "the class of an object": (gained(Settings, lambda m: m.state.gain), on_state(other_settings)),
+    "the class of a module": (
+        lambda: Gained(gain=lambda m: m.act(m.a.bias.detach()), act=nn.Tanh()),
+        lambda model, _: setattr(model.act, "__class__", nn.Sigmoid),
+    ),
+}  # fmt: skip
 """What hangs on a module, and how it changes between two steps."""
 
 
@@ -1047,6 +1114,9 @@ ARRAY = np.ones(6)
 TENSOR = torch.ones(6).double()
 OTHER = types.ModuleType("other")
 OTHER.GAIN = 1.0
+OTHER.inner = types.ModuleType("other.inner")
+OTHER.inner.GAIN = 1.0
+sys.modules["other_of_these_tests"] = OTHER
 
 
 def global_gain():
@@ -1093,6 +1163,28 @@ class ReadsOtherModule(Gained):
         return self.c(first(self, x) * OTHER.GAIN)
 
 
+class ReadsChain(Gained):
+    def forward(self, x):
+        return self.c(first(self, x) * OTHER.inner.GAIN)
+
+
+class ReadsLocally(Gained):
+    def forward(self, x):
+        import other_of_these_tests
+
+        return self.c(first(self, x) * other_of_these_tests.GAIN)
+
+
+class ReadsEnvironment(Gained):
+    def forward(self, x):
+        return self.c(first(self, x) * float(os.environ.get("A_GAIN", "1")))
+
+
+class ReadsTorch(Gained):
+    def forward(self, x):
+        return self.c(F.silu(first(self, x)))
+
+
 class ReadsSettings(Gained):
     def forward(self, x):
         return self.c(first(self, x) * Settings.gain)
@@ -1128,6 +1220,10 @@ def reads_closure():
     return ReadsClosure()
 
 
+def doubled(layer, x):
+    return F.linear(x, 2 * layer.weight, layer.bias)
+
+
 def in_this_module(name, value):
     return lambda patch: patch.setitem(globals(), name, value)
 
@@ -1142,12 +1238,19 @@ AROUND_FORWARD = {
     "a global in a method": (ReadsInMethod, in_this_module("GAIN", 2.0)),
     "a global in a generator": (ReadsInGenerator, in_this_module("GAIN", 2.0)),
     "a global of another module": (ReadsOtherModule, lambda patch: patch.setattr(OTHER, "GAIN", 2.0)),
+    "a global of a module in a module": (ReadsChain, lambda patch: patch.setattr(OTHER.inner, "GAIN", 2.0)),
+    "a global of a module imported there": (
+        ReadsLocally, lambda patch: patch.setattr(sys.modules["other_of_these_tests"], "GAIN", 2.0)
+    ),
+    "the environment": (ReadsEnvironment, lambda patch: patch.setenv("A_GAIN", "2")),
+    "a function of torch's": (ReadsTorch, lambda patch: patch.setattr(F, "silu", torch.sin)),
+    "what torch's layers do": (Gained, lambda patch: patch.setattr(nn.Linear, "forward", doubled)),
     "a class of settings": (ReadsSettings, lambda patch: patch.setattr(Settings, "gain", 2.0)),
     "an attribute of the class": (ReadsItsClass, lambda patch: patch.setattr(ReadsItsClass, "shared", 2.0)),
     "a dict of its parent": (ReadsTableOfItsClass, lambda patch: patch.setitem(Gained.table, "gain", 2.0)),
     "a default": (ReadsDefault, lambda patch: patch.setattr(ReadsDefault.forward, "__defaults__", (2.0,))),
     "a method of the class": (ReadsItsClass, lambda patch: patch.setattr(ReadsItsClass, "gain", lambda self: 2.0)),
-}
+}  # fmt: skip
 """What stands around a model's code, and how it changes between two steps."""
 
 

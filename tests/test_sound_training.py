@@ -2077,6 +2077,249 @@ def test_forward_may_ask_how_many_examples_there_are(name):
         assert error.norm() < 1e-3 * flat(exact, parameters).norm()
 
 
+def by_parity(net, x):
+    h = net.a(x)
+    return net.c(torch.tanh(3 * h if x.shape[1] % 2 else h)).mean(1)
+
+
+def by_number_of_tokens(net, x):
+    h = net.a(x)
+    return net.c(torch.tanh(3 * h if x.shape[0] * x.shape[1] > 21 else h)).mean(1)
+
+
+def by_whether_it_is_square(net, x):
+    h = net.a(x)
+    return net.c(torch.tanh(3 * h if x.shape[0] == x.shape[1] else h)).mean(1)
+
+
+def padded_to_pairs(net, x):
+    """As windows of attention are."""
+    h = F.pad(net.a(x), (0, 0, 0, -x.shape[1] % 2))
+    return net.c(h.view(len(x), -1, 2, 6).tanh().sum(2).cumsum(1)[:, -1])
+
+
+def by_a_key_of_text(net, x):
+    return net.c(torch.tanh(net.a(x) * {"of 4": 1.0, "of 5": 3.0}.get(f"of {x.shape[1]}", 2.0))).mean(1)
+
+
+DECIDING = {
+    "a text": by_a_key_of_text,
+    "parity": by_parity,
+    "the number of tokens": by_number_of_tokens,
+    "whether it is square": by_whether_it_is_square,
+    "padding to pairs": padded_to_pairs,
+}
+
+
+@pytest.mark.parametrize("name", DECIDING)
+def test_what_forward_decides_by_sizes_is_decided_again_for_others(name):
+    """Also for shapes before which nothing is proven."""
+    model = Net(DECIDING[name]).double()
+    parameters = list(model.parameters())
+    ep = mep.EquilibriumPropagation(model, solver=SOLVER, beta=1e-5)
+    for seed, (size, length) in enumerate([(5, 4), (5, 6), (5, 5), (5, 3), (2, 4), (4, 6), (3, 3), (1, 3)]):
+        x, y = sequences(size, length, 4, seed=seed), torch.arange(size) % 3
+        loss, exact = by_autograd(model, x, y)
+        found, estimate = ep.gradients(x, y)
+        torch.testing.assert_close(estimate.loss, loss)
+        exact = flat(exact, parameters)
+        assert (flat(found, parameters) - exact).norm() < 1e-3 * exact.norm(), f"{size} examples of {length}"
+
+
+def test_a_part_of_a_batch_is_compared_only_where_the_graph_is_for_it():
+    """Forward reads the number of examples, and the proof of a later step takes every eighth of them alone."""
+    model = Net(lambda net, x: net.c(torch.tanh(net.a(x) * (3 if len(x) % 2 else 1)))).double()
+    ep = mep.EquilibriumPropagation(model, solver=SOLVER)
+    for seed in range(5):
+        ep.gradients(*batch(seed, size=24))
+
+
+def hidden(made):
+    """A model that reads a layer, or a tensor, which is none of its parameters; and the tensors."""
+    model, other = quiet_net(), nn.Linear(3, 3).double()
+    if made == "a tensor":
+        model.scale = torch.ones(3, dtype=torch.float64, requires_grad=True)
+        model.append(Net(lambda net, x: x * model.scale))
+        return model, "cross_entropy", [model.scale]
+    if made == "a buffer":
+        model.register_buffer("scale", torch.ones(3, dtype=torch.float64).requires_grad_())
+        model.append(Net(lambda net, x: x * model.scale))
+        return model, "cross_entropy", [model.scale]
+    if made == "a list of layers":
+        last = Net(lambda net, x: net.layers[0](x))
+        last.layers = [other]
+        return model.append(last), "cross_entropy", [*other.parameters()]
+    return model, lambda out, y: F.cross_entropy(other(out), y, reduction="none"), [*other.parameters()]
+
+
+HIDDEN = ["a tensor", "a buffer", "a list of layers", "a layer in the cost"]
+
+
+@pytest.mark.parametrize("made", HIDDEN)
+def test_what_would_be_trained_but_is_no_parameter_is_said_once(made):
+    """Not where it is frozen, as the way out says."""
+    model, cost, tensors = hidden(made)
+    ep = mep.EquilibriumPropagation(model, cost, solver=SOLVER)
+    with pytest.warns(UserWarning, match=rf"{len(tensors)} tensors that require a gradient.*Way out"):
+        ep(*batch())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ep(*batch())
+        for t in tensors:
+            t.requires_grad_(False)
+        mep.EquilibriumPropagation(model, cost, solver=SOLVER)(*batch())
+
+
+def test_nothing_is_said_of_tensors_made_in_forward_of_detached_layers_or_of_the_batch():
+    teacher = nn.Linear(4, 3).double()
+
+    def forward(net, x):
+        made = torch.ones(6, dtype=x.dtype, requires_grad=True)
+        return net.c(net.a(x).tanh() * made) + teacher(x).detach()
+
+    x, _ = batch()
+    ep = mep.EquilibriumPropagation(Net(forward).double(), lambda out, y: (out - y).square().sum(1), solver=SOLVER)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ep(x.requires_grad_(), torch.randn(BATCH, 3).double().requires_grad_())
+
+
+def grown(net, x):
+    if x.shape[1] > len(net.table):
+        net.register_buffer("table", torch.ones(x.shape[1], 1, dtype=x.dtype))
+    return net.c(torch.tanh(net.a(x) * net.table[: x.shape[1]])).mean(1)
+
+
+def test_a_buffer_that_grows_in_forward_is_refused_and_may_be_grown_before():
+    model, x = Net(grown).double(), sequences(BATCH, 4, 4)
+    model.register_buffer("table", torch.ones(3, 1).double())
+    ep = mep.EquilibriumPropagation(model, solver=SOLVER)
+    assert_refused(lambda: ep.gradients(x, LABELS), model, "`table` anew", "Run the model once")
+    model(x)
+    assert_right(model, x, LABELS)
+
+
+def test_a_sparse_buffer_may_be_multiplied_with():
+    model, (x, y) = Net(lambda net, x: net.c(torch.sparse.mm(net.edges, torch.tanh(net.a(x))))).double(), batch()
+    model.register_buffer("edges", torch.eye(BATCH).double().roll(1, 0).to_sparse())
+    exact, parameters = by_autograd(model, x, y)[1], list(model.parameters())
+    found, _ = mep.EquilibriumPropagation(model, solver=SOLVER, beta=1e-5).gradients(x, y)
+    assert (flat(found, parameters) - flat(exact, parameters)).norm() < 1e-3 * flat(exact, parameters).norm()
+
+
+def own_generator(net, x):
+    return net.c(torch.tanh(net.a(x)) * torch.rand(6, generator=net.generator, dtype=x.dtype))
+
+
+def test_a_generator_of_ones_own_is_refused():
+    model = Net(own_generator, generator=torch.Generator()).double()
+    ep = mep.EquilibriumPropagation(model)
+    state = model.generator.get_state()
+    assert_refused(lambda: ep.gradients(*batch()), model, "Generator", "Way out")
+    assert torch.equal(model.generator.get_state(), state)
+
+
+def attended_with_mask(net, x, mask):
+    h = net.a(x)
+    return net.c(F.scaled_dot_product_attention(h, h, h, attn_mask=mask).mean(1))
+
+
+def without_missing_values(net, x):
+    missing = x.isnan()
+    return net.c(torch.tanh(net.a(x.nan_to_num()) + net.b(net.a(missing.to(x.dtype)))))
+
+
+def test_masks_with_minus_infinity_may_be_inputs():
+    model = Net(attended_with_mask).double()
+    mask = nn.Transformer.generate_square_subsequent_mask(3, dtype=torch.float64).expand(BATCH, 3, 3)
+    assert_right(model, (sequences(BATCH, 3, 4), mask), LABELS)
+
+
+def test_missing_values_may_be_nan_where_forward_replaces_them():
+    model, (x, y) = Net(without_missing_values).double(), batch()
+    x[1, 2] = x[3, 0] = torch.nan
+    assert_right(model, x, y)
+    ep = mep.EquilibriumPropagation(model)
+    torch.testing.assert_close(ep.predict(x), model(x))
+    torch.testing.assert_close(mep.Backprop(model)(x, y).loss, by_autograd(model, x, y)[0])
+    with pytest.raises(mep.InputError, match="NaN"):
+        mep.EquilibriumPropagation(quiet_net()).predict(x)
+
+
+def rows_of_tokens(net, x):
+    """As a language model that flattens its output for the loss."""
+    return net.c(net.a(x).tanh()).view(-1, 3)
+
+
+def test_output_may_have_several_rows_an_example_for_a_cost_of_them_all():
+    model = Net(rows_of_tokens).double()
+    x, y = sequences(BATCH, 4, 4), torch.arange(BATCH * 4) % 3
+    assert_right(model, x, y, lambda out, y: F.cross_entropy(out, y))
+    ep = mep.EquilibriumPropagation(model)
+    torch.testing.assert_close(ep.predict(x), model(x))
+    with pytest.raises(mep.InputError, match=r"20 rows for 5 examples.*Way out"):
+        ep(x, y)
+
+
+class OfComplexNumbers(nn.Module):
+    """Without a real parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.v = nn.Parameter(torch.randn(4, 6, dtype=torch.complex128))
+        self.w = nn.Parameter(torch.randn(6, 3, dtype=torch.complex128))
+
+    def forward(self, x):
+        return (torch.tanh(x @ self.v) @ self.w).abs()
+
+
+def test_a_model_without_real_parameters_is_right():
+    model, x, y = OfComplexNumbers(), sequences(BATCH, 4).to(torch.complex128), LABELS
+    exact = by_autograd(model, x, y)[1]
+    found, _ = mep.EquilibriumPropagation(model, beta=1e-5, solver=SOLVER).gradients(x, y)
+    for p, g in exact.items():
+        assert (found[p] - g).norm() < 1e-3 * g.norm()
+
+
+LAYOUTS = {
+    "of the input": lambda model, x, layout: x.to(memory_format=layout),
+    "of the weights": lambda model, x, layout: model.to(memory_format=layout) and x,
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_noise_is_drawn_in_the_order_of_memory_when_that_changes(name):
+    """Dropout draws for values as they lie in memory, and convolutions lay them as they find input or weight."""
+    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.Dropout(0.5), nn.Flatten(), nn.Linear(16, 3)).double()
+    ep = mep.EquilibriumPropagation(model, solver=SOLVER, beta=1e-5)
+    for seed, layout in enumerate((torch.contiguous_format, torch.channels_last, torch.contiguous_format)):
+        x = LAYOUTS[name](model, sequences(BATCH, 2, 4, 4, seed=seed), layout)
+        torch.manual_seed(seed)
+        loss, exact = by_autograd(model, x, LABELS)
+        torch.manual_seed(seed)
+        found, estimate = ep.gradients(x, LABELS)
+        torch.testing.assert_close(estimate.loss, loss)
+        parameters = list(model.parameters())
+        exact = flat(exact, parameters)
+        assert (flat(found, parameters) - exact).norm() < 1e-3 * exact.norm()
+
+
+def test_parameters_may_grow_in_place():
+    """As `.data` does, without a trace in any attribute."""
+    model = Net(lambda net, x: F.linear(net.a(x).tanh().view(len(x), 2, -1).sum(1), net.head)).double()
+    model.b = model.c = None
+    model.head = nn.Parameter(torch.randn(3, 3).double())
+    ep = mep.EquilibriumPropagation(model, solver=SOLVER, beta=1e-5)
+    for width in (6, 8):
+        shapes = {"a.weight": (width, 4), "a.bias": (width,), "head": (3, width // 2)}
+        for name, shape in shapes.items():
+            model.get_parameter(name).data = sequences(*shape)
+        x, y = batch()
+        exact = by_autograd(model, x, y)[1]
+        parameters = list(model.parameters())
+        assert (flat(ep.gradients(x, y)[0], parameters) - flat(exact, parameters)).norm() < 1e-3
+
+
 def buffered(forward):
     model = Net(forward)
     model.register_buffer("kept", torch.tensor([True, False, True, True, False, True]))

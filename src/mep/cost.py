@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mep.errors import ArgumentError, InputError
-from mep.guards import Noise, generators, set_generators, without_hooks
+from mep.guards import Noise, generators, same, set_generators, without_hooks
 
 PerExample = Callable[[Tensor, Tensor], Tensor]
 
@@ -349,7 +349,7 @@ class ReadoutCost(BatchCost):
 
 def _is_kept(home: Mapping[str, Tensor | None], key: str, buffer: Tensor, value: Tensor) -> bool:
     """Whether a buffer is where it was and has the value that it had; NaN equals NaN."""
-    return home.get(key) is buffer and torch.equal(buffer.nan_to_num(), value.nan_to_num())
+    return home.get(key) is buffer and same(buffer, value)
 
 
 Cost = Callable[[Tensor, Tensor], BatchCost]

@@ -64,6 +64,19 @@ def uninterrupted() -> Iterator[None]:
             usual(*came[0])
 
 
+def same(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are equal, NaN to NaN.
+
+    Example:
+        >>> same(torch.tensor([torch.nan]), torch.zeros(1))
+        False
+    """
+    is_like = a.shape == b.shape and a.dtype == b.dtype
+    if is_like and a.layout is not torch.strided:
+        a, b = a.to_dense(), b.to_dense()
+    return is_like and (torch.equal(a, b) or bool(((a == b) | ((a != a) & (b != b))).all()))
+
+
 class Noise(NamedTuple):
     """The states of the generators; None where there is none, or where it is left out."""
 

@@ -26,7 +26,7 @@ from mep.capture.kinks import read_kinks
 from mep.capture.reading import Reading
 from mep.capture.state import untouched
 from mep.errors import ArgumentError, InputError, MepError, TraceError, one_of, require
-from mep.graph.graph import Graph
+from mep.graph.graph import Graph, conditions_hold, lengths_of
 from mep.graph.inputs import call_model, flattened, mapped, unflattened
 
 
@@ -58,8 +58,11 @@ def _read(model: nn.Module, x: Any, leaves: Leaves, cost: Callable[..., Any] | N
     """A batch of one example is recorded as two, so that it has the graph of all others."""
     if len(next(leaf for leaf in flattened(x)[0] if hasattr(leaf, "shape"))) == 1:
         with suppress(TraceError):
-            reading = Reading(export(model, _twice(x), leaves, cost, _twice(target)), model, x)
-            if not isinstance(reading.batch, int):
+            exported = export(model, _twice(x), leaves, cost, _twice(target))
+            reading = Reading(exported, model, x)
+            given = [v for v in (*flattened(x)[0], *flattened(target)[0]) if isinstance(v, torch.Tensor)]
+            lengths = lengths_of(exported.sizes, given)
+            if not isinstance(reading.batch, int) and conditions_hold(reading.conditions(), lengths):
                 return reading
     with suppress(TraceError):
         return Reading(export(model, x, leaves, cost, target), model, x)

@@ -37,8 +37,10 @@ class _Known:
     structures: tuple[Any, ...]
     leaves: list[tuple[Any, ...]]
     """Of the batch: dtype, device, sizes (as in `Graph.sizes`) of each tensor; None, None, the value of any other."""
-    kinds: list[tuple[torch.dtype, bool]]
-    """dtype of every parameter and whether it is trained."""
+    orders: list[tuple[int, ...] | None]
+    """Of the batch: in which order the dimensions lie in memory, see `_order`: noise is drawn in that of the values."""
+    kinds: list[tuple[Any, ...]]
+    """Of every parameter the dtype, whether it is trained, the shape, and how it lies in memory."""
     unread: TraceError | None = None
     """Why the cost could not be recorded with the model."""
     uses: int = 0
@@ -52,16 +54,19 @@ class _Known:
 
     def fits(self, leaves: Sequence[Any]) -> bool:
         """Whether a batch is of the kind that was captured, and the parameters are. Called in every step."""
-        for p, (dtype, is_trained) in zip(self.graph.parameters, self.kinds, strict=True):
-            if p.dtype != dtype or p.requires_grad != is_trained:
+        for p, (dtype, is_trained, shape, stride) in zip(self.graph.parameters, self.kinds, strict=True):
+            if p.dtype != dtype or p.requires_grad != is_trained or p.shape != shape or p.stride() != stride:
                 return False
         symbols: dict[str, int] = {}
-        for leaf, (dtype, device, sizes) in zip(leaves, self.leaves, strict=True):
+        for leaf, (dtype, device, sizes), order in zip(leaves, self.leaves, self.orders, strict=True):
             if dtype is None:
                 if isinstance(leaf, Tensor) or type(leaf) is not type(sizes) or leaf != sizes:
                     return False
                 continue
             if not isinstance(leaf, Tensor) or leaf.dtype != dtype or leaf.device != device or leaf.ndim != len(sizes):
+                return False
+            is_by_row = leaf.layout is torch.strided and leaf.is_contiguous()
+            if (order is not None) if is_by_row else _order(leaf) != order:
                 return False
             for length, size in zip(leaf.shape, sizes, strict=True):
                 if isinstance(size, int):
@@ -74,7 +79,15 @@ class _Known:
                     return False
                 if symbols.setdefault(symbol, length) != length:
                     return False
-        return True
+        return not self.graph.conditions or self.graph.allows(symbols)
+
+
+def _order(t: Tensor) -> tuple[int, ...] | None:
+    """The dimensions of a tensor from the slowest to the fastest in memory; None for row after row."""
+    if t.layout is not torch.strided or t.is_contiguous():
+        return None
+    strides = t.stride()
+    return tuple(sorted(range(t.ndim), key=lambda d: -strides[d]))
 
 
 class Graphs:
@@ -194,8 +207,9 @@ class Graphs:
         for v in batch:
             is_tensor = isinstance(v, Tensor)
             leaves.append((v.dtype, v.device, next(free, tuple(v.shape))) if is_tensor else (None, None, v))
-        kinds = [(p.dtype, p.requires_grad) for p in graph.parameters]
-        found = _Known(graph, snapshot, structures, leaves, kinds, unread)
+        kinds = [(p.dtype, p.requires_grad, p.shape, p.stride()) for p in graph.parameters]
+        orders = [_order(v) if isinstance(v, Tensor) else None for v in batch]
+        found = _Known(graph, snapshot, structures, leaves, orders, kinds, unread)
         self.known = [found, *self.known[: _KEPT - 1]]
         return found
 
@@ -211,7 +225,8 @@ class Graphs:
         return f" The last one was {', '.join(shapes)}."
 
     def _prove(self, known: _Known, x: Any, target: Any, rows: int | None) -> bool:
-        proof = Proof(self.model, known.graph, self.cost, self.energy, self.branches, self.leaves, known.snapshot)
+        kind = self.energy, self.branches, self.leaves
+        proof = Proof(self.model, known.graph, self.cost, *kind, known.snapshot, is_known=bool(known.proven))
         try:
             with dtype_errors(self.model):
                 return prove(proof, x, target, rows)

@@ -175,6 +175,12 @@ class _Called(nn.Module):
         for home, key, buffer in before:  # one that was bound anew is written, as every other
             new = home.get(key)
             if isinstance(new, Tensor) and new is not buffer:
+                sizes = zip(new.shape, buffer.shape, strict=False)
+                if new.ndim != buffer.ndim or any(a != b for a, b in sizes):
+                    raise Unrecordable(
+                        f"it makes its buffer `{key}` anew, {tuple(new.shape)} in place of {tuple(buffer.shape)}. Run "
+                        "the model once on its largest batch before the first step, or make it large enough at once."
+                    )
                 with torch.no_grad():
                     buffer.copy_(new)
                 home[key] = buffer
@@ -213,9 +219,17 @@ class _NoAutograd(TorchFunctionMode):
 
 @contextmanager
 def _in_forms_that_are_recorded() -> Iterator[None]:
-    """Inside, `torch.inference_mode` is `torch.no_grad`, and `.data` is `.detach()`, which are recorded."""
-    mode, tensor = torch.inference_mode, torch.Tensor
+    """Inside, `torch.inference_mode` is `torch.no_grad`, and `.data` is `.detach()`, which are recorded.
+
+    A size as a text is that of a number, which the graph is then for, and not of its symbol.
+    """
+    mode, tensor, size = torch.inference_mode, torch.Tensor, torch.SymInt
     own = mode.__enter__, mode.__exit__
+    texts = {name: vars(size).get(name) for name in ("__repr__", "__str__")}
+    of_symbol = size.__repr__
+
+    def text(self: Any) -> str:
+        return of_symbol(self) if is_library(sys._getframe(1).f_code.co_filename) else repr(int(self))
 
     def enter(self: Any) -> None:
         self.instead = torch.set_grad_enabled(not self.mode and torch.is_grad_enabled())
@@ -229,9 +243,13 @@ def _in_forms_that_are_recorded() -> Iterator[None]:
 
     mode.__enter__, mode.__exit__ = enter, leave  # type: ignore[method-assign]
     tensor.data = property(lambda t: t.detach(), write)  # type: ignore[assignment]
+    for name in texts:
+        setattr(size, name, text)
     try:
         yield
     finally:
+        for name, method in texts.items():
+            setattr(size, name, method) if method else delattr(size, name)
         mode.__enter__, mode.__exit__ = own  # type: ignore[method-assign]
         del tensor.data
 
@@ -251,6 +269,12 @@ def _read(
         raise TraceError(
             f"{type(model).__name__} writes to its parameter `{name}` in forward, and a step would drop that. Way out: "
             "write after the step, or make it a buffer (register_buffer)."
+        )
+    for path in signature.inputs_to_lifted_custom_objs.values():
+        kind = type(program.constants[path]).__name__
+        raise TraceError(
+            f"{type(model).__name__} reads a {kind} of its own in forward, whose state no graph can hold. Way out: "
+            "draw from torch's generator, which torch.manual_seed sets, or give forward what was drawn as an input."
         )
     own = {id(t): s for t, s in _tensors_of(model)} | {id(t): s for t, s in _tensors_of(root.criterion, "cost.")}
     tensors = dict(root.named_parameters(remove_duplicate=False)) | dict(root.named_buffers(remove_duplicate=False))

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from mep.capture import Leaves, capture
-from mep.capture.sides import Gradients, by_autograd, by_graph, first_tensor, loss_of
+from mep.capture.sides import Gradients, by_autograd, by_graph, first_tensor, leaves_of, loss_of
 from mep.capture.state import copied_together, trained_parameters, untouched
 from mep.capture.surroundings import Snapshot
 from mep.cost import recorded_function
-from mep.errors import MepError, TraceError
-from mep.graph.graph import Graph
-from mep.graph.inputs import mapped
+from mep.errors import MepError, TraceError, warn
+from mep.graph.graph import Graph, lengths_of
+from mep.graph.inputs import flattened, mapped
 from mep.guards import generators, set_generators
 
 
@@ -54,6 +54,8 @@ class Proof:
     branches: str
     leaves: Leaves
     snapshot: Snapshot | None = None
+    is_known: bool = False
+    """Whether the graph was proven before."""
 
 
 @dataclass(frozen=True)
@@ -77,9 +79,8 @@ def prove(proof: Proof, x: Any, target: Any, rows: int | None = None) -> bool:
     Raises:
         TraceError: they differ; the message names the parameter, the node and the source line.
     """
-    batch, sizes = first_tensor(x).shape[0], proof.graph.sizes
-    free = sizes[0][0] if sizes and sizes[0] else None
-    if rows is not None and isinstance(free, tuple) and free[1] <= rows < batch:
+    batch = first_tensor(x).shape[0]
+    if rows is not None and rows < batch and _takes(proof.graph, x, target, rows):
         x, target = (mapped(v, lambda t: t[:rows] if t.ndim and len(t) == batch else t) for v in (x, target))
     wanted, found = _sides(proof, x, target)
     if not math.isfinite(wanted.loss):
@@ -96,6 +97,15 @@ def prove(proof: Proof, x: Any, target: Any, rows: int | None = None) -> bool:
     return True
 
 
+def _takes(graph: Graph, x: Any, target: Any, rows: int) -> bool:
+    """Whether a graph is for so many examples of a batch as well."""
+    free = graph.sizes[0][0] if graph.sizes and graph.sizes[0] else None
+    if not isinstance(free, tuple) or rows < free[1]:
+        return False
+    tensors = [v for v in (*flattened(x)[0], *flattened(target)[0]) if isinstance(v, Tensor)]
+    return graph.allows(lengths_of(graph.sizes, tensors) | {free[0]: rows})
+
+
 def _sides(proof: Proof, x: Any, target: Any) -> tuple[Side, Side]:
     """The model run twice, and the graph once: same batch, same buffers, same random numbers; nothing is changed."""
     name, snapshot = type(proof.model).__name__, proof.snapshot
@@ -105,7 +115,8 @@ def _sides(proof: Proof, x: Any, target: Any) -> tuple[Side, Side]:
     trained |= dict.fromkeys(p for p in proof.graph.parameters if p.requires_grad)
     with untouched(proof.model, *([proof.cost] if callable(proof.cost) else [])) as buffers:
         noise = generators(everyones=True)
-        wanted = Side(*by_autograd(proof.model, proof.cost, x, target, list(trained)), buffers.values())
+        loss, gradients, leaves = by_autograd(proof.model, proof.cost, x, target, list(trained))
+        wanted = Side(loss, gradients, buffers.values())
         written = [(p, old) for p, version, old in kept if p._version != version or not torch.equal(p, old)]
         if written:
             with torch.no_grad():
@@ -121,7 +132,10 @@ def _sides(proof: Proof, x: Any, target: Any) -> tuple[Side, Side]:
         buffers.undo()
         set_generators(noise)
         with torch.enable_grad():  # forward may hook what it computes
-            again = float(loss_of(proof.model, proof.cost, mapped(x, Tensor.clone), target).detach())
+            loss_again = loss_of(proof.model, proof.cost, mapped(x, Tensor.clone), target)
+        if not proof.is_known:
+            _warn_of(name, leaves, leaves_of(loss_again), [*trained, *flattened(x)[0], *flattened(target)[0]])
+        again = float(loss_again.detach())
         moved = snapshot.moved(first, snapshot.now()) if snapshot else None
         if moved is not None:
             raise TraceError(f"{moved} of {name} changes whenever forward runs: {way_out}")
@@ -142,6 +156,19 @@ def _sides(proof: Proof, x: Any, target: Any) -> tuple[Side, Side]:
                 "whole, leaves=(ThatModule,)."
             )
     return wanted, found
+
+
+def _warn_of(name: str, first: Sequence[Tensor], second: Sequence[Tensor], given: Sequence[Any]) -> None:
+    """Warn of tensors that two runs of a model have read and would train, other than those given."""
+    known, both = {id(t) for t in given}, {id(t) for t in second}
+    lost = [tuple(t.shape) for t in first if id(t) in both and id(t) not in known]
+    if lost:
+        warn(
+            f"{name} or its cost reads {len(lost)} tensors that require a gradient and are not among their parameters, "
+            f"of shapes {lost[:3]}. They get none here. Way out: register them (nn.Parameter, nn.ModuleList, a cost "
+            "that is a module), or requires_grad_(False) where they are not to be trained.",
+            UserWarning,
+        )
 
 
 def _difference(proof: Proof, wanted: Side, found: Side, relative: float, absolute: float) -> str | None:
@@ -174,9 +201,10 @@ def _difference(proof: Proof, wanted: Side, found: Side, relative: float, absolu
             f"is not seen {way_out}"
         )
     # A mean of a batch may be nothing but rounding.
-    largest = [float(b.double().abs().max()) for b in wanted.buffers if b.numel() and not b.is_complex()]
+    ours, theirs = ([b.to_dense() for b in side.buffers] for side in (found, wanted))
+    largest = [float(b.double().abs().max()) for b in theirs if b.numel() and not b.is_complex()]
     slack = absolute * max([1.0, *largest])
-    for b, g in zip(wanted.buffers, found.buffers, strict=True):
+    for b, g in zip(theirs, ours, strict=True):
         if b.shape != g.shape or not torch.allclose(b, g, rtol=relative, atol=slack, equal_nan=True):
             which = next((n for n, own in proof.model.named_buffers() if own.shape == b.shape), "?")
             return f"{is_not} a buffer like `{which}` is written otherwise. Way out: keep what writes it {way_out}"
@@ -185,7 +213,7 @@ def _difference(proof: Proof, wanted: Side, found: Side, relative: float, absolu
 
 def _bounds(model: nn.Module, x: Any) -> Bounds:
     device = first_tensor(x).device.type
-    dtypes = [p.dtype for p in model.parameters() if p.is_floating_point()]
+    dtypes = [p.dtype.to_real() for p in model.parameters() if p.is_floating_point() or p.is_complex()]
     if torch.is_autocast_enabled(device):
         dtypes.append(torch.get_autocast_dtype(device))
     return max((BOUNDS.get(dtype, BOUNDS[torch.float32]) for dtype in dtypes), key=lambda b: b.relative)
@@ -205,7 +233,7 @@ def _in_double(proof: Proof, x: Any, target: Any) -> str | None:
             x, target = (mapped(v, lambda t: t.double() if t.is_floating_point() else t) for v in (x, target))
             function = recorded_function(cost) if proof.graph.cost else None
             graph = capture(twin, x, proof.leaves, proof.energy, proof.branches, function, target)
-            again = Proof(twin, graph, cost, proof.energy, proof.branches, proof.leaves)
+            again = Proof(twin, graph, cost, proof.energy, proof.branches, proof.leaves, is_known=True)
             wanted, found = _sides(again, x, target)
         except (RuntimeError, TypeError, MepError):
             return _IMPOSSIBLE

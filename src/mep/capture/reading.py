@@ -100,6 +100,12 @@ class Reading:
         self._find_output()
         self.ops = {n: self._op(n) for n in self.nodes}
 
+    def conditions(self) -> tuple[Any, ...]:
+        """Relations between free sizes on which forward, torch or the reading has decided so far."""
+        given = (*self.exported.inputs, *self.exported.targets)
+        free = [size for n in given for size in value(n).shape if isinstance(size, torch.SymInt)]
+        return tuple(dict.fromkeys(guard.expr for guard in free[0].node.shape_env.guards)) if free else ()
+
     def data_ops(self) -> list[fx.Node]:
         """The operations whose value depends on an input, not merely on its shape."""
         return [n for n in self.nodes if self.data[n] and n in self.needed]
@@ -150,6 +156,7 @@ class Reading:
             cost=self.cost,
             kept=tuple(kept),
             sizes=self.exported.sizes,
+            conditions=self.conditions(),
             stateless=tuple(
                 f"`{label(m)}` in node `{self.names[n]}`" + (f" ({line})" if (line := source_line(m)) else "")
                 for n, (program, _) in folded.items()
@@ -321,7 +328,7 @@ class Reading:
                 "them, or before the step, as part of the target."
             )
         self.output, join = states[0], None
-        if len(states) > 1:
+        if len(states) > 1 or str(value(self.output).shape[0]) != str(self.batch):  # or several rows an example
             join = Join()
             with self.fx.inserting_before(self.fx.output_node()):
                 given = (self.exported.inputs[0], *states)
@@ -333,7 +340,7 @@ class Reading:
 
         # One number for each example, from output and target alone, is what a cost function computes anyway.
         parameters = self._parameters(program)
-        is_plain = states == [result] and not parameters and value(cost).ndim == 1
+        is_plain = self.output is result and not parameters and value(cost).ndim == 1
         if is_plain and not any(n in self.inputs or n in self.junctions for n in (*reads, *program)):
             return
         names = [self.names[n] for n in (*states, *others)]
@@ -359,8 +366,10 @@ class Reading:
             got = f"a tensor of shape {tuple(value(n).shape)}, {value(n).dtype}"
         raise TraceError(
             f"Cannot read {type(self.model).__name__}: forward returns {got}; the output must be one tensor of real "
-            "numbers, computed from the input, with the examples as rows. Way out: a cost that takes what it needs, "
-            "cost=lambda out, y: ..., or a module around the model that returns that tensor."
+            "numbers, computed from the input, with the examples as rows, as the first tensor of the input has them. "
+            "Way out: a cost that takes what it needs, cost=lambda out, y: ..., or a module around the model that "
+            "returns that tensor; inputs by name, one with examples as rows first, x={'name': ..., 'other': ...}; "
+            "several rows of one example side by side, torch.stack([a, b], 1).flatten(0, 1) and not torch.cat([a, b])."
         )
 
     def _logits(self, structure: Any, are_tensors: Sequence[bool]) -> fx.Node | None:

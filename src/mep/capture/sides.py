@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from mep.capture.cost import cost_of
 from mep.cost import make_cost, mean_cost
 from mep.energy import Energy, make_node_energy
-from mep.errors import TraceError
+from mep.errors import InputError, TraceError
 from mep.graph.graph import Graph
 from mep.graph.inputs import call_model, flattened, mapped
 from mep.graph.ops import StepContext
@@ -30,13 +30,29 @@ def loss_of(model: nn.Module, cost: Any, x: Any, target: Any) -> Tensor:
     return mean_cost(cost, call_model(model, x), target)
 
 
+def leaves_of(loss: Tensor) -> list[Tensor]:
+    """The tensors that `loss.backward()` would give a gradient."""
+    waiting, seen, found = [loss.grad_fn], set[Any](), []
+    while waiting:
+        step: Any = waiting.pop()
+        if step is not None and step not in seen:
+            seen.add(step)
+            found += [step.variable] if hasattr(step, "variable") else []
+            waiting += [before for before, _ in step.next_functions]
+    return found
+
+
 def by_autograd(
     model: nn.Module, cost: Any, x: Any, target: Any, trained: Sequence[nn.Parameter]
-) -> tuple[float, Gradients]:
-    """Loss and gradient of a batch by the model itself: it may write to buffers, and hooks on parameters do not run."""
+) -> tuple[float, Gradients, list[Tensor]]:
+    """Loss and gradient of a batch by the model itself, and the leaves of autograd's graph.
+
+    The model may write to buffers, and hooks on parameters do not run.
+    """
     with torch.enable_grad(), without_hooks(trained):
         loss = loss_of(model, cost, mapped(x, Tensor.clone), target)
         found: Sequence[Tensor | None] = [None] * len(trained)
+        leaves = leaves_of(loss)
         try:
             if loss.requires_grad:
                 found = torch.autograd.grad(loss, trained, allow_unused=True)
@@ -47,7 +63,7 @@ def by_autograd(
                 "torch.autograd.grad(loss, list(model.parameters())) works."
             ) from error
     gradients = {p: g.to_dense().detach() for p, g in zip(trained, found, strict=True) if g is not None}
-    return float(loss.detach()), gradients
+    return float(loss.detach()), gradients, leaves
 
 
 @torch.no_grad()
@@ -59,6 +75,8 @@ def by_graph(graph: Graph, cost: Any, x: Any, target: Any, energy_name: str, hel
     free = energy.free_point()
     context.recording = False
     output = energy.output(free)
+    if len(output) != batch:
+        raise wrong_rows(len(output), batch)
     of_batch = cost_of(graph, make_cost(cost), energy.inputs, output, target)
     errors = {name: torch.zeros_like(s) for name, s in energy.state(free).items()}
     errors |= energy.backpropagated(free, of_batch.gradient(output))
@@ -69,6 +87,14 @@ def by_graph(graph: Graph, cost: Any, x: Any, target: Any, energy_name: str, hel
     for slot, value in context.new_buffers.items():
         slot.home[slot.key].copy_(value)
     return loss, gradients
+
+
+def wrong_rows(rows: int, batch: int) -> InputError:
+    """Of an output that has other rows than the examples."""
+    return InputError(
+        f"The output has {rows} rows for {batch} examples; dimension 0 is the batch. Way out: a cost function, which "
+        "may return the mean of all rows: cost=lambda out, y: F.cross_entropy(out, y)."
+    )
 
 
 def first_tensor(x: Any) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mep.capture.surroundings import surroundings_kept
 from mep.errors import TraceError
-from mep.guards import generators_kept, uninterrupted
+from mep.guards import generators_kept, same, uninterrupted
 
 
 def check_state(model: nn.Module, hooks: bool = True) -> None:
@@ -89,11 +89,6 @@ class Buffers:
     def values(self) -> list[Tensor]:
         """Copies of what they are now."""
         return [b.detach().clone() for home, kept in self.before for k in kept if (b := home[k]) is not None]
-
-
-def same(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors are equal bit for bit, NaN to NaN."""
-    return a.shape == b.shape and a.dtype == b.dtype and bool(torch.equal(a.nan_to_num(), b.nan_to_num()))
 
 
 @contextmanager

@@ -12,12 +12,19 @@ all or to a new object each time, and that the graph need not follow.
 from __future__ import annotations
 
 import argparse
+import array
+import configparser
+import copy
 import functools
 import operator
+import os
 import sys
-from collections import OrderedDict, deque
+import threading
+import weakref
+from collections import ChainMap, OrderedDict, UserDict, UserList, deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from itertools import chain, repeat
 from types import (
     BuiltinFunctionType,
@@ -52,6 +59,15 @@ _LONGEST = 10_000
 """A list or dictionary with more entries is data, and not looked into."""
 _FOREIGN = {*sys.stdlib_module_names, "torch", "numpy", "mep", "_pytest"} - {"__main__"}
 """Packages whose code keeps nothing that a model is made of; pytest's is what it makes of assertions in `forward`."""
+_RECORDS: tuple[Any, ...] = (
+    SimpleNamespace, argparse.Namespace, configparser.RawConfigParser, configparser.SectionProxy, UserDict, UserList,
+    ChainMap, threading.local, type(os.environ), torch.distributions.Distribution, torch.distributions.Transform,
+)  # fmt: skip
+"""Classes of such packages whose objects hold values of the user's in their attributes."""
+_WAYS_OF_CONTEXT: tuple[Any, ...] = (
+    lambda variable, _, default: variable.get(default), lambda variable, _, new: variable.set(new), lambda *_: None
+)  # fmt: skip
+_FORWARD = operator.attrgetter("forward")
 _ABSENT = object()
 
 
@@ -118,6 +134,28 @@ class _Buffers(Place):
 
     def put_back(self, before: dict[Any, Any]) -> None:
         """As `mep.capture.state.Buffers` does."""
+
+
+class _Classes(Place):
+    """The classes of objects, which may be assigned anew, and then what `forward` is in classes of torch's modules.
+
+    The keys are positions.
+    """
+
+    def __init__(self, objects: list[Any], classes: list[Any]):
+        self.name, self.objects, self.owner, self.view = "the class", objects, classes, self
+
+    def __iter__(self) -> Iterator[Any]:
+        return chain(map(type, self.objects), map(_FORWARD, self.owner))
+
+    def items(self) -> dict[Any, Any]:
+        return dict(enumerate(self))
+
+    def refill(self, now: dict[Any, Any], before: dict[Any, Any]) -> None:
+        homes = [(own, "__class__") for own in self.objects] + [(cls, "forward") for cls in self.owner]
+        for (home, name), old, new in zip(homes, before.values(), now.values(), strict=True):
+            if new is not old:
+                setattr(home, name, old)
 
 
 Facts = list[dict[Any, Any]]
@@ -189,7 +227,7 @@ class Snapshot:
         for b in self.buffers:
             found += b.shape, b.dtype
         for v in self.mutable:
-            found.append(v._version if isinstance(v, Tensor) else v.tobytes())
+            found.append(v._version if isinstance(v, Tensor) else _bytes(v))
         return found
 
     def _facts(self) -> Facts:
@@ -210,17 +248,22 @@ class _TensorFact(NamedTuple):
 
 
 def _has_content(value: Any) -> bool:
-    """Whether it may change in place: a plain tensor, or an array of NumPy's."""
+    """Whether it may change in place: a plain tensor, or an array of NumPy's or Python's."""
     if isinstance(value, Tensor):
         return not isinstance(value, nn.Parameter) and not value.is_inference()
-    return type(value).__module__ == "numpy" and hasattr(value, "tobytes")
+    is_numpys = type(value).__module__ == "numpy" and hasattr(value, "tobytes")
+    return is_numpys or isinstance(value, (bytearray, array.array))
+
+
+def _bytes(value: Any) -> bytes:
+    return bytes(value) if isinstance(value, bytearray) else value.tobytes()
 
 
 def _fact(value: Any) -> Any:
     if isinstance(value, Tensor):
         return _TensorFact(id(value), value._version if _has_content(value) else 0)
     if _has_content(value):
-        return value.tobytes()
+        return _bytes(value)
     if isinstance(value, float) and value != value:
         return "nan"
     if isinstance(value, tuple):
@@ -233,7 +276,7 @@ def surroundings_kept(*roots: Any) -> Iterator[None]:
     """Whatever code notes down inside, on modules and elsewhere, is gone afterwards; caches of functions are empty."""
     kept = [(place, place.items()) for place in places(*roots)]
     mutable = {id(v): v for _, items in kept for v in items.values() if _has_content(v)}.values()
-    contents: list[Any] = [v.detach().clone() if isinstance(v, Tensor) else v.copy() for v in mutable]
+    contents: list[Any] = [v.detach().clone() if isinstance(v, Tensor) else copy.copy(v) for v in mutable]
     versions = [v._version if isinstance(v, Tensor) else 0 for v in mutable]
     try:
         yield
@@ -246,8 +289,8 @@ def surroundings_kept(*roots: Any) -> Iterator[None]:
             if isinstance(v, Tensor):
                 if v._version != version:
                     v.detach().copy_(content)
-            elif v.tobytes() != content.tobytes():
-                v[...] = content
+            elif _bytes(v) != _bytes(content):
+                v[slice(None) if isinstance(v, (bytearray, array.array)) else ...] = content
 
 
 def places(*roots: Any) -> Iterator[Place]:
@@ -256,26 +299,38 @@ def places(*roots: Any) -> Iterator[Place]:
         if key.startswith("_global") and isinstance(hooks, dict):
             yield Place("every module", hooks)
     seen: dict[int, Any] = {}
+    objects: list[Any] = []
+    classes: list[Any] = []
+    patched: dict[str, set[str]] = {}
     queue: deque[tuple[str, Any]] = deque(("cost" if i else "model", root) for i, root in enumerate(roots))
     while queue:
         name, value = queue.popleft()
+        if isinstance(value, weakref.ref):
+            value = value()
         if id(value) in seen or isinstance(value, (*_PLAIN, Tensor, torch.Generator, BuiltinFunctionType)):
             continue
         seen[id(value)] = value
+        is_torchs = isinstance(value, type) and issubclass(value, nn.Module) and _is_foreign(value)
+        if is_torchs and hasattr(value, "forward"):  # classes of scripted modules have none
+            classes.append(value)
+            queue.append((value.__name__, value.forward))
         if isinstance(value, nn.Module):
             for path, module in value.named_modules():
                 seen[id(module)] = module
+                objects.append(module)
                 for place in _of_module(path or name, module):
                     yield place
                     inside = place.items() if not isinstance(place, _Buffers) else {}
                     queue.extend((f"{path or name}.{key}", v) for key, v in inside.items() if key not in _OWN)
                 queue.append((type(module).__name__, type(module)))
             continue
-        for place in _of_object(name, value):
+        for place in _of_object(name, value, patched):
             yield place
             queue.extend((f"{name}.{key}", inner) for key, inner in place.items().items())
         if _is_object(value):
+            objects.append(value)
             queue.append((type(value).__name__, type(value)))
+    yield _Classes(objects, classes)
 
 
 def _of_module(name: str, module: nn.Module) -> Iterator[Place]:
@@ -290,13 +345,15 @@ def _of_module(name: str, module: nn.Module) -> Iterator[Place]:
     yield _Buffers(name, own["_buffers"])
 
 
-def _of_object(name: str, value: Any) -> Iterator[Place]:
-    """The places of anything but a module."""
+def _of_object(name: str, value: Any, known: dict[str, set[str]]) -> Iterator[Place]:
+    """The places of anything but a module; `known` has the names of Python's and torch's that were found before."""
     read = [names for kind, names in _PARTS.items() if isinstance(value, kind)]
     if read:
         yield _Named(name, value, read[0])
     elif isinstance(value, FunctionType):
-        yield from _of_function(name, value)
+        yield from _of_function(name, value, known)
+    elif isinstance(value, ContextVar):
+        yield _Named(name, value, ("value",), *_WAYS_OF_CONTEXT)
     elif isinstance(value, type):
         for cls in value.__mro__ if not _is_foreign(value) else ():
             if not _is_foreign(cls):
@@ -326,7 +383,7 @@ def _of_object(name: str, value: Any) -> Iterator[Place]:
 
 def _is_object(value: Any) -> bool:
     """Whether this is an object of the user's, not code."""
-    if isinstance(value, (SimpleNamespace, argparse.Namespace)):
+    if isinstance(value, _RECORDS):
         return True
     return not isinstance(value, (type, ModuleType, FunctionType)) and not _is_foreign(type(value))
 
@@ -337,8 +394,11 @@ def _is_foreign(code: Any) -> bool:
     return str(name).partition(".")[0] in _FOREIGN
 
 
-def _of_function(name: str, function: FunctionType) -> Iterator[Place]:
-    """What a function reads from its closure, its defaults, and by name from its module and from others."""
+def _of_function(name: str, function: FunctionType, known: dict[str, set[str]]) -> Iterator[Place]:
+    """What a function reads from its closure, its defaults, and by name from its module and from others.
+
+    Of modules of Python's and torch's that is whatever it names: a function there may be replaced.
+    """
     if _is_foreign(function):
         return
     for variable, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
@@ -351,9 +411,17 @@ def _of_function(name: str, function: FunctionType) -> Iterator[Place]:
     # Code that was installed is taken to be fixed.
     is_library = any(part in function.__code__.co_filename for part in ("site-packages", "dist-packages"))
     names, around = _names_in(function.__code__), function.__globals__
-    modules = [around[n] for n in names if isinstance(around.get(n), ModuleType)]
-    for where, home in [(name, around), *((m.__name__, vars(m)) for m in modules if not _is_foreign(m))]:
-        wanted = [n for n in names if n in home and _is_read(home[n], is_library)]
+    cells = [cell.cell_contents for cell in function.__closure__ or () if cell != CellType()]
+    found = [*cells, *(around.get(n, sys.modules.get(n)) for n in names)]
+    modules = list(dict.fromkeys(m for m in found if isinstance(m, ModuleType)))
+    for m in modules:  # and those inside, which the list grows by
+        modules += [v for n in names if isinstance(v := vars(m).get(n), ModuleType) and v not in modules]
+    for where, home, is_foreign in [(name, around, False), *((m.__name__, vars(m), _is_foreign(m)) for m in modules)]:
+        wanted = [n for n in names if n in home and (is_foreign or _is_read(home[n], is_library))]
+        if is_foreign:
+            before = known.setdefault(where, set())
+            wanted = [n for n in wanted if not (is_library or n in before or isinstance(home[n], ModuleType))]
+            before.update(wanted)
         if wanted:
             yield _Named(where, home, wanted, dict.get, dict.__setitem__, dict.__delitem__)
 

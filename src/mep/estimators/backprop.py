@@ -14,7 +14,7 @@ from mep.errors import ArgumentError, DivergedError
 from mep.estimators.checks import noise_undone_on_error
 from mep.estimators.contrast import accumulate, finished
 from mep.estimators.estimate import Estimate, Gradients
-from mep.graph.inputs import call_model, check_mode, check_model, checked_batch, dtype_errors
+from mep.graph.inputs import call_model, check_finite, check_mode, check_model, checked_batch, dtype_errors
 from mep.guards import without_hooks
 
 
@@ -46,7 +46,7 @@ class Backprop:
         if indices is not None:
             raise ArgumentError("Backprop: there is no equilibrium to begin at; leave indices out.")
         check_mode()
-        batch = checked_batch(x, target, self.cost)
+        batch = checked_batch(x, target, self.cost, finite=False)
         check_model(self.model, "Backprop")
         trained = trained_parameters(self.model, self.cost)
         buffers = Buffers(self.model)
@@ -59,8 +59,10 @@ class Backprop:
                 found = torch.autograd.grad(loss, trained, allow_unused=True)
                 gradients = finished({p: g.to_dense() for p, g in zip(trained, found, strict=True) if g is not None})
                 estimate = Estimate.exact(loss.detach(), batch)
-        except BaseException:
+        except BaseException as error:
             buffers.undo()
+            if isinstance(error, DivergedError):
+                check_finite(x)
             raise
         return gradients, estimate
 

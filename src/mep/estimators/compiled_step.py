@@ -168,8 +168,7 @@ class CompiledStep:
             (unsettled.sum(0) + 1).clamp(max=self.sweeps) if solver.adaptive else unsettled.sum(0) * 0 + self.sweeps
         )
         loss = cost.value(energy.output(free)).mean()
-        checked = [loss, *gradients.values(), *(t for t in inputs if t.is_floating_point())]
-        finite = torch.stack([t.sum().float() for t in checked]).sum()
+        finite = torch.stack([t.sum().float() for t in (loss, *gradients.values())]).sum()
         numbers = torch.stack([finite, course[-1].max().float(), counts.max().float()])
         used = [t for layer in self.layers for _, inputs, errors in layer.uses for t in (inputs, errors)]
         betas = betas_of(phases[-1][1].beta, self.batch, loss.device)

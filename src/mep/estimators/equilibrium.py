@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from mep.capture import Leaves, check_leaves
 from mep.capture.cache import Graphs
 from mep.capture.cost import cost_of
+from mep.capture.sides import wrong_rows
 from mep.capture.state import check_state
 from mep.cost import BatchCost, PerExample, WithReadout, make_cost
 from mep.energy import Energy, GroupEnergy, Hopfield, NodeEnergy, make_node_energy
-from mep.errors import ArgumentError, DivergedError, InputError, NotConvergedError, NotConvergedWarning, warn
+from mep.errors import ArgumentError, DivergedError, NotConvergedError, NotConvergedWarning, warn
 from mep.estimators.checks import (
     check_complex_dtypes,
     check_feedback,
@@ -50,7 +51,14 @@ from mep.estimators.layer_factors import LayerStatistics, layer_statistics
 from mep.estimators.view import Equilibrium, Recorder, view
 from mep.estimators.warm_start import EquilibriumCache, check_indices
 from mep.graph import Graph
-from mep.graph.inputs import check_mode, check_model, checked_batch, dtype_errors, input_names
+from mep.graph.inputs import (
+    check_finite,
+    check_mode,
+    check_model,
+    checked_batch,
+    dtype_errors,
+    input_names,
+)
 from mep.graph.ops import Slot, StepContext
 from mep.graph.untied import untied_graph
 from mep.guards import Noise, generators, region, set_generators, uninterrupted
@@ -223,9 +231,11 @@ class EquilibriumPropagation:
             with uninterrupted():
                 self._finish(step, x, target, indices)
                 noise = None
-        except BaseException:
+        except BaseException as error:
             if noise is not None:  # after that all has moved, the noise included
                 set_generators(noise)
+            if isinstance(error, DivergedError):
+                check_finite(x)
             raise
         return gradients, step.estimate
 
@@ -250,9 +260,11 @@ class EquilibriumPropagation:
             with uninterrupted():
                 self._finish(step, x, target, indices)
                 noise = None
-        except BaseException:
+        except BaseException as error:
             if noise is not None:
                 set_generators(noise)
+            if isinstance(error, DivergedError):
+                check_finite(x)
             raise
 
         def gradients() -> Iterator[Gradients]:
@@ -287,19 +299,24 @@ class EquilibriumPropagation:
             table = make_contrast(self.phases, self.points)
             step = self._settled(x, target, batch, indices, table, watch=recorder)
             return view(step.estimate, step.energy, step.free, step.phases, step.table, recorder)
+        except DivergedError:
+            check_finite(x)
+            raise
         finally:
             set_generators(noise)
 
     @torch.no_grad()
     def predict(self, x: Any) -> Tensor:
         """The output of the free equilibrium, or what the readout makes of it; for the prediction energy `model(x)`."""
-        batch = checked_batch(x)
+        batch = checked_batch(x, finite=not self.node_energy.is_forward)
         with noise_undone_on_error(), dtype_errors(self.model):
             graph = self._graphs.of(x)
             energy, free = self._free(self._untied(graph) if self.feedback else graph, x, batch)
             output = energy.output(free.point)
             if isinstance(self._whole_cost, WithReadout):
                 output = self._whole_cost.read(output)
+            if not bool(output.isfinite().all()):
+                check_finite(x)
         _write(energy.context.new_buffers)
         return output
 
@@ -386,9 +403,26 @@ class EquilibriumPropagation:
         self._holomorphic: WeakSet[Graph] = WeakSet()
         self._graphs = Graphs(self.model, self.leaves, states, self.branches, self._whole_cost, self.proof)
         self.compiled_steps: CompiledSteps | None = None
+        self._start_compiling()
+        self._is_unchecked, self._is_built = False, True
+
+    def _start_compiling(self) -> None:
+        """Anew where settings are not those of the programs that there are."""
         if self.compile:
             options = CompileOptions(self.solver, self.node_energy, self.phases, self.observe is not None)
-            self.compiled_steps = CompiledSteps(options, self._cost)
+            if self.compiled_steps is None or self.compiled_steps.setting != options:
+                self.compiled_steps = CompiledSteps(options, self._cost)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Settings on which no graph depends may be changed; they are checked before the next step."""
+        if "_is_built" in self.__dict__ and not name.startswith("_"):
+            call = f"{type(self).__name__}.{name} = {value!r}"
+            if name in _SETTLED:
+                raise ArgumentError(f"{call}: graphs are captured for what it was. Way out: build another estimator.")
+            if not hasattr(self, name) and type(self) is EquilibriumPropagation:
+                raise ArgumentError(f"{call}: there is no such setting.")
+            self._is_unchecked = True
+        super().__setattr__(name, value)
 
     def _untied(self, graph: Graph) -> Graph:
         """The graph with the feedback weights, the same one each time; what is proven is the graph without them."""
@@ -399,8 +433,13 @@ class EquilibriumPropagation:
 
     def _check(self, x: Any, target: Any) -> int:
         """The number of examples, once everything that can be refused without the model is found right."""
+        if self._is_unchecked:
+            check_solver(self.solver)
+            check_settings(self)
+            self._start_compiling()
+            self._is_unchecked = False
         check_mode()
-        batch = checked_batch(x, target, self.cost)
+        batch = checked_batch(x, target, self.cost, finite=not self.node_energy.is_forward)
         check_model(self.model, "EquilibriumPropagation")
         return batch
 
@@ -425,7 +464,7 @@ class EquilibriumPropagation:
             energy, free = self._free(graph, x, batch, indices, target)
         output = energy.output(free.point)
         if len(output) != batch:
-            raise InputError(f"The output has {len(output)} rows for {batch} examples; dimension 0 is the batch.")
+            raise wrong_rows(len(output), batch)
         cost = cost_of(graph, self._cost, energy.inputs, output, target) if graph.cost else self._cost(output, target)
         loss = cost.value(output).mean()
         if not math.isfinite(float(loss)):
@@ -679,6 +718,10 @@ def _write(new_buffers: Mapping[Slot, Tensor]) -> None:
                 buffer.copy_(value)
 
 
-_BOUND = ("_graphs", "_untied_graphs", "_holomorphic", "compiled_steps")
+_BOUND = ("_graphs", "_untied_graphs", "_holomorphic", "compiled_steps", "_is_built")
 """What belongs to the very model of an estimator, and is not copied."""
+_SETTLED = (
+    "model", "cost", "readout", "node_energy", "branches", "leaves", "compile", "proof", "groups", "feedback"
+)  # fmt: skip
+"""Settings of an estimator that cannot change."""
 _DESCENT = Descent(settle_steps=500, settle_lr=0.3, adaptive=True, tol=1e-4)

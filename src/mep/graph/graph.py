@@ -81,6 +81,8 @@ class Graph:
     """Junction -> the operation with kinks that it is, directly behind a state (`branches="exact"` only)."""
     is_untied: bool = False
     """Whether messages to parents have weights of their own (`mep.graph.untied`), so that there is no energy."""
+    conditions: Sequence[Any] = ()
+    """Relations between symbols in `sizes` on which something was decided while recording, such as `s % 2 == 0`."""
 
     def __post_init__(self) -> None:
         self.states = tuple(n for n in self.nodes if n.owns_state)
@@ -107,6 +109,8 @@ class Graph:
         self.ends_in_softmax = last in SOFTMAXES or (output is not None and isinstance(output.potential, Softmax))
         self.is_separable: bool | None = None
         """Whether no Jacobian couples two examples; None until checked."""
+        self._allowed: dict[tuple[tuple[str, int], ...], bool] = {}
+        """Lengths -> whether the conditions hold."""
         self.selects: dict[int, bool] = {}
         """Size of batch -> whether some of its examples can be evaluated without the others, where that was tried."""
 
@@ -126,6 +130,13 @@ class Graph:
                 total += p.numel()
                 inside += p.numel() if p in self._kept else 0
         return inside, total
+
+    def allows(self, lengths: Mapping[str, int]) -> bool:
+        """Whether the conditions hold where symbols are these numbers; see `lengths_of`."""
+        key = tuple(lengths.items())
+        if key not in self._allowed:
+            self._allowed[key] = conditions_hold(self.conditions, lengths)
+        return self._allowed[key]
 
     def _last_read(self) -> dict[str, list[str]]:
         reached = {self.output}
@@ -296,6 +307,26 @@ class Graph:
                 if g is not None:
                     total[p] = total[p] + g if p in total else g
         return total
+
+
+def lengths_of(sizes: Sequence[tuple[Any, ...]], tensors: Sequence[Tensor]) -> dict[str, int]:
+    """What the symbols in `Graph.sizes` are for the tensors of a batch.
+
+    Example:
+        >>> lengths_of([(("s0", 2, 99), 4)], [torch.ones(7, 4)])
+        {'s0': 7}
+    """
+    pairs = ((size, n) for own, t in zip(sizes, tensors, strict=False) for size, n in zip(own, t.shape, strict=False))
+    return {size[0]: n for size, n in pairs if isinstance(size, tuple)}
+
+
+def conditions_hold(conditions: Sequence[Any], lengths: Mapping[str, int]) -> bool:
+    """Whether no relation of sympy's is false where symbols of these names are these numbers."""
+    for relation in conditions:
+        known = {symbol: lengths[str(symbol)] for symbol in relation.free_symbols if str(symbol) in lengths}
+        if relation.subs(known) == False:  # noqa: E712 (sympy's own False)
+            return False
+    return True
 
 
 _HEADER = ("node", "operations", "shape", "parameters", "parents", "module, source")

@@ -6,6 +6,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from enum import Enum
 from typing import Any
 
 import torch
@@ -85,35 +86,62 @@ def describe(x: Any) -> str:
 _NO_TARGET = object()
 
 
-def checked_batch(x: Any, target: Any = _NO_TARGET, cost: Any = None) -> int:
-    """The number of examples of a batch that can be used: not empty, finite, and with tensors that autograd takes.
+_FIXED = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size, range, Enum)
+"""Inputs that are no tensors and never change; a graph is for their values."""
 
-    A target must be a tensor, unless the cost is a function; its shape and values are for the cost to check.
+
+def checked_batch(x: Any, target: Any = _NO_TARGET, cost: Any = None, finite: bool = True) -> int:
+    """The number of examples of a batch that can be used: not empty, and with tensors that autograd takes.
+
+    A target must be a tensor, unless the cost is a function; its shape and values are for the cost to check. Inputs
+    must be `finite` where a model has no way to make something of others, as it has of masks with -inf.
     """
     tensors = []
     for leaf in flattened(x)[0]:
         if isinstance(leaf, Tensor):
             tensors.append(leaf)
+        elif not isinstance(leaf, _FIXED) and not callable(leaf) and getattr(leaf, "ndim", None) != 0:
+            raise InputError(
+                f"x holds an object of {type(leaf).__name__}, whose content may change unseen. Way out: pass its "
+                "tensors, in a tuple or dict: torch.as_tensor(...)."
+            )
     if not tensors:
-        raise InputError(f"x must be a tensor, or a tuple or dict of them, not {type(x).__name__}: torch.as_tensor(x).")
-    made_in_inference = False
-    for leaf in [*tensors, *([] if target is _NO_TARGET else flattened(target)[0])]:
+        raise InputError(
+            f"x must be a tensor, or a tuple or dict of them, and this {type(x).__name__} holds none. Way out: "
+            "torch.as_tensor(x)."
+        )
+    made_in_inference, targets = False, [target]
+    if target is not _NO_TARGET and not isinstance(target, Tensor):
+        targets = flattened(target)[0]
+    for leaf in [*tensors, *targets]:
         made_in_inference |= isinstance(leaf, Tensor) and leaf.is_inference()
     if made_in_inference:
         raise InputError(
             "The batch was made in torch.inference_mode(), and autograd cannot use such tensors. Way out: make it in "
             "torch.no_grad(), or pass x.clone()."
         )
+    if tensors[0].ndim == 0 and len(tensors) > 1:
+        raise InputError(
+            "The first tensor of x is a single number, and its dimension 0 should be the examples. Way out: pass the "
+            "inputs by name, one with examples first: x={'name': tensor, ...}."
+        )
     if tensors[0].ndim == 0 or len(tensors[0]) == 0:
         raise InputError(f"The batch is empty: {[tuple(t.shape) for t in tensors]}. Pass at least one example.")
     is_given = target is not _NO_TARGET and not isinstance(target, Tensor)
     if is_given and (target is None or recorded_function(cost) is None):
         raise InputError(f"The target must be a tensor, not {type(target).__name__}: torch.as_tensor(target).")
-    for t in tensors:
-        # A sum is finite only if all its terms are; only if it is not does the slower exact test decide.
-        if t.is_floating_point() and not math.isfinite(float(t.detach().sum())) and not torch.isfinite(t).all():
-            raise InputError("The input contains NaN or Inf. Nothing was changed; mend or drop this batch.")
+    if finite:
+        check_finite(x)
     return len(tensors[0])
+
+
+def check_finite(x: Any) -> None:
+    """Refuse NaN and Inf in floating-point inputs."""
+    for t in flattened(x)[0]:
+        is_real = isinstance(t, Tensor) and t.is_floating_point()
+        # A sum is finite only if all its terms are; only if it is not does the slower exact test decide.
+        if is_real and not math.isfinite(float(t.detach().sum())) and not torch.isfinite(t).all():
+            raise InputError("The input contains NaN or Inf. Nothing was changed; mend or drop this batch.")
 
 
 def check_mode() -> None:

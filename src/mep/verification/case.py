@@ -67,7 +67,7 @@ class Case:
 
     def __init__(self, model: nn.Module, x: Any, target: Tensor, config: Config, dtype: torch.dtype | None):
         check_model(model, "verify")
-        self.batch = checked_batch(x, target, config.cost)
+        self.batch = checked_batch(x, target, config.cost, finite=False)
         self.noise = generators(everyones=True)
         self.model, cost, readout, groups = _copy(model, config, dtype)
         self.config = config = replace(config, cost=cost, readout=readout, groups=groups)
