@@ -33,7 +33,7 @@ ARROWS = {
     "optimizers": "presets",
     "__init__": "capture cost energy errors estimators optimizer presets settle solvers updates verification",
     "runs": "__init__ errors presets",
-    "lab": "__init__ errors estimators guards runs settle verification",
+    "lab": "__init__ energy errors estimators guards runs settle verification",
     "cli": "__init__ errors lab runs",
     "__main__": "cli",
 }
