@@ -238,7 +238,7 @@ def test_what_relax_is_given_has_a_shape_and_a_dtype():
         ({"input": torch.rand(5, 7)}, r"\(5, 7\).*\(batch, 6\)"),
         ({"input": torch.rand(6)}, r"\(6,\).*x\[None\]"),
         ({"input": torch.rand(5, 6).double()}, "dtype"),
-        ({"input": torch.rand(5, 6).to(torch.complex64)}, "real|cannot be applied"),
+        ({"input": torch.rand(5, 6).to(torch.complex64)}, "real"),
         ({"input": torch.rand(5, 6), "output": torch.rand(5, 3).to(torch.complex64)}, "real"),
         ({"output": torch.rand(5, 4)}, r"\(5, 4\), the state \(5, 3\)"),
     ):

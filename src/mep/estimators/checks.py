@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mep.capture.state import check_state
 from mep.cost import NAMED, BatchCost, PerExample, WithReadout
 from mep.energy import Energy, GroupEnergy, Hopfield
-from mep.errors import A_FLAG, ArgumentError, one_of, require, whole_number
+from mep.errors import A_FLAG, ArgumentError, InputError, one_of, require, whole_number
 from mep.estimators.compiled_step import MOST_SWEEPS
 from mep.estimators.contrast import PHASES
 from mep.graph import Graph, Point
@@ -107,6 +107,9 @@ def check_relax(ep: Any, clamp: Any, start: Any, held: Any) -> None:
     for name, given in (("clamp", clamp), ("start", start or {}), ("held", held or {})):
         if not isinstance(given, Mapping) or not all(isinstance(v, Tensor) and v.ndim for v in given.values()):
             raise ArgumentError(f"relax({name}=...): must be a mapping from names to tensors [batch, ...].")
+        for own, value in given.items():
+            if value.is_complex():
+                raise InputError(f"relax({name}={{{own!r}: ...}}): must be real, got {value.dtype}.")
     if not clamp and not start:
         raise ArgumentError("relax(clamp={}): nothing is given. Hold something, or say where the states start.")
 

@@ -247,8 +247,6 @@ def _fitting(what: str, name: str, value: Tensor, like: Tensor) -> Tensor:
         raise InputError(
             f"relax({what}={{{name!r}: ...}}): it has shape {tuple(value.shape)}, the state {tuple(like.shape)}.{hint}"
         )
-    if value.is_complex():
-        raise InputError(f"relax({what}={{{name!r}: ...}}): must be real, got {value.dtype}.")
     if not torch.isfinite(value).all():
         raise InputError(f"relax({what}={{{name!r}: ...}}): it contains NaN or Inf.")
     return value.detach().to(like.dtype)
