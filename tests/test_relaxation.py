@@ -538,3 +538,26 @@ def test_the_default_beta_falls_with_the_curvature_of_a_cost_of_ones_own(steepne
     cost = lambda out, target: steepness * (out - target).square().sum(1) / 2  # noqa: E731
     ep = mep.EquilibriumPropagation(model, cost, energy="hopfield")
     assert ep.gradients(x, y)[1].beta == pytest.approx(0.001 / max(1.0, steepness), rel=1e-3)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1.3])
+def test_strong_couplings_are_called_converged_only_within_five_tolerances(scale):
+    """Errors are residuals over 1 - mu: the tolerance falls with it, from the first batch on."""
+    torch.manual_seed(0)
+    sizes = nn.Linear(20, 32), nn.Tanh(), nn.Linear(32, 16), nn.Tanh(), nn.Linear(16, 4)
+    model = nn.Sequential(*sizes)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(scale)
+    x, y, twin = torch.rand(16, 20), torch.arange(16) % 4, copy.deepcopy(model).double()
+    given = {"beta": 0.1, "energy": "hopfield", "on_unsettled": "ignore"}
+    ep = mep.EquilibriumPropagation(model, "one_hot_mse", solver=mep.Relaxation(settle_steps=400), **given)
+    exact = mep.EquilibriumPropagation(twin, "one_hot_mse", solver=mep.Relaxation(1000, 1e-9), **given)
+    wanted, _ = exact.gradients(x.double(), y)
+    found = []
+    for _ in range(3):
+        gradients, estimate = ep.gradients(x, y)
+        if estimate.converged:
+            found.append(distance([g.double() for g in gradients.values()], list(wanted.values())))
+    assert found and max(found) < 5e-2
+    assert estimate.coupling > 0.9 and estimate.tol < 0.01

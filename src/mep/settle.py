@@ -121,9 +121,9 @@ class Start:
 class Settled:
     """Where settling ended.
 
-    `residual` is `[batch]`, that of the worst node (`Energy.residuals`); `errors` are the scaled errors `(mu - s) /
-    beta` of every node, where the solver works with them. `counts`: the iterations of every example, [batch]; `turns`:
-    how often each node was computed, where the solver counts.
+    `residual` is `[batch]`, that of the worst node (`Energy.residuals`), and `tol` what it was to fall to; `errors` are
+    the scaled errors `(mu - s) / beta` of every node, where the solver works with them. `counts`: the iterations of
+    every example, [batch]; `turns`: how often each node was computed, where the solver counts.
     """
 
     point: Point
@@ -131,6 +131,7 @@ class Settled:
     iterations: int
     result: Result
     counts: Tensor
+    tol: float
     errors: Mapping[str, Tensor] | None = None
     turns: Mapping[str, int] | None = None
 
@@ -198,6 +199,11 @@ class Solver(ABC):
         require(name, "patience", self.patience, *whole_number(1))
         require(name, "tol", self.tol, lambda tol: 0 < tol < 1, "above 0 and below 1")
         require(name, "adaptive", self.adaptive, *A_FLAG)
+
+    @property
+    def tolerance(self) -> float:
+        """`tol`, or less where errors are known to exceed residuals by much."""
+        return self.tol
 
     def check(self, node_energy: NodeEnergy) -> None:  # noqa: B027 - most solvers settle all energies
         """Raise an ArgumentError if this solver does not settle such an energy."""
@@ -272,7 +278,8 @@ def settle(
         energy.has_nothing_to_settle(point, start.response.size if start.response else None) if energy.nudge else None
     )
     iterate = solver.init(energy, point, start)
-    tol = rounded(solver.tol, iterate.residual.dtype)
+    tolerance, dtype = solver.tolerance, iterate.residual.dtype
+    tol = rounded(tolerance, dtype)
     active: Tensor | None = None  # all of them
     calm: Tensor | None = None  # for how many iterations in a row each example has been settled
     counts: Tensor | None = None  # all alike
@@ -284,6 +291,9 @@ def settle(
         worst = float(iterate.residual.max())
         # Which examples have settled: by their residuals, and by nothing else.
         if solver.adaptive and (iterations > 0 or iterate.exact):
+            if worst <= tol:  # unless the solver has found that errors exceed residuals by more
+                tolerance = solver.tolerance
+                tol = rounded(tolerance, dtype)
             if solver.patience == 1 and worst <= tol:
                 break
             active = ~(iterate.residual <= tol)
@@ -311,7 +321,7 @@ def settle(
             result = Result.STALLED
     if counts is None:
         counts = last.residual.new_full((energy.batch,), iterations, dtype=torch.long)
-    return Settled(last.point, last.residual, iterations, result, counts, last.errors, last.turns)
+    return Settled(last.point, last.residual, iterations, result, counts, tolerance, last.errors, last.turns)
 
 
 @cache

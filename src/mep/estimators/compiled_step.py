@@ -163,7 +163,7 @@ class CompiledStep:
         self.parameters = list(gradients)
         self.layers = layer_statistics((e, s) for _, e, s in phases) if self.setting.observes else []
         course = torch.stack(courses).amax(0)
-        unsettled = course > rounded(solver.tol, course.dtype)
+        unsettled = course > rounded(solver.tolerance, course.dtype)
         counts = (
             (unsettled.sum(0) + 1).clamp(max=self.sweeps) if solver.adaptive else unsettled.sum(0) * 0 + self.sweeps
         )
@@ -212,7 +212,7 @@ class CompiledSteps:
         found = program(x, cost, beta, table)
         if found is None:
             return None
-        if self.setting.solver.adaptive and found.worst > rounded(self.setting.solver.tol, found.residual.dtype):
+        if self.setting.solver.adaptive and found.worst > rounded(self.setting.solver.tolerance, found.residual.dtype):
             self._at_least = sweeps + 1
             return None
         self.recent_sweeps.append(found.sweeps)

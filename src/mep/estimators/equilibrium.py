@@ -518,7 +518,7 @@ class EquilibriumPropagation:
             )
         if is_forward:
             zeros = torch.zeros(batch, device=energy.output(point).device)
-            return energy, Settled(point, zeros, 0, Result.CONVERGED, zeros.long())
+            return energy, Settled(point, zeros, 0, Result.CONVERGED, zeros.long(), self.solver.tol)
         if indices is not None:
             states, seen = self._cache.of(indices, energy.state(point))
             point = energy.at({n: torch.where(per_example(seen, s), s, point.values[n]) for n, s in states.items()})
@@ -555,7 +555,7 @@ class EquilibriumPropagation:
             result,
             betas_of(energy.beta, energy.batch, residual.device),
             counts,
-            self.solver.tol,
+            last.tol,
             max(e.left_branch(settled.point) for _, e, settled in phases) if self.diagnostics else None,
             last.turns,
             graph.share_kept,
@@ -632,7 +632,7 @@ class EquilibriumPropagation:
             return
         hint = self.solver.failure_hint(energy, free.point)
         message = (
-            f"{int((~estimate.settled).sum())} of {energy.batch} examples did not settle to {self.solver.tol:g} in "
+            f"{int((~estimate.settled).sum())} of {energy.batch} examples did not settle to {estimate.tol:g} in "
             f"{estimate.iterations} iterations; the worst residual is {float(estimate.residual.max()):.2g}, at beta "
             f"{estimate.beta:.3g}. `Estimate.settled` says which. Way out: {hint}"
         )
@@ -667,7 +667,7 @@ class EquilibriumPropagation:
             return None
         if self.observe is not None:
             self.observe(found.layers)
-        settled = found.worst <= rounded(self.solver.tol, found.residual.dtype)
+        settled = found.worst <= rounded(self.solver.tolerance, found.residual.dtype)
         result = Result.CONVERGED if settled else Result.FIXED_STEPS
         estimate = Estimate(
             found.loss,
@@ -676,7 +676,7 @@ class EquilibriumPropagation:
             result,
             found.betas,
             found.counts,
-            self.solver.tol,
+            self.solver.tolerance,
             None,
             None,
             graph.share_kept,

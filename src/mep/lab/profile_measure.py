@@ -156,7 +156,7 @@ class Reference:
                 "gradients can be compared. Way out: model.eval()."
             )
         zeros = betas.new_zeros(energy.batch, dtype=torch.float64)
-        free = Settled(point, zeros, 0, Result.CONVERGED, zeros)
+        free = Settled(point, zeros, 0, Result.CONVERGED, zeros, EXACT.tol)
         nudge = equilibria.nudged(1.0).nudge
         assert nudge is not None
         # A random sign is in the betas already.

@@ -78,6 +78,8 @@ _EAGER_EVERY = 4 * _MEASURED_EVERY
 """Of compiled steps one in so many is made without a program, with its measurement."""
 _POWER_ITERATIONS = 6
 """From displacements, in which strong couplings show: a lower bound of the largest eigenvalue, within some percent."""
+_STRONGEST = 0.99
+"""Beyond this coupling the tolerance falls no further: it is measured within some percent."""
 _HIGHEST = 1.6
 """The largest omega that is chosen: beyond it a sweep of a projected problem may lose what it gains."""
 
@@ -177,6 +179,11 @@ class Relaxation(Solver):
         coupling = min(self.memory.strongest or 0.5, 1.0)
         return min(2 / (1 + math.sqrt(1 - coupling**2)), _HIGHEST)
 
+    @property
+    def tolerance(self) -> float:
+        """Errors are up to residuals over 1 - mu, mu the largest eigenvalue of the coupling: at most 5 tol."""
+        return self.tol * min(1.0, (1 - min(self.memory.strongest, _STRONGEST)) / 0.2)
+
     def init(self, energy: Energy, point: Point, start: Start) -> Iterate:
         """The forward pass, or the free equilibrium without any displacement."""
         self.memory.of(energy.graph)
@@ -204,36 +211,45 @@ class Relaxation(Solver):
         residual = current.residual() if due else current.ones
         stuck = False
         if due:
-            current.due = current.sweeps + self._until_settled(float(residual.max()), omega)
+            worst = float(residual.max())
+            if worst <= self.tolerance and isinstance(current, Displacement):
+                self._measure(current)  # which may make the tolerance less
+            current.due = current.sweeps + self._until_settled(worst, omega)
             is_late = current.sweeps > _PATIENT and self.adaptive
-            stuck = is_late and _is_stuck(current.totals, residual, self.tol)
+            stuck = is_late and _is_stuck(current.totals, residual, self.tolerance)
             stuck |= not current.has_minimum
         return Iterate(residual, current.point, diverging=current.diverging, exact=due, stuck=stuck, state=current)
 
     def _until_settled(self, worst: float, omega: float) -> int:
         """Over how many sweeps no residual needs to be measured: most of those in which it may fall to tol."""
-        if not self.tol < worst < 1:
+        if not self.tolerance < worst < 1:
             return 1
-        return max(1, int(0.7 * math.log(worst / self.tol) / -math.log(max(omega - 1, 0.1))))
+        return max(1, int(0.7 * math.log(worst / self.tolerance) / -math.log(max(omega - 1, 0.1))))
 
     def finalize(self, energy: Energy, iterate: Iterate) -> Iterate:
         """With the exact residual; what the next batch begins with is noted."""
         current: Displacement | Relaxed = iterate.state
         residual = iterate.residual if iterate.exact else current.residual()
         if isinstance(current, Displacement):
-            residual = current.bounded(residual, self.tol)
+            residual = current.bounded(residual, self.tolerance)
         if self.adaptive:
             current.note(self.memory)
         if energy.nudge is not None and current.sweeps:
-            if isinstance(current, Displacement) and self.memory.batches % _MEASURED_EVERY == 0:
-                self.memory.inside, self.memory.coupling = current.inside(), current.coupling()
-                self.memory.strongest = max(self.memory.coupling, self.memory.strongest - 0.01)
+            if isinstance(current, Displacement):
+                self._measure(current)
             self.memory.batches += 1
         return replace(iterate, residual=residual, exact=True, point=current.point)
 
     def snapshot(self, energy: Energy, iterate: Iterate) -> Iterate:
         """As it is: nothing is noted, and no example given up."""
         return iterate
+
+    def _measure(self, current: Displacement) -> None:
+        """Boxes and coupling, in one of 16 batches, and once there."""
+        if self.memory.batches % _MEASURED_EVERY == 0 and not current.is_measured:
+            current.is_measured = True
+            self.memory.inside, self.memory.coupling = current.inside(), current.coupling()
+            self.memory.strongest = max(self.memory.coupling, self.memory.strongest - 0.01)
 
     def unrolled(self, energy: Energy, point: Point, start: Start, steps: int) -> tuple[Iterate, Tensor]:
         if energy.nudge is None:
@@ -252,7 +268,7 @@ class Relaxation(Solver):
             nudged.sweep(self.factor)
             course.append((nudged.worst() if self.adaptive else nudged.residual()).masked_fill(has_none, 1))
         if not self.adaptive:  # else what has not settled is not used
-            course[-1] = nudged.bounded(course[-1], self.tol)
+            course[-1] = nudged.bounded(course[-1], self.tolerance)
         return Iterate(course[-1], nudged.point, state=nudged), torch.stack(course)
 
     def needs_eager_step(self) -> bool:
@@ -446,7 +462,7 @@ class Displacement:
         self.arriving: State = {}
         self.first: State = {}
         self.sizes: State = {}
-        self.sweeps, self.due, self.diverging = 0, 0, False
+        self.sweeps, self.due, self.diverging, self.is_measured = 0, 0, False, False
         self.totals: list[float] = []
         share = energy.free_share / torch.as_tensor(energy.beta).abs()
         left: Mapping[str, Tensor] = free.left if isinstance(free, FreePoint) else {}

@@ -87,7 +87,6 @@ class Sweep(Solver):
 
     def init(self, energy: Energy, point: Point, start: Start) -> Iterate:
         """The free equilibrium: every error is zero, and the residual of the output is all of dC/ds."""
-        self.check(energy.node_energy)
         network = make_network(energy, point, start.response or linear_response(energy, point))
         return Iterate(network.residual, point, exact=False, state=(network, None))
 
