@@ -217,7 +217,7 @@ def dense_equilibrium(total, states, fixed=None):
 
 
 def _derivatives(f, at):
-    return torch.autograd.functional.jacobian(f, at), torch.autograd.functional.hessian(f, at)
+    return torch.autograd.functional.jacobian(f, at), torch.autograd.functional.hessian(f, at, vectorize=True)
 
 
 def distance_to_rest(left, right):
@@ -262,7 +262,8 @@ def implicit_gradient(total, cost, states, parameters, boxes):
         return {n: v.view_as(states[n]) for n, v in zip(names, flat.split(sizes), strict=True)}
 
     inside = torch.cat([((s > boxes[n][0]) & (s < boxes[n][1])).flatten() for n, s in states.items()])
-    hessian = torch.autograd.functional.hessian(lambda f: total(unpack(f)).sum(), flat.detach())[inside][:, inside]
+    total_of = lambda f: total(unpack(f)).sum()  # noqa: E731
+    hessian = torch.autograd.functional.hessian(total_of, flat.detach(), vectorize=True)[inside][:, inside]
     with torch.enable_grad():
         (c,) = torch.autograd.grad(cost(unpack(flat)).sum() / batch, flat)
         adjoint = torch.zeros_like(flat)

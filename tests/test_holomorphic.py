@@ -400,7 +400,7 @@ def test_hopfield_displacements_solve_the_linear_equations_of_the_inside_units()
         return total({n: v.view_as(free[n]) for n, v in zip(names, flat.split(sizes), strict=True)}).sum()
 
     flat = torch.cat([s.flatten() for s in free.values()])
-    hessian = torch.autograd.functional.hessian(flat_energy, flat).to(torch.complex128)
+    hessian = torch.autograd.functional.hessian(flat_energy, flat, vectorize=True).to(torch.complex128)
     pull, curvature = torch.zeros_like(flat), torch.zeros_like(flat)
     pull[-4:], curvature[-4:] = 0.5 * (free[OUT] - F.one_hot(y, 4)).flatten(), 0.5
     inside = (flat > 0) & (flat < 1)

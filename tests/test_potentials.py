@@ -327,7 +327,7 @@ class Written:
         flat = torch.cat([v.flatten() for v in self.start.values()]) if flat is None else flat
         for _ in range(8):
             g = torch.autograd.functional.jacobian(total, flat)
-            step = _inverse(torch.autograd.functional.hessian(total, flat)) @ g
+            step = _inverse(torch.autograd.functional.hessian(total, flat, vectorize=True)) @ g
             flat = flat - step
             if step.norm() < 1e-12 * flat.norm():
                 break
@@ -352,7 +352,7 @@ class Written:
     def exact(self):
         """The derivative of the free equilibrium's mean cost, by implicit differentiation."""
         flat = self.free.clone().requires_grad_()
-        hessian = torch.autograd.functional.hessian(lambda f: self.energy(f).sum(), self.free)
+        hessian = torch.autograd.functional.hessian(lambda f: self.energy(f).sum(), self.free, vectorize=True)
         (c,) = torch.autograd.grad(self.of_cost(flat).mean(), flat)
         (force,) = torch.autograd.grad(self.energy(flat).sum(), flat, create_graph=True)
         return torch.autograd.grad(-(force * (_inverse(hessian) @ c)).sum(), list(self.model.parameters()))
@@ -521,7 +521,7 @@ def test_the_coupling_is_the_largest_eigenvalue(name):
     _, estimate = gradient(model, x, y, "mse", 1e-3)
     written = Written(model, x, y, "mse")
     flat = written.free
-    hessian = torch.autograd.functional.hessian(lambda f: written.energy(f).sum(), flat)
+    hessian = torch.autograd.functional.hessian(lambda f: written.energy(f).sum(), flat, vectorize=True)
     jacobian = torch.autograd.functional.jacobian(
         lambda f: torch.cat([s.flatten() for s in written.states(f).values()]), flat
     )

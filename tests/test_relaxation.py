@@ -161,7 +161,10 @@ class Written:
         for _ in range(6):
             summed = lambda p: total(unpack(p)).sum()  # noqa: E731
             gradient = torch.autograd.functional.jacobian(summed, part)
-            part = part - torch.linalg.solve(torch.autograd.functional.hessian(summed, part), gradient)
+            step = torch.linalg.solve(torch.autograd.functional.hessian(summed, part, vectorize=True), gradient)
+            part = part - step
+            if step.norm() <= 1e-14 * part.norm():
+                break
         return unpack(part.detach())
 
     def contrast(self, *multiples_and_weights):
@@ -185,12 +188,18 @@ class Written:
         return implicit_gradient(self.free_energy, cost, self.free, list(self.model.parameters()), self.boxes)
 
 
-def gradient(model, x, y, cost, beta, solver=None, **settings):
+def gradients(model, x, y, cost, betas, solver=None, **settings):
+    """The gradient at each beta in turn, and its estimate; the model is read once."""
     ep = mep.EquilibriumPropagation(
-        model, COSTS[cost].argument, beta, solver, "hopfield", on_unsettled="ignore", **settings
+        model, COSTS[cost].argument, solver=solver, energy="hopfield", on_unsettled="ignore", **settings
     )
-    found, estimate = ep.gradients(x, y)
-    return [found[p] for p in model.parameters()], estimate
+    for ep.beta in betas:
+        found, estimate = ep.gradients(x, y)
+        yield [found[p] for p in model.parameters()], estimate
+
+
+def gradient(model, x, y, cost, beta, solver=None, **settings):
+    return next(gradients(model, x, y, cost, [beta], solver, **settings))
 
 
 def distance(found, exact):
@@ -203,9 +212,8 @@ def distance(found, exact):
 @pytest.mark.parametrize("name", NETWORKS)
 def test_error_falls_with_beta_as_the_order_promises(name, phases, order, cost):
     model, x, y = build(name, cost)
-    exact, errors = Written(model, x, y, cost).exact(), []
-    for beta in (0.1, 0.05):
-        found, estimate = gradient(model, x, y, cost, beta, TIGHT, phases=phases)
+    exact, errors, betas = Written(model, x, y, cost).exact(), [], (0.1, 0.05)
+    for beta, (found, estimate) in zip(betas, gradients(model, x, y, cost, betas, TIGHT, phases=phases), strict=True):
         assert estimate.converged and estimate.beta == beta
         errors.append(distance(found, exact))
     assert abs(math.log2(errors[0] / errors[1]) - order) < 0.15 * order
@@ -219,9 +227,8 @@ def test_in_single_precision_any_beta_keeps_its_digits(name, cost):
     model, x, y = build(name, cost)
     written, single = Written(model, x, y, cost), copy.deepcopy(model).float()
     target = y.float() if y.is_floating_point() else y
-    certified = []
-    for beta in (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6):
-        found, estimate = gradient(single, x.float(), target, cost, beta)
+    certified, betas = [], (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
+    for beta, (found, estimate) in zip(betas, gradients(single, x.float(), target, cost, betas), strict=True):
         if estimate.converged:
             certified.append(beta)
             # In float64 a difference of two equilibria keeps enough digits down to 1e-5.
@@ -231,9 +238,8 @@ def test_in_single_precision_any_beta_keeps_its_digits(name, cost):
 
 def test_strong_nudges_are_as_asked():
     model, x, y = build("hard sigmoid", "cross_entropy")
-    written = Written(model, x, y, "cross_entropy")
-    for beta in (0.5, 2.0, 20.0):
-        found, estimate = gradient(model, x, y, "cross_entropy", beta, TIGHT)
+    written, betas = Written(model, x, y, "cross_entropy"), (0.5, 2.0, 20.0)
+    for beta, (found, estimate) in zip(betas, gradients(model, x, y, "cross_entropy", betas, TIGHT), strict=True):
         assert estimate.converged and distance(found, written.one_sided(beta)) < 1e-6
 
 
@@ -356,7 +362,7 @@ def test_the_coupling_and_the_boxes_are_reported_and_warned_of():
     )
     unpack = lambda f: {n: v.view_as(s) for (n, s), v in zip(written.free.items(), f.split(sizes), strict=True)}  # noqa: E731
     summed = lambda f: written.free_energy(unpack(f)).sum()  # noqa: E731
-    hessian = torch.autograd.functional.hessian(summed, flat)[inside][:, inside]
+    hessian = torch.autograd.functional.hessian(summed, flat, vectorize=True)[inside][:, inside]
     largest = float(1 - torch.linalg.eigvalsh(hessian).min())
     assert 0.9 * largest < estimate.coupling <= largest * (1 + 1e-9)
     with torch.no_grad():

@@ -49,7 +49,7 @@ def dense_stiffness(energy, point, y, beta=BETA):
         return total({n: part.reshape(shape) for n, part, shape in zip(names, parts, shapes, strict=True)}).sum()
 
     at = torch.cat([s.flatten(1) for s in free.values()], 1)
-    hessian = torch.autograd.functional.hessian(f, at)
+    hessian = torch.autograd.functional.hessian(f, at, vectorize=True)
     return torch.stack([torch.linalg.eigvalsh(hessian[i, :, i])[-1] for i in range(len(at))])
 
 
