@@ -16,7 +16,7 @@ import copy
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -124,6 +124,8 @@ class Reference:
     model: nn.Module
     batches: list[Batch]
     backprop: list[Tensor]
+    known: dict[Any, Equilibria] = field(default_factory=dict)
+    """By the batch and what decides the graph: the cost is one for all."""
 
     @classmethod
     def of(cls, model: nn.Module, batches: Sequence[Batch], cost: str) -> Reference:
@@ -146,9 +148,11 @@ class Reference:
             raise mep.ArgumentError(
                 f"energy={estimator.node_energy.name!r}: only 'prediction' has an exact gradient here."
             )
-        config = Config(estimator.cost, EXACT, estimator.branches, estimator.leaves, estimator.node_energy)
-        x, target = self.batches[place]
-        equilibria = Equilibria(Case(self.model, x, target, config, dtype=None))
+        key = place, estimator.branches, tuple(estimator.leaves)
+        if key not in self.known:
+            config = Config(estimator.cost, EXACT, estimator.branches, estimator.leaves, estimator.node_energy)
+            self.known[key] = Equilibria(Case(self.model, *self.batches[place], config, dtype=None))
+        equilibria = self.known[key]
         energy, point = equilibria.energy, equilibria.free
         if energy.context.noise:
             raise mep.ArgumentError(
