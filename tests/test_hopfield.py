@@ -11,8 +11,8 @@ from torch import nn
 
 import mep
 
-TIGHT = mep.Descent(2000, settle_lr=0.3, adaptive=True, tol=1e-12)
-CLOSE = mep.Descent(2000, settle_lr=0.3, adaptive=True, tol=1e-8)
+TIGHT = mep.Descent(400, settle_lr=0.9, adaptive=True, tol=1e-12)
+CLOSE = mep.Descent(2000, settle_lr=0.9, adaptive=True, tol=1e-8)
 """So that a nudge of 1e-3, too, stands out from the rounding of the states."""
 BOXES = {"relu": (nn.ReLU, (0, math.inf)), "clamp": (lambda: nn.Hardtanh(0.0, 0.6), (0, 0.6))}
 
