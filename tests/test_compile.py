@@ -69,7 +69,7 @@ def assert_equal_states(plain, quick, **tolerances):
 @pytest.mark.parametrize("cost", ["cross_entropy", "mse"])
 @pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
 def test_same_steps_as_without(uncompiled, make, cost, phases):
-    plain, quick = pair(make, cost=cost, phases=phases, settle_steps=4, adaptive=False)
+    plain, quick = pair(make, cost=cost, phases=phases, settle_steps=2, adaptive=False)
     for x, y in batches(1):
         target = nn.functional.one_hot(y, 3).double() if cost == "mse" else y
         losses = [opt.step(x=x, target=target) for opt in (plain, quick)]
@@ -104,8 +104,8 @@ def pictures():
     )
 
 
-FIXED = {"cost": "mse", "phases": "centered", "settle_steps": 3, "adaptive": False}
-SHORT = {"cost": "mse", "settle_steps": 2, "adaptive": False}
+FIXED = {"cost": "mse", "phases": "centered", "settle_steps": 2, "adaptive": False}
+SHORT = {"cost": "mse", "settle_steps": 1, "adaptive": False}
 
 
 @pytest.mark.parametrize(("make", "options"), [(convolutional, FIXED), (pictures, SHORT)])
@@ -224,7 +224,7 @@ def test_refuses_what_is_not_finite_and_changes_nothing(uncompiled, value):
 
 
 def test_sees_what_changes_in_the_model(uncompiled):
-    plain, quick = pair(normalised, settle_steps=4, adaptive=False)
+    plain, quick = pair(normalised, settle_steps=2, adaptive=False)
 
     def steps(seed):
         for x, y in batches(seed, count=7):
@@ -443,7 +443,7 @@ HOPFIELD = {"hard sigmoids": hard_sigmoids, "smooth": smooth, "pooled": pooled}
 @pytest.mark.parametrize("cost", ["one_hot_mse", "cross_entropy"])
 @pytest.mark.parametrize("make", HOPFIELD.values(), ids=HOPFIELD)
 def test_same_steps_of_hopfield_networks(uncompiled, without, make, cost, beta, phases):
-    given = {"cost": cost, "beta": beta, "phases": phases, "settle_steps": 5, "adaptive": False}
+    given = {"cost": cost, "beta": beta, "phases": phases, "settle_steps": 2, "adaptive": False}
     plain, quick = pair(make, energy="hopfield", **given)
     for x, y in batches(1, count=7):  # in the next one the coupling is measured again, and omega another
         losses = [opt.step(x=x, target=y) for opt in (plain, quick)]
