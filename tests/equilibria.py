@@ -101,7 +101,7 @@ def equilibrium(total, states, boxes=None, steps=200):
 
 
 def hessian(total, unpack, at):
-    return torch.func.hessian(lambda flat: total(unpack(flat)).sum())(at.detach()).detach()
+    return torch.func.jacrev(torch.func.grad(lambda flat: total(unpack(flat)).sum()))(at.detach()).detach()
 
 
 def _flat(states, boxes):
