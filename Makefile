@@ -11,10 +11,10 @@ help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 10
 
 test: lint ## lint, then run the tests and docstring examples; of long tables of cases a third
-	$(BIN)/pytest -q -n auto
+	$(BIN)/pytest -q -n auto --dist worksteal
 
 test-all: lint ## as test, with all cases and all random models
-	MEP_TEST_ALL=1 $(BIN)/pytest -q -n auto
+	MEP_TEST_ALL=1 $(BIN)/pytest -q -n auto --dist worksteal
 
 lint: $(INSTALLED) ## check style, format and types
 	$(BIN)/ruff check
