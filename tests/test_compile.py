@@ -104,7 +104,7 @@ def pictures():
     )
 
 
-FIXED = {"cost": "mse", "phases": "centered", "settle_steps": 2, "adaptive": False}
+FIXED = {"cost": "mse", "phases": "centered", "settle_steps": 1, "adaptive": False}
 SHORT = {"cost": "mse", "settle_steps": 1, "adaptive": False}
 
 

@@ -167,8 +167,8 @@ def test_solvers_agree_on_the_state(name):
 
 def hard_and_easy(case, cost):
     """Examples that need different numbers of iterations."""
-    model, x, y = case.build(cost, batch=4)
-    scale = torch.logspace(-2, 0.3, 4).double()
+    model, x, y = case.build(cost, batch=3)
+    scale = torch.logspace(-2, 0.3, 3).double()
     expand_beta = lambda t: t * scale.view(-1, *[1] * (t.ndim - 1)) if t.is_floating_point() else t  # noqa: E731
     return model, tuple(map(expand_beta, x)) if isinstance(x, tuple) else expand_beta(x), y
 
