@@ -432,6 +432,16 @@ def test_recurrent_backpropagation_is_implicit_differentiation():
         assert torch.allclose(g, w, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("method", ["ds", "dmu"])
+def test_wrong_derivatives_of_an_energy_are_found(method, monkeypatch):
+    """Sweeps do not use them where there is `state`; descent does."""
+    right = getattr(Quartic, method)
+    model, x, y = layers(*CURVED)
+    wrong = type("Wrong", (Quartic,), {method: lambda self, s, mu: right(self, s, mu) + 0.01 * (s - mu)})
+    report = mep.verify(model, x, y, energy=wrong(), samples=0, phases=["one-sided"], betas=(0.1, 0.05))
+    assert report.failures[0].startswith(f"Wrong.{method} is"), report
+
+
 def test_strong_couplings_are_refused():
     model, x, y = layers(*BOXES)
     with torch.no_grad():

@@ -152,7 +152,10 @@ def _report(case: Case, betas: list[float], phases: list[str], samples: int) -> 
     usual = default_solver(config.energy, config.groups)
     reach, beyond = largest_beta(lambda beta: equilibria.all_settle(phases, beta, usual), betas[0])
     return Report(
-        failures=failures(parameters, estimations, tol, case.config.branches),
+        failures=(
+            *(rest.wrong_derivatives() if rest else ()),
+            *failures(parameters, estimations, tol, case.config.branches),
+        ),
         notes=(*_notes(equilibria, exact, estimations), *diverged),
         tol=tol,
         estimations=estimations,

@@ -24,14 +24,14 @@ from torch import Tensor, nn
 
 from mep.capture.cost import cost_of
 from mep.cost import make_cost
-from mep.energy import Energy, Hopfield, State
+from mep.energy import NODE_ENERGIES, Energy, Hopfield, State
 from mep.errors import DivergedError
 from mep.estimators import Equilibrium
 from mep.graph.ops import Program, StepContext
 from mep.settle import Solver, Start, settle
 from mep.verification.case import Case
 from mep.verification.equilibrium import Residual, Residuals, worst_of
-from mep.verification.report import ResidualTrace
+from mep.verification.report import CLOSE, ResidualTrace
 
 _STEP = 0.3
 """a, the step of `mep.Descent` by default."""
@@ -173,6 +173,27 @@ class FixedPoint:
             rounding = 10 * torch.finfo(s.dtype).eps * norm(s)
             found[name] = (norm(side - other) + share * norm(left)) / larger, rounding / larger
         return found
+
+    def wrong_derivatives(self) -> tuple[str, ...]:
+        """A sentence on a derivative of an energy of one's own that is not that of `energy`, at states far from rest."""
+        own, generator = self.energy.node_energy, torch.Generator().manual_seed(0)
+        if type(own) in NODE_ENERGIES.values():
+            return ()
+        for name, like in self.states.items():
+            noise = torch.randn(2, *like.shape, generator=generator).to(like)
+            mu = noise[0].requires_grad_()
+            s = like if own.behind_activations else (noise[0] + noise[1]).clamp(*own.box)
+            s, at = s.detach().requires_grad_(), own.at(self.energy.graph.by_name[name])
+            with torch.enable_grad():
+                wanted = torch.autograd.grad(at.energy(s, mu).sum(), [s, mu], materialize_grads=True)
+            for method, given, right in zip(("ds", "dmu"), (at.ds(s, mu), at.dmu(s, mu)), wanted, strict=True):
+                apart = float((given - right).detach().norm() / right.norm().clamp_min(torch.finfo(s.dtype).tiny))
+                if not apart < CLOSE:
+                    return (
+                        f"{type(own).__name__}.{method} is {apart:.1e} from the derivative of its `energy` by autograd, at "
+                        f"random states of node `{name}`. Way out: mend it; `mep.Descent` and gradients use it.",
+                    )
+        return ()
 
     @torch.no_grad()
     def residual(self, phases: str, beta: float) -> Residual:

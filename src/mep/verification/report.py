@@ -8,6 +8,7 @@
 | backprop against finite differences | < 1e-3 | backprop is the yardstick only if it is right itself |
 | EP against finite differences | < 0.2 | what the cosine leaves (0.14), and the differences' own error |
 | residual | <= tol | the states are an equilibrium, whatever the solver reported |
+| `ds`, `dmu` against autograd through `energy` | < 1e-3 | where the energy is one's own |
 
 The first three hold at the smallest beta, or the error is at rounding; there every example has settled, too. At a
 larger beta it need not: a nudge away from the target may have no equilibrium. Of `branches="exact"` the order is only
