@@ -175,7 +175,7 @@ class FixedPoint:
         return found
 
     def wrong_derivatives(self) -> tuple[str, ...]:
-        """A sentence on a derivative of an energy of one's own that is not that of `energy`, at states far from rest."""
+        """A sentence on a derivative of one's own energy that is not that of `energy`, at states far from rest."""
         own, generator = self.energy.node_energy, torch.Generator().manual_seed(0)
         if type(own) in NODE_ENERGIES.values():
             return ()
@@ -190,7 +190,7 @@ class FixedPoint:
                 apart = float((given - right).detach().norm() / right.norm().clamp_min(torch.finfo(s.dtype).tiny))
                 if not apart < CLOSE:
                     return (
-                        f"{type(own).__name__}.{method} is {apart:.1e} from the derivative of its `energy` by autograd, at "
+                        f"{type(own).__name__}.{method} is {apart:.1e} from autograd's derivative of its `energy`, at "
                         f"random states of node `{name}`. Way out: mend it; `mep.Descent` and gradients use it.",
                     )
         return ()
