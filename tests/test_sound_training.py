@@ -2638,3 +2638,19 @@ def test_a_property_in_the_place_of_a_slot_is_left_alone():
     model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
     model.constant = Computed()
     assert mep.EquilibriumPropagation(model)(torch.randn(5, 3), torch.tensor([0, 1, 0, 1, 0])).converged
+
+
+def test_inputs_that_require_a_gradient_are_warned_of_once():
+    """An encoder in front of the model would not be trained."""
+    torch.manual_seed(0)
+    encoder, head = nn.Linear(4, 6), nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
+    ep = mep.EquilibriumPropagation(head)
+    x, y = torch.randn(8, 4), torch.arange(8) % 3
+    with pytest.warns(UserWarning, match="inputs of Sequential require a gradient") as said:
+        ep(encoder(x), y)
+    assert len([w for w in said if w.category is UserWarning]) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(5):
+            ep(encoder(x), y)
+    assert encoder.weight.grad is None and head[0].weight.grad is not None

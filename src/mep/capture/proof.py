@@ -134,7 +134,10 @@ def _sides(proof: Proof, x: Any, target: Any) -> tuple[Side, Side]:
         with torch.enable_grad():  # forward may hook what it computes
             loss_again = loss_of(proof.model, proof.cost, mapped(x, Tensor.clone), target)
         if not proof.is_known:
-            _warn_of(name, leaves, leaves_of(loss_again), [*trained, *flattened(x)[0], *flattened(target)[0]])
+            if inputs := [t for t in flattened(x)[0] if isinstance(t, Tensor) and t.requires_grad]:
+                _warn_of_inputs(name, inputs)
+            else:
+                _warn_of(name, leaves, leaves_of(loss_again), [*trained, *flattened(target)[0]])
         again = float(loss_again.detach())
         moved = snapshot.moved(first, snapshot.now()) if snapshot else None
         if moved is not None:
@@ -169,6 +172,16 @@ def _warn_of(name: str, first: Sequence[Tensor], second: Sequence[Tensor], given
             "that is a module), or requires_grad_(False) where they are not to be trained.",
             UserWarning,
         )
+
+
+def _warn_of_inputs(name: str, inputs: Sequence[Tensor]) -> None:
+    """Warn of inputs through which backpropagation would go on."""
+    warn(
+        f"{len(inputs)} inputs of {name} require a gradient, of shapes {[tuple(t.shape) for t in inputs[:3]]}, and get "
+        "none: equilibrium propagation has those of parameters, and nothing goes back to what has made the input. Way "
+        "out: make that a part of the model; or pass x.detach().",
+        UserWarning,
+    )
 
 
 def _difference(proof: Proof, wanted: Side, found: Side, relative: float, absolute: float) -> str | None:
