@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -96,7 +97,8 @@ CAPTION = (
     "Settled: share of the examples whose residual came within the tolerance. Error: of the whole gradient against "
     "backprop's, relative; of Hopfield networks, which have no forward pass, against recurrent backprop's at rest. "
     f"{UNSETTLED}: some example did not settle; the gradient is that of where settling stopped. "
-    "A dash: nothing to compare: the gradient vanishes, or is not finite."
+    "A dash: nothing to compare: the gradient vanishes, is not finite, or the equilibrium has none, since its coupling "
+    "is too strong."
 )
 
 
@@ -151,7 +153,7 @@ def _show(console: Console, rows: list[Row], over: str, cell: Cell) -> None:
 def family(row: Row) -> str:
     """What a network is called."""
     kind = {"plain": "", "residual": "residual ", "hopfield": "Hopfield, "}[row["kind"]]
-    start = "" if row["start"] == "torch" else f", {row['start'].capitalize()}"
+    start = {"torch": "", "he": ", He", "xavier": ", Xavier", "halved": ", halved"}[row["start"]]
     return f"{kind}{row['activation']}{start}"
 
 
@@ -206,7 +208,7 @@ def draw(record: Record, path: Path) -> None:
             axes.set_title(f"{NAMES[key]}\n{title}", loc="left", fontsize=10)
             axes.set_xlabel("hidden layers" if over == "depth" else "beta")
     names = list(dict.fromkeys(family(row) for row in record["rows"]))
-    handles = [report.sample(name, color=colour) for name, colour in zip(names, report.COLOURS, strict=False)]
+    handles = [report.sample(name, color=colour) for name, colour in zip(names, cycle(report.COLOURS))]
     handles += [
         report.sample(stage, color=GREY, linestyle=style, marker="o", fillstyle=fill)
         for stage, (style, fill) in STAGES.items()
@@ -219,7 +221,7 @@ def draw(record: Record, path: Path) -> None:
 def _draw(axes: Any, rows: list[Row], over: str, key: str) -> None:
     """A line for each network and stage; a cross where some example did not settle."""
     names = list(dict.fromkeys(family(row) for row in rows))
-    for name, colour in zip(names, report.COLOURS, strict=False):
+    for name, colour in zip(names, cycle(report.COLOURS)):
         for stage, (style, fill) in STAGES.items():
             known = [r for r in rows if family(r) == name and r["stage"] == stage and r[key] is not None]
             points = [r[over] for r in known], [r[key] for r in known]

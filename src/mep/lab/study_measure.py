@@ -126,11 +126,13 @@ def measure(
     """
     solver = mep.Relaxation(tol=tol) if energy == HOPFIELD else mep.Sweep(tol=tol)
     unknown = dict.fromkeys(MEASURED)
+    wanted: dict[nn.Parameter, Tensor] | None = None
     try:
         wanted = _recurrent(model, x, y) if energy == HOPFIELD else mep.Backprop(model).gradients(x, y)[0]
     except mep.MepError as error:
-        return [{"beta": beta, **unknown, "why": type(error).__name__} for beta in betas]
-    norm, rows = _norm(wanted.values()), []
+        if energy != HOPFIELD:
+            return [{"beta": beta, **unknown, "why": type(error).__name__} for beta in betas]
+    norm, rows = None if wanted is None else _norm(wanted.values()), []
     first = next(p for p in model.parameters() if p.ndim > 1)
     for beta in betas:
         ep = mep.EquilibriumPropagation(model, COSTS[energy], beta, solver, energy, on_unsettled="ignore")
@@ -139,14 +141,16 @@ def measure(
         except mep.MepError as error:
             rows.append({"beta": beta, **unknown, "why": type(error).__name__})
             continue
-        apart = {p: found[p] - g for p, g in wanted.items()}
+        apart = {p: found[p] - g for p, g in wanted.items()} if wanted else {}
         rows.append(
             {
                 "beta": beta,
                 "loss": float(estimate.loss),
                 "gradient": norm,
                 "error": _norm(apart.values()) / norm if norm else None,
-                "first_error": float(apart[first].norm() / wanted[first].norm()) if wanted[first].any() else None,
+                "first_error": float(apart[first].norm() / wanted[first].norm())
+                if wanted and wanted[first].any()
+                else None,
                 "median_beta": estimate.median_beta,
                 "sweeps": float(estimate.counts.double().mean()),
                 "settled": float(estimate.settled.double().mean()),

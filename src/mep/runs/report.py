@@ -27,8 +27,8 @@ BUSY_BELOW = 0.9  # of the time in which we were given the processor: with less,
 
 # Okabe and Ito's palette, whose colours look different to the colour-blind, too, without its yellow, which is hardly
 # seen on white: https://jfly.uni-koeln.de/color
-COLOURS = ("#000000", "#56B4E9", "#E69F00", "#0072B2", "#D55E00", "#CC79A7", "#009E73")
-BLACK, SKY, ORANGE, BLUE, VERMILION, PINK, GREEN = COLOURS
+COLOURS = ("#000000", "#56B4E9", "#E69F00", "#0072B2", "#D55E00", "#CC79A7", "#009E73", "#882255")
+BLACK, SKY, ORANGE, BLUE, VERMILION, PINK, GREEN, WINE = COLOURS
 GREY = "#666666"
 PICTURES = (".png", ".svg", ".pdf")
 
