@@ -443,5 +443,8 @@ def test_other_settings_may_be_changed_and_are_checked_before_the_next_step():
         setattr(twin, name, value)
         with pytest.raises(mep.ArgumentError, match=name):
             twin(X, Y)
-    with pytest.raises(mep.ArgumentError, match=r"betta.*no such setting"):
+    with pytest.raises(mep.ArgumentError, match=r"betta.*no such setting. Did you mean beta"):
         ep.betta = 0.1
+    with pytest.raises(mep.ArgumentError, match=r"setting of the solver. Way out: ep.solver = Sweep\("):
+        ep.tol = 0.1
+    ep.note = "mine"

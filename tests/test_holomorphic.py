@@ -450,7 +450,7 @@ def test_hopfield_networks_train_with_it(beta):
     model, x, y = hopfield(torch.float32, batch=32)
     opt = mep.eqprop(model.parameters(), model=model, energy="hopfield", phases="holomorphic", points=2, beta=beta)
     losses = [float(opt.step(x=x, target=y)) for _ in range(40)]
-    assert losses[-1] < losses[0] and opt.last.converged and opt.last.coupling is not None
+    assert losses[-1] < losses[0] and opt.last.settled.float().mean() > 0.9 and opt.last.coupling > 0
     assert all(t.dtype == torch.complex64 for t in opt.estimator.settle(x, y).nudged.states.values())
 
 

@@ -12,12 +12,14 @@ state.py         runs of a model that leave no trace
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from mep.capture.export import Leaves as Leaves
 from mep.capture.export import check_leaves as check_leaves
@@ -71,7 +73,16 @@ def _read(model: nn.Module, x: Any, leaves: Leaves, cost: Callable[..., Any] | N
 
 
 def _check_applies(model: nn.Module, x: Any) -> None:
-    """Refuse a batch that the model itself cannot be applied to, or that is a single example without its dimension."""
+    """Refuse a batch that the model itself cannot be applied to, or that is a single example without its dimension.
+
+    A copy of the model is run, since what cannot be captured may write anywhere; without one nothing is refused.
+    """
+    try:
+        model = copy.deepcopy(model)
+    except Exception:
+        return
+    if any(is_lazy(t) for t in (*model.parameters(), *model.buffers())):
+        return
     name, tensors = type(model).__name__, [v for v in flattened(x)[0] if isinstance(v, torch.Tensor)]
     given = f"this batch, {', '.join(f'{t.dtype} of shape {tuple(t.shape)}' for t in tensors)}"
     with untouched(model), torch.enable_grad():  # some models differentiate

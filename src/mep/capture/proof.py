@@ -134,10 +134,10 @@ def _sides(proof: Proof, x: Any, target: Any) -> tuple[Side, Side]:
         with torch.enable_grad():  # forward may hook what it computes
             loss_again = loss_of(proof.model, proof.cost, mapped(x, Tensor.clone), target)
         if not proof.is_known:
-            if inputs := [t for t in flattened(x)[0] if isinstance(t, Tensor) and t.requires_grad]:
+            if inputs := [t for t in flattened(x)[0] if isinstance(t, Tensor) and t.grad_fn is not None]:
                 _warn_of_inputs(name, inputs)
             else:
-                _warn_of(name, leaves, leaves_of(loss_again), [*trained, *flattened(target)[0]])
+                _warn_of(name, leaves, leaves_of(loss_again), [*trained, *flattened(x)[0], *flattened(target)[0]])
         again = float(loss_again.detach())
         moved = snapshot.moved(first, snapshot.now()) if snapshot else None
         if moved is not None:
@@ -175,7 +175,7 @@ def _warn_of(name: str, first: Sequence[Tensor], second: Sequence[Tensor], given
 
 
 def _warn_of_inputs(name: str, inputs: Sequence[Tensor]) -> None:
-    """Warn of inputs through which backpropagation would go on."""
+    """Warn of inputs that were computed from what is trained: backpropagation would go on there."""
     warn(
         f"{len(inputs)} inputs of {name} require a gradient, of shapes {[tuple(t.shape) for t in inputs[:3]]}, and get "
         "none: equilibrium propagation has those of parameters, and nothing goes back to what has made the input. Way "

@@ -6,6 +6,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -419,8 +420,12 @@ class EquilibriumPropagation:
             call = f"{type(self).__name__}.{name} = {value!r}"
             if name in _SETTLED:
                 raise ArgumentError(f"{call}: graphs are captured for what it was. Way out: build another estimator.")
-            if not hasattr(self, name) and type(self) is EquilibriumPropagation:
-                raise ArgumentError(f"{call}: there is no such setting.")
+            if not hasattr(self, name):
+                if hasattr(self.solver, name):
+                    made = type(self.solver).__name__
+                    raise ArgumentError(f"{call}: that is a setting of the solver. Way out: ep.solver = {made}(...).")
+                if near := get_close_matches(name, self.__dict__, n=1):
+                    raise ArgumentError(f"{call}: there is no such setting. Did you mean {near[0]}?")
             self._is_unchecked = True
         super().__setattr__(name, value)
 

@@ -249,7 +249,8 @@ class Relaxation(Solver):
         if self.memory.batches % _MEASURED_EVERY == 0 and not current.is_measured:
             current.is_measured = True
             self.memory.inside, self.memory.coupling = current.inside(), current.coupling()
-            self.memory.strongest = max(self.memory.coupling, self.memory.strongest - 0.01)
+            if not current.energy.graph.is_untied:  # a vector field has no such eigenvalue
+                self.memory.strongest = max(self.memory.coupling, self.memory.strongest - 0.01)
 
     def unrolled(self, energy: Energy, point: Point, start: Start, steps: int) -> tuple[Iterate, Tensor]:
         if energy.nudge is None:

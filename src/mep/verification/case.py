@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from mep.capture import Leaves
 from mep.capture.cache import Graphs
 from mep.capture.state import Buffers, copied_together
 from mep.cost import BatchCost, PerExample
-from mep.energy import GroupEnergy, NodeEnergy
+from mep.energy import GroupEnergy, NodeEnergy, Prediction
 from mep.errors import ArgumentError
 from mep.estimators import EquilibriumPropagation
 from mep.estimators.checks import with_readout
@@ -32,7 +32,7 @@ class Config:
     solver: Solver
     branches: str
     leaves: Leaves
-    energy: NodeEnergy
+    energy: NodeEnergy = field(default_factory=Prediction)
     groups: tuple[GroupEnergy, ...] = ()
     readout: nn.Module | None = None
 
