@@ -400,6 +400,9 @@ def test_a_network_that_settles_without_a_target_passes(name):
         assert order == pytest.approx(ORDERS[phases], abs=0.2)
     assert all(p.backprop_difference < 1e-5 for p in report.parameters)
     assert any("recurrent" in note for note in report.notes) == (name != "energy of one's own")
+    steps = report.stall.sweeps
+    assert steps[0] == 1 and list(steps) == sorted(set(steps))
+    assert all(len(curve) == len(steps) for curve in report.stall.residuals.values())
 
 
 def test_a_hopfield_network_with_pooling_passes():

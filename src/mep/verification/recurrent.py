@@ -35,6 +35,8 @@ from mep.verification.report import CLOSE, ResidualTrace
 
 _STEP = 0.3
 """a, the step of `mep.Descent` by default."""
+_SHOWN = (1, 2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 25, 30, 50, 100, 200, 500, 1000)
+"""Steps after which residuals are shown, and the last."""
 _ITERATIONS = 2000
 _MEMORY = 5
 _TIGHT = 1e3
@@ -206,8 +208,10 @@ class FixedPoint:
     def trace(self, beta: float) -> ResidualTrace:
         """As the solver measures it, in the course of one settling."""
         course = self._settle("one-sided", beta, record=True).nudged.course
-        curves = {name: tuple(float(r[name].max()) for r in course) for name in course[0]}
-        return ResidualTrace(beta, tuple(range(len(course))), curves)
+        last = len(course) - 1
+        made = [steps for steps in _SHOWN if steps < last] + [last] * (last > 0)
+        curves = {name: tuple(float(course[steps][name].max()) for steps in made) for name in course[0]}
+        return ResidualTrace(beta, tuple(made), curves)
 
     def all_settle(self, phases: Sequence[str], beta: float, solver: Solver) -> bool:
         """Whether every example settles in every phase."""
