@@ -71,7 +71,7 @@ RECIPES = (
     *(Recipe(f"EqProp tol {tol:g}", "eqprop", {"tol": tol}, SPEED) for tol in (1e-1, 1e-2, 1e-3)),
     Recipe("EqProp beta 0.1", "eqprop", {"beta": 0.1}, SPEED),
     Recipe("EqProp, compiled", "eqprop", {"compile": True}, SPEED),
-    Recipe("EqProp, Hopfield", "eqprop", HOPFIELD, f"{BENCH} {SPEED}", lr=0.4),
+    Recipe("EqProp, Hopfield", "eqprop", HOPFIELD, f"{BENCH} {SPEED}", lr=0.2),
     _descent(5, PROFILE),
     _descent(10, BOTH),
     _descent(15, PROFILE),
