@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import COSTS, MODELS, free_energy, mlp, settled
+from cases import COSTS, MODELS, Quartic, free_energy, mlp, settled
 from reference import energy, implicit_gradient, nudged_energy, predictions_of_graph, residual
 from torch import nn
 from typer.testing import CliRunner
@@ -356,19 +356,6 @@ class Lateral(nn.Module, mep.GroupEnergy):
 
     def energy(self, s):
         return 0.25 * ((s @ (self.weight + self.weight.T)) * s).sum(1)
-
-
-class Quartic(mep.NodeEnergy):
-    is_forward = True
-
-    def energy(self, s, mu):
-        return (s - mu) ** 2 / 2 + (s - mu) ** 4 / 4
-
-    def ds(self, s, mu):
-        return (s - mu) + (s - mu) ** 3
-
-    def dmu(self, s, mu):
-        return -self.ds(s, mu)
 
 
 OTHERS = {

@@ -57,6 +57,7 @@ class FixedPoint:
         context = StepContext(freeze_branches=False)
         self.energy = Energy(graph, config.energy, graph.bind(case.x), context, case.batch, groups=config.groups)
         start = self.energy.free_point()
+        context.recording = False
         output = self.energy.output(start)
         self.cost = cost_of(graph, make_cost(config.whole_cost), self.energy.inputs, output, case.target)
         self.programs = [Program(node.program, node.parents, [node.op], node.name) for node in graph.nodes]
