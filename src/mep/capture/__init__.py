@@ -29,7 +29,7 @@ from mep.capture.reading import Reading
 from mep.capture.state import untouched
 from mep.errors import ArgumentError, InputError, MepError, TraceError, one_of, require
 from mep.graph.graph import Graph, conditions_hold, lengths_of
-from mep.graph.inputs import call_model, flattened, mapped, unflattened
+from mep.graph.inputs import call_model, flattened, mapped
 
 
 def trace(model: nn.Module, x: Any, leaves: Leaves = (), energy: str = "prediction") -> Graph:
@@ -62,8 +62,7 @@ def _read(model: nn.Module, x: Any, leaves: Leaves, cost: Callable[..., Any] | N
         with suppress(TraceError):
             exported = export(model, _twice(x), leaves, cost, _twice(target))
             reading = Reading(exported, model, x)
-            given = [v for v in (*flattened(x)[0], *flattened(target)[0]) if isinstance(v, torch.Tensor)]
-            lengths = lengths_of(exported.sizes, given)
+            lengths = lengths_of(exported.sizes, x, target)
             if not isinstance(reading.batch, int) and conditions_hold(reading.conditions(), lengths):
                 return reading
     with suppress(TraceError):
@@ -109,9 +108,7 @@ def _check_applies(model: nn.Module, x: Any) -> None:
 
 
 def _twice(x: Any) -> Any:
-    leaves, structure = flattened(x)
-    double = [torch.cat([v, v]) if isinstance(v, torch.Tensor) and v.ndim and len(v) == 1 else v for v in leaves]
-    return unflattened(double, structure)
+    return mapped(x, lambda v: torch.cat([v, v]) if v.ndim and len(v) == 1 else v)
 
 
 def capture(

@@ -102,8 +102,7 @@ def _takes(graph: Graph, x: Any, target: Any, rows: int) -> bool:
     free = graph.sizes[0][0] if graph.sizes and graph.sizes[0] else None
     if not isinstance(free, tuple) or rows < free[1]:
         return False
-    tensors = [v for v in (*flattened(x)[0], *flattened(target)[0]) if isinstance(v, Tensor)]
-    return graph.allows(lengths_of(graph.sizes, tensors) | {free[0]: rows})
+    return graph.allows(lengths_of(graph.sizes, x, target) | {free[0]: rows})
 
 
 def _sides(proof: Proof, x: Any, target: Any) -> tuple[Side, Side]:

@@ -309,13 +309,14 @@ class Graph:
         return total
 
 
-def lengths_of(sizes: Sequence[tuple[Any, ...]], tensors: Sequence[Tensor]) -> dict[str, int]:
+def lengths_of(sizes: Sequence[tuple[Any, ...]], x: Any, target: Any = None) -> dict[str, int]:
     """What the symbols in `Graph.sizes` are for the tensors of a batch.
 
     Example:
-        >>> lengths_of([(("s0", 2, 99), 4)], [torch.ones(7, 4)])
+        >>> lengths_of([(("s0", 2, 99), 4)], torch.ones(7, 4))
         {'s0': 7}
     """
+    tensors = [v for v in (*flattened(x)[0], *flattened(target)[0]) if isinstance(v, Tensor)]
     pairs = ((size, n) for own, t in zip(sizes, tensors, strict=False) for size, n in zip(own, t.shape, strict=False))
     return {size[0]: n for size, n in pairs if isinstance(size, tuple)}
 
