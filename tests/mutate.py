@@ -48,7 +48,7 @@ SUITES = {
     "solvers/relaxation.py": "relaxation compile",
     "solvers/networks/checkpointed.py": "memory",
     "solvers/networks/nonsmooth.py": "kinks branches",
-    "solvers/networks/network.py": "coupling settling sweep",
+    "solvers/networks/__init__.py": "coupling settling sweep",
     "solvers/": f"{CORE} sweep local",
     "estimators/clamping.py": "clamping",
     "estimators/contrast.py": f"beta gradient_order random_sign holomorphic {CORE}",

@@ -8,7 +8,7 @@ from torch import nn
 import mep
 from mep.cost import make_cost
 from mep.energy import nudge
-from mep.solvers.networks.network import are_independent
+from mep.solvers.networks import are_independent
 
 
 @torch.no_grad()

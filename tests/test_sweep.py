@@ -15,7 +15,7 @@ import mep
 from mep.cost import make_cost
 from mep.energy import nudge
 from mep.settle import Result, Start
-from mep.solvers.networks.network import are_independent
+from mep.solvers.networks import are_independent
 
 TIGHT = mep.Sweep(tol=1e-12, settle_steps=300)
 ORDERS = {"one-sided": 1, "centered": 2}

@@ -51,8 +51,8 @@ from mep.graph import Point
 from mep.graph.holomorphic import complex_graph
 from mep.graph.node import Beta
 from mep.settle import Iterate, Response, Result, Settled, Solver, Start, settle
+from mep.solvers.networks import are_independent, spread_length
 from mep.solvers.networks.affine import LazyMapping
-from mep.solvers.networks.network import are_independent, spread_length
 from mep.solvers.relaxation import FreePoint, cost_curvature, has_constant_jacobians
 from mep.solvers.sweep import linear_response
 

@@ -33,7 +33,7 @@ from mep.graph import Point
 from mep.graph.node import Node, expand_beta, state_from_error
 from mep.layout import accurate, per_example
 from mep.settle import Iterate, Solver, Start
-from mep.solvers.networks.network import has_grown, output_residual, spread_length
+from mep.solvers.networks import has_grown, output_residual, spread_length
 from mep.solvers.networks.nonsmooth import worst_residual
 from mep.solvers.sweep import barzilai_borwein
 

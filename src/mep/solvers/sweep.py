@@ -15,8 +15,8 @@ and Borwein (IMA J. Numer. Anal. 8, 1988), whose length follows from the curvatu
 
 one length for each independent group of examples: each example, or all where batch normalisation couples them. It
 starts at the free equilibrium, delta = 0, where S gives backpropagation's errors. How long the first step along them
-should be is known before any state has moved (`network.py`): were the network its gain, M = k I, the errors `a S(0)`
-would balance along the output's error x where `a x = dC(s_free - beta k a x)`.
+should be is known before any state has moved (`length_by_gain` in `mep.solvers.networks`): were the network its gain,
+M = k I, the errors `a S(0)` would balance along the output's error x where `a x = dC(s_free - beta k a x)`.
 
 Plain iteration, a = 1, diverges once beta times the gain exceeds one. These steps do not, toward the target.
 
@@ -35,10 +35,10 @@ from mep.energy import Energy, NodeEnergy
 from mep.errors import ArgumentError, removed_arguments
 from mep.graph import Point
 from mep.settle import Iterate, Response, Solver, Start
+from mep.solvers.networks import Network, within
 from mep.solvers.networks.affine import AffineNetwork, walk
 from mep.solvers.networks.checkpointed import CheckpointedNetwork, CheckpointedPoint, Recomputed
 from mep.solvers.networks.general import GeneralNetwork
-from mep.solvers.networks.network import Network, within
 from mep.solvers.networks.nonsmooth import NonsmoothNetwork
 
 

@@ -25,7 +25,7 @@ from mep.energy import Energy, State, example_dot, example_norm
 from mep.graph import Graph, Point
 from mep.graph.node import Beta, expand_beta, select_beta, state_from_error
 from mep.settle import Response
-from mep.solvers.networks.network import (
+from mep.solvers.networks import (
     Network,
     are_independent,
     length_along,

@@ -18,7 +18,7 @@ from mep.energy import Energy, State, example_dot, example_norm
 from mep.graph import Point
 from mep.layout import replace_rows_, select_examples
 from mep.settle import Response
-from mep.solvers.networks.network import Network, are_independent, length_by_gain, spread_length
+from mep.solvers.networks import Network, are_independent, length_by_gain, spread_length
 
 _SAME = 1e-3
 """Values that agree to this fraction count as equal: sums over another number of rows are rounded differently."""

@@ -33,7 +33,7 @@ from mep.graph.closed_forms import Activation, Kink, Largest, Windows
 from mep.graph.node import Beta, Node, expand_beta, state_from_error
 from mep.layout import per_example
 from mep.settle import Response
-from mep.solvers.networks.network import Network, are_independent, length_by_gain, output_residual, spread_length
+from mep.solvers.networks import Network, are_independent, length_by_gain, output_residual, spread_length
 
 BehindKink = dict[str, tuple[Tensor, Kink]]
 """State -> the force on the value behind its kink, or the place where it rests; and the operation with the kink."""
