@@ -2126,6 +2126,51 @@ def test_what_forward_decides_by_sizes_is_decided_again_for_others(name):
         assert (flat(found, parameters) - exact).norm() < 1e-3 * exact.norm(), f"{size} examples of {length}"
 
 
+def mean_cross_entropy(output, y):
+    return F.cross_entropy(output, y)
+
+
+SPLITTING = {
+    "halves": lambda h: torch.cat(h.chunk(2)),
+    "thirds in turn": lambda h: torch.cat(h.chunk(3)[::-1]),
+    "twos": lambda h: torch.cat([part * (i + 1) for i, part in enumerate(h.split(2))]),
+    "two columns": lambda h: torch.cat([h[:, :2], h[:, 2:]], 1),
+}
+PLACES = {
+    "the input": lambda net, x, split: net.c(net.a(split(x)).tanh()),
+    "a layer": lambda net, x, split: net.c(split(net.a(x)).tanh()),
+}
+
+
+@pytest.mark.parametrize("name", SPLITTING)
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("cost", ["cross_entropy", mean_cross_entropy])
+def test_batches_that_forward_splits_are_split_again_where_sizes_differ(name, place, cost):
+    """Also where the cost is recorded as well, whose target has the same number of examples."""
+    model = Net(lambda net, x: PLACES[place](net, x, SPLITTING[name])).double()
+    parameters = list(model.parameters())
+    for sizes in (4, 1, 7), (1, 4):
+        ep = mep.EquilibriumPropagation(model, cost, solver=SOLVER, beta=1e-5)
+        for size in sizes:
+            x, y = batch(size=size)
+            loss, exact = by_autograd(model, x, y)
+            found, estimate = ep.gradients(x, y)
+            torch.testing.assert_close(estimate.loss, loss)
+            exact = flat(exact, parameters)
+            assert (flat(found, parameters) - exact).norm() < 1e-3 * exact.norm(), size
+
+
+@pytest.mark.parametrize("size", [BATCH, 1])
+@pytest.mark.parametrize("double", [lambda x: torch.cat([x, x.flip(0)]), lambda x: x.repeat(2, 1)])
+def test_rows_that_are_no_examples_anywhere_are_refused_with_the_place_and_the_advice_helps(double, size):
+    model, (x, y) = Net(lambda net, x: net.c(net.a(double(x)).tanh())).double(), batch(size=size)
+    ep = mep.EquilibriumPropagation(model, mean_cross_entropy, solver=SOLVER)
+    said = assert_refused(lambda: ep(x, y.repeat(2)), model, "node `a`", "torch.stack", "Way out")
+    assert "cost=lambda" not in said
+    by_example = Net(lambda net, x: net.c(net.a(torch.stack([x, x.flip(0)], 1).flatten(0, 1)).tanh())).double()
+    assert_right(by_example, x, torch.stack([y, y.flip(0)], 1).flatten(), mean_cross_entropy)
+
+
 def test_a_part_of_a_batch_is_compared_only_where_the_graph_is_for_it():
     """Forward reads the number of examples, and the proof of a later step takes every eighth of them alone."""
     model = Net(lambda net, x: net.c(torch.tanh(net.a(x) * (3 if len(x) % 2 else 1)))).double()
