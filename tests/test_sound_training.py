@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 import mep
 from mep import presets
@@ -2169,6 +2170,63 @@ def test_rows_that_are_no_examples_anywhere_are_refused_with_the_place_and_the_a
     assert "cost=lambda" not in said
     by_example = Net(lambda net, x: net.c(net.a(torch.stack([x, x.flip(0)], 1).flatten(0, 1)).tanh())).double()
     assert_right(by_example, x, torch.stack([y, y.flip(0)], 1).flatten(), mean_cross_entropy)
+
+
+CHECKPOINTED = {
+    "normalised": lambda: [nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 6)],
+    "normalised twice, with noise": lambda: [
+        nn.BatchNorm1d(6), nn.Dropout(0.3), nn.Linear(6, 6), nn.BatchNorm1d(6, momentum=None), nn.Tanh()
+    ],
+    "normalised without statistics": lambda: [nn.BatchNorm1d(6, track_running_stats=False), nn.Tanh()],
+    "with a count of its own": lambda: [Counting(), nn.Linear(6, 6)],
+}  # fmt: skip
+
+
+class Counting(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls += 1
+        return x.tanh()
+
+
+@pytest.mark.parametrize("name", CHECKPOINTED)
+def test_buffers_of_a_checkpointed_block_are_written_once_a_step(name):
+    """Backpropagation writes them twice: when it computes the block again."""
+    block = nn.Sequential(*CHECKPOINTED[name]())
+    before = nn.BatchNorm1d(6)
+    run_again = functools.partial(checkpoint, block, use_reentrant=False)
+    model = Net(lambda net, x: net.c(run_again(before(net.a(x)))), block=block, before=before).double()
+    parameters = list(model.parameters())
+    plain = nn.Sequential(model.a, before, block, model.c)
+    ep = mep.EquilibriumPropagation(model, solver=SOLVER, beta=1e-5, proof="always")
+    for seed in range(3):
+        x, y = batch(seed)
+        start, noise = [b.clone() for b in model.buffers()], torch.get_rng_state()
+        loss, exact = by_autograd(plain, x, y)
+        wanted = [b.clone() for b in model.buffers()]
+        for b, value in zip(model.buffers(), start, strict=True):
+            b.copy_(value)
+        torch.set_rng_state(noise)
+        found, estimate = ep.gradients(x, y)
+        torch.testing.assert_close(estimate.loss, loss)
+        assert all(map(torch.equal, model.buffers(), wanted))
+        assert (flat(found, parameters) - flat(exact, parameters)).norm() < 1e-3 * flat(exact, parameters).norm()
+
+
+def test_a_buffer_that_only_the_backward_pass_writes_is_refused():
+    model = Net(lambda net, x: net.c(watched(net, net.a(x).tanh())))
+    model.register_buffer("norm", torch.zeros(()))
+    model = model.double()
+
+    def watched(net, h):
+        h.register_hook(lambda g: net.norm.copy_(g.norm()))
+        return h
+
+    ep = mep.EquilibriumPropagation(model, solver=SOLVER)
+    assert_refused(lambda: ep(*batch()), model, "Way out")
 
 
 def test_a_part_of_a_batch_is_compared_only_where_the_graph_is_for_it():
