@@ -1458,6 +1458,105 @@ def test_state_that_forward_moves_is_refused_and_nothing_moves(name):
     assert "Moving" in str(refusal.value)
 
 
+def counted(function):
+    """The next to last of a hundred calls doubles its result."""
+    calls = 0
+
+    @functools.wraps(function)
+    def call(*args):
+        nonlocal calls
+        calls += 1
+        return function(*args) * (2 if calls == 99 else 1)
+
+    return call
+
+
+def counted_on_itself(function):
+    @functools.wraps(function)
+    def call(*args):
+        call.calls += 1
+        return function(*args) * (2 if call.calls == 99 else 1)
+
+    call.calls = 0
+    return call
+
+
+class Counted:
+    """A decorator that is a class, for methods."""
+
+    def __init__(self, function):
+        self.function, self.calls = function, 0
+
+    def __get__(self, module, kind=None):
+        return functools.partial(self, module)
+
+    def __call__(self, *args):
+        self.calls += 1
+        return self.function(*args) * (2 if self.calls == 99 else 1)
+
+
+def decorating_a_class(decorate):
+    kind = type("Decorated", (Net,), {"forward": decorate(Net.forward)})
+    return kind(plain)
+
+
+def decorating_a_layer(decorate):
+    model = Net(plain)
+    model.b.forward = decorate(model.b.forward)
+    return model
+
+
+def decorating_a_class_of_layers(decorate):
+    kind = type("Decorated", (nn.Linear,), {"forward": decorate(nn.Linear.forward)})
+    return Net(plain, b=kind(6, 6))
+
+
+def decorating_a_function(decorate):
+    function = decorate(F.softplus)
+    return Net(lambda n, x: n.c(function(first(n, x))))
+
+
+def decorating_without_gradient(decorate):
+    function = torch.no_grad()(decorate(F.softplus))
+    return Net(lambda n, x: n.c(first(n, x) * function(n.b.bias)))
+
+
+PLACES = [
+    decorating_a_class, decorating_a_layer, decorating_a_class_of_layers, decorating_a_function,
+    decorating_without_gradient,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("decorate", [counted, counted_on_itself, Counted])
+@pytest.mark.parametrize("place", PLACES, ids=lambda f: f.__name__)
+def test_counts_in_decorators_are_refused_at_the_first_step(place, decorate):
+    """What torch's functions are wrapped in is the user's code, and what torch's decorators wrap is, too."""
+    model, (x, y) = place(decorate).double(), batch(1)
+    kept = world(model, None, x)
+    with pytest.raises(mep.TraceError, match=r"(?s)calls of .* changes whenever forward runs.*Way out"):
+        mep.EquilibriumPropagation(model, solver=SOLVER).gradients(x, y)
+    assert world(model, None, x) == kept
+
+
+def test_closure_of_a_decorator_is_seen_when_it_changes():
+    def made():
+        gain = 1.0
+
+        @functools.wraps(F.softplus)
+        def act(h):
+            return gain * F.softplus(h)
+
+        def turn(*_):
+            nonlocal gain
+            gain = 2.0
+
+        model = Net(lambda n, x: n.c(act(first(n, x))))
+        model.turn = turn
+        return model
+
+    assert_right(made, change=lambda model, _: model.turn())
+
+
 CACHE = {}
 LOG = []
 

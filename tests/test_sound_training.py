@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 import mep
 from mep import presets
@@ -2124,6 +2125,108 @@ def test_what_forward_decides_by_sizes_is_decided_again_for_others(name):
         torch.testing.assert_close(estimate.loss, loss)
         exact = flat(exact, parameters)
         assert (flat(found, parameters) - exact).norm() < 1e-3 * exact.norm(), f"{size} examples of {length}"
+
+
+def mean_cross_entropy(output, y):
+    return F.cross_entropy(output, y)
+
+
+SPLITTING = {
+    "halves": lambda h: torch.cat(h.chunk(2)),
+    "thirds in turn": lambda h: torch.cat(h.chunk(3)[::-1]),
+    "twos": lambda h: torch.cat([part * (i + 1) for i, part in enumerate(h.split(2))]),
+    "two columns": lambda h: torch.cat([h[:, :2], h[:, 2:]], 1),
+}
+PLACES = {
+    "the input": lambda net, x, split: net.c(net.a(split(x)).tanh()),
+    "a layer": lambda net, x, split: net.c(split(net.a(x)).tanh()),
+}
+
+
+@pytest.mark.parametrize("name", SPLITTING)
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("cost", ["cross_entropy", mean_cross_entropy])
+def test_batches_that_forward_splits_are_split_again_where_sizes_differ(name, place, cost):
+    """Also where the cost is recorded as well, whose target has the same number of examples."""
+    model = Net(lambda net, x: PLACES[place](net, x, SPLITTING[name])).double()
+    parameters = list(model.parameters())
+    for sizes in (4, 1, 7), (1, 4):
+        ep = mep.EquilibriumPropagation(model, cost, solver=SOLVER, beta=1e-5)
+        for size in sizes:
+            x, y = batch(size=size)
+            loss, exact = by_autograd(model, x, y)
+            found, estimate = ep.gradients(x, y)
+            torch.testing.assert_close(estimate.loss, loss)
+            exact = flat(exact, parameters)
+            assert (flat(found, parameters) - exact).norm() < 1e-3 * exact.norm(), size
+
+
+@pytest.mark.parametrize("size", [BATCH, 1])
+@pytest.mark.parametrize("double", [lambda x: torch.cat([x, x.flip(0)]), lambda x: x.repeat(2, 1)])
+def test_rows_that_are_no_examples_anywhere_are_refused_with_the_place_and_the_advice_helps(double, size):
+    model, (x, y) = Net(lambda net, x: net.c(net.a(double(x)).tanh())).double(), batch(size=size)
+    ep = mep.EquilibriumPropagation(model, mean_cross_entropy, solver=SOLVER)
+    said = assert_refused(lambda: ep(x, y.repeat(2)), model, "node `a`", "torch.stack", "Way out")
+    assert "cost=lambda" not in said
+    by_example = Net(lambda net, x: net.c(net.a(torch.stack([x, x.flip(0)], 1).flatten(0, 1)).tanh())).double()
+    assert_right(by_example, x, torch.stack([y, y.flip(0)], 1).flatten(), mean_cross_entropy)
+
+
+CHECKPOINTED = {
+    "normalised": lambda: [nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 6)],
+    "normalised twice, with noise": lambda: [
+        nn.BatchNorm1d(6), nn.Dropout(0.3), nn.Linear(6, 6), nn.BatchNorm1d(6, momentum=None), nn.Tanh()
+    ],
+    "normalised without statistics": lambda: [nn.BatchNorm1d(6, track_running_stats=False), nn.Tanh()],
+    "with a count of its own": lambda: [Counting(), nn.Linear(6, 6)],
+}  # fmt: skip
+
+
+class Counting(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls += 1
+        return x.tanh()
+
+
+@pytest.mark.parametrize("name", CHECKPOINTED)
+def test_buffers_of_a_checkpointed_block_are_written_once_a_step(name):
+    """Backpropagation writes them twice: when it computes the block again."""
+    block = nn.Sequential(*CHECKPOINTED[name]())
+    before = nn.BatchNorm1d(6)
+    run_again = functools.partial(checkpoint, block, use_reentrant=False)
+    model = Net(lambda net, x: net.c(run_again(before(net.a(x)))), block=block, before=before).double()
+    parameters = list(model.parameters())
+    plain = nn.Sequential(model.a, before, block, model.c)
+    ep = mep.EquilibriumPropagation(model, solver=SOLVER, beta=1e-5, proof="always")
+    for seed in range(3):
+        x, y = batch(seed)
+        start, noise = [b.clone() for b in model.buffers()], torch.get_rng_state()
+        loss, exact = by_autograd(plain, x, y)
+        wanted = [b.clone() for b in model.buffers()]
+        for b, value in zip(model.buffers(), start, strict=True):
+            b.copy_(value)
+        torch.set_rng_state(noise)
+        found, estimate = ep.gradients(x, y)
+        torch.testing.assert_close(estimate.loss, loss)
+        assert all(map(torch.equal, model.buffers(), wanted))
+        assert (flat(found, parameters) - flat(exact, parameters)).norm() < 1e-3 * flat(exact, parameters).norm()
+
+
+def test_a_buffer_that_only_the_backward_pass_writes_is_refused():
+    model = Net(lambda net, x: net.c(watched(net, net.a(x).tanh())))
+    model.register_buffer("norm", torch.zeros(()))
+    model = model.double()
+
+    def watched(net, h):
+        h.register_hook(lambda g: net.norm.copy_(g.norm()))
+        return h
+
+    ep = mep.EquilibriumPropagation(model, solver=SOLVER)
+    assert_refused(lambda: ep(*batch()), model, "Way out")
 
 
 def test_a_part_of_a_batch_is_compared_only_where_the_graph_is_for_it():

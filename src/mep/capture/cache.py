@@ -192,7 +192,8 @@ class Graphs:
     def _capture(self, x: Any, function: Any, target: Any, structures: tuple[Any, ...], batch: list[Any]) -> _Known:
         """Capture the model as it is now, with its cost where there is a function for it."""
         snapshot = Snapshot(self.model, *([self.cost] if callable(self.cost) else []))
-        given, unread = (self.model, x, self.leaves, self.energy, self.branches), None
+        given = self.model, x, self.leaves, self.energy, self.branches
+        unread: TraceError | None = None
         try:
             graph = capture(*given, function, target)
         except InputError as error:
@@ -200,8 +201,11 @@ class Graphs:
         except TraceError as error:
             if function is None:
                 raise
-            # Then the cost is run as it is, and the proof is the judge of that.
-            graph, unread = capture(*given), error
+            unread = error  # the cost is run as it is then, and the proof is the judge of that
+            try:
+                graph = capture(*given)
+            except TraceError:
+                raise error from None
         free = iter(graph.sizes)
         leaves: list[tuple[Any, ...]] = []
         for v in batch:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from mep.cost import recorded_function
 from mep.errors import MepError, TraceError, warn
 from mep.graph.graph import Graph, lengths_of
 from mep.graph.inputs import flattened, mapped
-from mep.guards import generators, set_generators
+from mep.guards import generators, same, set_generators
 
 
 @dataclass(frozen=True)
@@ -146,6 +146,15 @@ def _sides(proof: Proof, x: Any, target: Any) -> tuple[Side, Side]:
                 f"{name} computes something else when it is run a second time on the same batch with the same random "
                 f"numbers (loss {wanted.loss:.6g}, then {again:.6g}): it keeps state that is no buffer, and {way_out}"
             )
+
+        once = buffers.values()
+        if not all(map(same, wanted.buffers, once)):
+            # The backward pass has written, too. Where that was forward run again (torch.utils.checkpoint), it wrote
+            # what a second forward pass writes. A step writes once.
+            set_generators(noise)
+            loss_of(proof.model, proof.cost, mapped(x, Tensor.clone), target)
+            triples = zip(wanted.buffers, once, buffers.values(), strict=True)
+            wanted = replace(wanted, buffers=[first if same(b, second) else b for b, first, second in triples])
 
         buffers.undo()
         set_generators(noise)

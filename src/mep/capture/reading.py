@@ -63,7 +63,7 @@ class Reading:
         tensors = iter(exported.inputs)
         self.leaves = tuple(Ref(name) if isinstance(v, Tensor) else v for name, v in named)
         self.inputs = {next(tensors): ref.name for ref in self.leaves if isinstance(ref, Ref)}
-        self.batch = value(exported.inputs[0]).shape[0]
+        self.batch = _number(value(exported.inputs[0]).shape[0])
         in_few_forms(self.fx, exported.inputs)
         self.read()
 
@@ -104,7 +104,10 @@ class Reading:
         """Relations between free sizes on which forward, torch or the reading has decided so far."""
         given = (*self.exported.inputs, *self.exported.targets)
         free = [size for n in given for size in value(n).shape if isinstance(size, torch.SymInt)]
-        return tuple(dict.fromkeys(guard.expr for guard in free[0].node.shape_env.guards)) if free else ()
+        if not free:
+            return ()
+        env = free[0].node.shape_env  # of sizes that were found to be equal, one symbol stands for all
+        return tuple(dict.fromkeys(env.replace(guard.expr) for guard in env.guards))
 
     def data_ops(self) -> list[fx.Node]:
         """The operations whose value depends on an input, not merely on its shape."""
@@ -275,9 +278,10 @@ class Reading:
         t = value(n)
         if not isinstance(t, Tensor) or not t.is_floating_point() or t.ndim == 0:
             return False
+        rows = _number(t.shape[0])
         if isinstance(self.batch, int):
-            return isinstance(t.shape[0], int) and t.shape[0] % self.batch == 0
-        rows, batch = t.shape[0], self.batch.node.expr
+            return isinstance(rows, int) and rows % self.batch == 0
+        batch = self.batch.node.expr
         return isinstance(rows, torch.SymInt) and batch not in (rows.node.expr / batch).as_numer_denom()[1].free_symbols
 
     def _is_by_example(self, n: fx.Node) -> bool:
@@ -321,7 +325,14 @@ class Reading:
         program, reads = self._closure([cost], crossing)
         states, others = [n for n in reads if n in crossing], [n for n in reads if n not in crossing]
         if not states:
-            raise TraceError(f"The cost does not depend on what {type(self.model).__name__} computes.")
+            name, read = type(self.model).__name__, [n for n in program if self.data[n] and self.parametrised[n]]
+            if not read:
+                raise TraceError(f"The cost does not depend on what {name} computes.")
+            raise TraceError(
+                f"Cannot read {name}: no value that reads parameters has the examples as rows, so that none can have a "
+                f"state; the first is {self.place(read[0])}, of shape {tuple(value(read[0]).shape)}. Way out: several "
+                "rows of one example one after another, torch.stack([a, b], 1).flatten(0, 1) and not torch.cat([a, b])."
+            )
         for n in filter(self._is_random, program):
             raise TraceError(
                 f"The cost draws random numbers: {self.place(n)}. Way out: draw them in the model, which returns "
@@ -494,6 +505,11 @@ class Reading:
         if isinstance(template, dict):
             return {k: self._plain(v) for k, v in template.items()}
         return template
+
+
+def _number(size: Any) -> Any:
+    """A size; a symbol that was found to be a number is that."""
+    return int(size) if isinstance(size, torch.SymInt) and not size.node.expr.free_symbols else size
 
 
 class Join:

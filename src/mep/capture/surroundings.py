@@ -389,9 +389,14 @@ def _is_object(value: Any) -> bool:
 
 
 def _is_foreign(code: Any) -> bool:
-    """Whether a class, function or module is Python's, torch's or ours."""
-    name = getattr(code, "__module__", None) or getattr(code, "__name__", "")
-    return str(name).partition(".")[0] in _FOREIGN
+    """Whether a class, function or module is Python's, torch's or ours.
+
+    A wrapper has the module of what it wraps (`functools.wraps`), and is foreign only if both are.
+    """
+    names = [getattr(code, "__module__", None) or getattr(code, "__name__", "")]
+    if isinstance(code, FunctionType):
+        names.append(code.__globals__.get("__name__", ""))
+    return all(str(name).partition(".")[0] in _FOREIGN for name in names)
 
 
 def _of_function(name: str, function: FunctionType, known: dict[str, set[str]]) -> Iterator[Place]:
@@ -400,6 +405,8 @@ def _of_function(name: str, function: FunctionType, known: dict[str, set[str]]) 
     Of modules of Python's and torch's that is whatever it names: a function there may be replaced.
     """
     if _is_foreign(function):
+        if "__wrapped__" in vars(function):  # as of torch.no_grad()
+            yield _Named(name, function, ("__wrapped__",))
         return
     for variable, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
         if variable != "__class__" and cell != CellType():  # not that of super(), and bound

@@ -66,7 +66,11 @@ def input_names(model: nn.Module, x: Any) -> list[str]:
         given = list(x.items())
     else:
         values = x if isinstance(x, (tuple, list)) else [x]
-        known = [p for p in inspect.signature(model.forward).parameters.values() if p.kind is not p.KEYWORD_ONLY]
+        try:
+            signature = inspect.signature(model.forward)
+        except ValueError:  # a callable object in the place of forward may have none
+            signature = inspect.Signature()
+        known = [p for p in signature.parameters.values() if p.kind is not p.KEYWORD_ONLY]
         names = [p.name for p in known if p.kind is not p.VAR_POSITIONAL]
         given = [(names[i] if i < len(names) else f"input_{i}", v) for i, v in enumerate(values)]
     found = []
