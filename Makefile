@@ -10,7 +10,7 @@ INSTALLED := .venv/.installed
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 10
 
-test: lint ## lint, then run the tests and docstring examples; of long tables of cases a third
+test: lint ## lint, then run the tests and docstring examples; of long tables of cases a part
 	$(BIN)/pytest -q -n auto --dist worksteal
 
 test-all: lint ## as test, with all cases and all random models

@@ -22,23 +22,19 @@ def uncompiled(monkeypatch):
     without_compiler(monkeypatch)
 
 
-_TABLES = ((12, 1), (math.inf, 5))
-_PRESETS = ((6, 1), (12, 2), (math.inf, 5))
+_TABLES = ((6, 1), (12, 2), (math.inf, 5))
 _OTHERS = {
-    "test_bad_input.py": _PRESETS,
     "test_layering.py": ((math.inf, 1),),
-    "test_optimizer.py": _PRESETS,
-    "test_presets.py": _PRESETS,
     "test_public_models.py": ((12, 1), (math.inf, 3)),
-    "test_sound_reading.py": ((6, 1), (math.inf, 2)),
-    "test_sound_training.py": ((6, 1), (12, 2), (math.inf, 3)),
-    "test_zoo.py": ((math.inf, 1),),
+    "test_sound_reading.py": ((4, 1), (math.inf, 3)),
+    "test_sound_training.py": ((4, 1), (12, 3), (math.inf, 5)),
+    "test_zoo.py": ((math.inf, 2),),
 }
 """Of a test with at most so many cases every how many-th is run, unless MEP_TEST_ALL is set.
 
 Besides, of a table of several parameters some case is run with each value of each. What holds of all presets is tested
 with every other one, and in the next test with the rest. In some files tables are lists of models that were once got
-wrong, where each is like its neighbours; of the models that people write, all are run.
+wrong, where each is like its neighbours.
 """
 
 
