@@ -2782,11 +2782,12 @@ def test_a_property_in_the_place_of_a_slot_is_left_alone():
     assert mep.EquilibriumPropagation(model)(torch.randn(5, 3), torch.tensor([0, 1, 0, 1, 0])).converged
 
 
-def test_inputs_that_require_a_gradient_are_warned_of_once():
+@pytest.mark.parametrize("estimator", [mep.EquilibriumPropagation, mep.Backprop])
+def test_inputs_that_require_a_gradient_are_warned_of_once(estimator):
     """An encoder in front of the model would not be trained."""
     torch.manual_seed(0)
     encoder, head = nn.Linear(4, 6), nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
-    ep = mep.EquilibriumPropagation(head)
+    ep = estimator(head)
     x, y = torch.randn(8, 4), torch.arange(8) % 3
     with pytest.warns(UserWarning, match="inputs of Sequential require a gradient") as said:
         ep(encoder(x), y)
