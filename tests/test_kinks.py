@@ -1,6 +1,7 @@
 """Every piecewise-linear operation: held on its branch, or settled at its kink; and how far the two are apart."""
 
 import itertools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -375,6 +376,46 @@ def test_held_and_exact_part_with_beta_and_agree_in_the_limit(name):
     g, b = (torch.cat([v[p].flatten() for p in model.parameters()]) for v in (g, b))
     assert estimate.beta == 0.05 and abs(strong.error[1] - float((g - b).norm() / b.norm())) < 1e-6
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+
+
+def pooled_by_norms(dimensions, p, act):
+    conv, pool = getattr(nn, f"Conv{dimensions}d"), getattr(nn, f"LPPool{dimensions}d")
+    return nn.Sequential(conv(1, 3, 2), act, pool(p, 2, ceil_mode=True), nn.Flatten(), nn.LazyLinear(3))
+
+
+P_NORMS = {
+    "1d": (1, 2, nn.ReLU()),
+    "2d": (2, 2, nn.ReLU()),
+    "2d, of signed values": (2, 2, nn.Tanh()),
+    "2d, the third norm": (2, 3, nn.Sigmoid()),
+    "2d, the largest": (2, math.inf, nn.Tanh()),
+    "3d": (3, 2, nn.ReLU()),
+}
+
+
+@pytest.mark.parametrize("branches", ["held", "exact"])
+@pytest.mark.parametrize("name", P_NORMS)
+def test_pooling_by_norms_is_right(name, branches):
+    """Windows without a unit that is on have no gradient, and are no kinks."""
+    torch.manual_seed(0)
+    dimensions, p, act = P_NORMS[name]
+    model = pooled_by_norms(dimensions, p, act).double()
+    x, y = torch.randn(3, 1, *[4] * dimensions).double(), torch.arange(3)
+    model(x)
+    if isinstance(act, nn.ReLU):
+        model[0].bias.data.sub_(0.5)
+        assert (model[:3](x) == 0).any()
+    report = mep.verify(model, x, y, branches=branches)
+    assert report.ok, str(report)
+
+
+@pytest.mark.filterwarnings("ignore:Functions without a state")
+@pytest.mark.parametrize("p", [2, 3])
+def test_pooling_by_norms_is_right_in_a_hopfield_network(p):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Sigmoid(), nn.LPPool2d(p, 2), nn.Flatten(), nn.Linear(8, 3)).double()
+    report = mep.verify(model, torch.randn(3, 1, 6, 6).double(), torch.arange(3), cost="one_hot_mse", energy="hopfield")
+    assert report.ok, str(report)
 
 
 def test_linear_networks_have_no_branches_to_differ_in():

@@ -298,6 +298,23 @@ def test_every_keyword_is_explicit(preset):
             preset(net.parameters(), model=net, **{typo: 1})
 
 
+LACKING = [
+    (mep.local_ep, "energy", "hopfield"), (mep.local_ep, "energy", mep.NodeEnergy), (mep.local_ep, "groups", []),
+    (mep.local_ep, "settle_lr", 0.1), (mep.natural_ep, "groups", []), (mep.natural_ep, "checkpoint", True),
+    (mep.O1MemoryEPv2, "compile", True), (mep.O1MemoryEPv2, "points", 4),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("preset", "keyword", "value"), LACKING)
+def test_a_keyword_of_other_presets_is_refused_with_one_that_has_it(preset, keyword, value):
+    net = small_net()
+    why = "prediction energy" if preset is mep.local_ep else "gradient descent|of all layers"
+    with pytest.raises(mep.ArgumentError, match=rf"{preset.__name__}\({keyword}=.*({why}).*mep\.eqprop") as raised:
+        preset(net.parameters(), model=net, **{keyword: value})
+    assert isinstance(raised.value, TypeError)  # as every keyword that a function does not have
+    assert keyword in inspect.signature(mep.eqprop).parameters
+
+
 # How to settle: the rules.
 
 

@@ -16,7 +16,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import distributions, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
@@ -2229,6 +2229,45 @@ def test_a_buffer_that_only_the_backward_pass_writes_is_refused():
     assert_refused(lambda: ep(*batch()), model, "Way out")
 
 
+def normal(net, h, **given):
+    return distributions.Normal(h, net.b(h.tanh()).exp(), **given)
+
+
+DISTRIBUTIONS = {
+    "a sample": lambda net, h, **given: normal(net, h, **given).rsample(),
+    "of independent numbers": lambda net, h, **given: (
+        distributions.Independent(normal(net, h, **given), 1, **given).mean
+    ),
+    "of a transformed one": lambda net, h, **given: distributions.TransformedDistribution(
+        normal(net, h, **given), [distributions.TanhTransform()], **given
+    ).rsample(),
+    "of correlated numbers": lambda net, h, **given: distributions.MultivariateNormal(
+        h, scale_tril=torch.eye(6).double(), **given
+    ).rsample(),
+    "an entropy": lambda net, h, **given: h * distributions.Categorical(logits=net.b(h), **given).entropy()[:, None],
+    "a probability": lambda net, h, **given: distributions.Laplace(h, 1.0, **given).log_prob(net.b(h)),
+    "a divergence": lambda net, h, **given: distributions.kl_divergence(
+        normal(net, h, **given), distributions.Normal(0.0, 1.0, **given)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DISTRIBUTIONS)
+def test_distributions_that_check_are_refused_and_the_advice_helps(name):
+    """Whose message names the smallest change: `validate_args=False`."""
+    draw, (x, y) = DISTRIBUTIONS[name], batch()
+    model = Net(lambda net, x: net.c(draw(net, net.a(x).tanh()))).double()
+    ep = mep.EquilibriumPropagation(model, solver=SOLVER)
+    assert_refused(lambda: ep(x, y), model, "Way out", "validate_args=False", "leaves=", error=mep.TraceError)
+    assert_right(Net(lambda net, x: net.c(draw(net, net.a(x).tanh(), validate_args=False))).double(), x, y)
+
+
+def test_other_decisions_by_values_are_not_laid_to_distributions():
+    model = Net(lambda net, x: net.c(net.a(x).tanh() if net.a(x).sum() > 0 else net.a(x))).double()
+    said = assert_refused(lambda: mep.EquilibriumPropagation(model)(*batch()), model, "Way out")
+    assert "validate_args" not in said
+
+
 def test_a_part_of_a_batch_is_compared_only_where_the_graph_is_for_it():
     """Forward reads the number of examples, and the proof of a later step takes every eighth of them alone."""
     model = Net(lambda net, x: net.c(torch.tanh(net.a(x) * (3 if len(x) % 2 else 1)))).double()
@@ -2743,11 +2782,12 @@ def test_a_property_in_the_place_of_a_slot_is_left_alone():
     assert mep.EquilibriumPropagation(model)(torch.randn(5, 3), torch.tensor([0, 1, 0, 1, 0])).converged
 
 
-def test_inputs_that_require_a_gradient_are_warned_of_once():
+@pytest.mark.parametrize("estimator", [mep.EquilibriumPropagation, mep.Backprop])
+def test_inputs_that_require_a_gradient_are_warned_of_once(estimator):
     """An encoder in front of the model would not be trained."""
     torch.manual_seed(0)
     encoder, head = nn.Linear(4, 6), nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
-    ep = mep.EquilibriumPropagation(head)
+    ep = estimator(head)
     x, y = torch.randn(8, 4), torch.arange(8) % 3
     with pytest.warns(UserWarning, match="inputs of Sequential require a gradient") as said:
         ep(encoder(x), y)

@@ -45,6 +45,10 @@ class RemovedArgumentError(ArgumentError, TypeError):
     """An argument of an earlier version; the message has the new way."""
 
 
+class UnknownArgumentError(ArgumentError, TypeError):
+    """A keyword that a preset does not have."""
+
+
 class NotConvergedWarning(UserWarning):
     """Some example did not settle (`on_unsettled="warn"`); its estimate was used."""
 

@@ -31,7 +31,7 @@ from torch.optim.optimizer import ParamsT
 from mep.capture import Leaves
 from mep.cost import BatchCost, PerExample
 from mep.energy import GroupEnergy, Hopfield, NodeEnergy, make_node_energy
-from mep.errors import A_FLAG, ArgumentError, ParameterError, RemovedArgumentError, require
+from mep.errors import A_FLAG, ArgumentError, ParameterError, RemovedArgumentError, UnknownArgumentError, require
 from mep.estimators import Backprop, EquilibriumPropagation
 from mep.graph.inputs import check_model
 from mep.optimizer import Constraint, EPOptimizer
@@ -82,6 +82,12 @@ HOPFIELD_DEFAULTS: dict[str, dict[str, Any]] = {
 }
 """What a preset has instead of its defaults with `energy="hopfield"`, beside the cost "one_hot_mse"."""
 _REMOVED = {"strength": "No nudge is weakened any more: beta is used as given. beta=None chooses one for each example."}
+_LACKING = {
+    "O1MemoryEPv2": "its states settle by gradient descent, mep.Descent, which does not have this",
+    "natural_ep": "it needs the states and errors of all layers at once, of energies of single nodes",
+    "local_ep": "it is for the prediction energy, which mep.Local settles node by node and with few settings",
+}
+"""Why some presets are without keywords that others have."""
 
 
 def _settles(*without: str, **changed: Any) -> Callable[[Callable[_Given, EPOptimizer]], Callable[_Given, EPOptimizer]]:
@@ -100,9 +106,14 @@ def _settles(*without: str, **changed: Any) -> Callable[[Callable[_Given, EPOpti
             for name in given.keys() - set(names):
                 if name in _REMOVED:
                     raise RemovedArgumentError(f"{recipe.__name__}({name}=...) is gone. {_REMOVED[name]}")
+                if name in without:
+                    raise UnknownArgumentError(
+                        f"{recipe.__name__}({name}=...): {_LACKING[recipe.__name__]}. Leave it out, or use another "
+                        f"preset that has it, as mep.eqprop({name}=...)."
+                    )
                 near = difflib.get_close_matches(name, names, n=1)
                 hint = f" Did you mean {near[0]!r}?" if near else f" It takes {', '.join(names)}."
-                raise TypeError(f"{recipe.__name__}() got an unexpected keyword argument {name!r}.{hint}")
+                raise UnknownArgumentError(f"{recipe.__name__}() got an unexpected keyword argument {name!r}.{hint}")
             every: Any = defaults | given
             energy = given.get("energy")
             if energy == "hopfield" or isinstance(energy, Hopfield):

@@ -341,8 +341,8 @@ def _refusal(error: Exception, model: nn.Module) -> TraceError:
         reason = "it makes tensors in a way that a recorded graph cannot contain."
     elif not isinstance(error, Unrecordable):
         reason = f"{type(error).__name__}: {reason}"
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.line and not f.filename.startswith("<")]
-    frames = [f for f in frames if not is_library(f.filename)]
+    every = traceback.extract_tb(error.__traceback__)
+    frames = [f for f in every if f.line and not f.filename.startswith("<") and not is_library(f.filename)]
     if frames:
         last = frames[-1]
         reason += f"\n  {Path(last.filename).name}, line {last.lineno} in {last.name}: {last.line}"
@@ -354,10 +354,16 @@ def _refusal(error: Exception, model: nn.Module) -> TraceError:
     way_out = "move this code into a module of its own and keep that whole, leaves=(ThatModule,)"
     if inside:
         way_out = f"keep `{names[inside[-1]]}` whole, leaves=({type(inside[-1]).__name__},)"
+    if any(f.filename == torch.distributions.distribution.__file__ and f.name in _CHECKS for f in every):
+        way_out = f"give the distribution validate_args=False, since it checks what it is given; or {way_out}"
     return TraceError(
         f"Cannot read {type(model).__name__}: {reason}\n"
         f"Way out: {way_out}: autograd runs inside it, equilibrium propagation between it and the rest."
     )
+
+
+_CHECKS = ("__init__", "_validate_sample")
+"""Methods of distributions that look at values, with `validate_args=True`, the default."""
 
 
 @contextmanager

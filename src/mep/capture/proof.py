@@ -20,7 +20,7 @@ from mep.capture.surroundings import Snapshot
 from mep.cost import recorded_function
 from mep.errors import MepError, TraceError, warn
 from mep.graph.graph import Graph, lengths_of
-from mep.graph.inputs import flattened, mapped
+from mep.graph.inputs import flattened, mapped, warn_of_inputs
 from mep.guards import generators, same, set_generators
 
 
@@ -132,11 +132,8 @@ def _sides(proof: Proof, x: Any, target: Any) -> tuple[Side, Side]:
         set_generators(noise)
         with torch.enable_grad():  # forward may hook what it computes
             loss_again = loss_of(proof.model, proof.cost, mapped(x, Tensor.clone), target)
-        if not proof.is_known:
-            if inputs := [t for t in flattened(x)[0] if isinstance(t, Tensor) and t.grad_fn is not None]:
-                _warn_of_inputs(name, inputs)
-            else:
-                _warn_of(name, leaves, leaves_of(loss_again), [*trained, *flattened(x)[0], *flattened(target)[0]])
+        if not proof.is_known and not warn_of_inputs(name, x):
+            _warn_of(name, leaves, leaves_of(loss_again), [*trained, *flattened(x)[0], *flattened(target)[0]])
         again = float(loss_again.detach())
         moved = snapshot.moved(first, snapshot.now()) if snapshot else None
         if moved is not None:
@@ -180,16 +177,6 @@ def _warn_of(name: str, first: Sequence[Tensor], second: Sequence[Tensor], given
             "that is a module), or requires_grad_(False) where they are not to be trained.",
             UserWarning,
         )
-
-
-def _warn_of_inputs(name: str, inputs: Sequence[Tensor]) -> None:
-    """Warn of inputs that were computed from what is trained: backpropagation would go on there."""
-    warn(
-        f"{len(inputs)} inputs of {name} require a gradient, of shapes {[tuple(t.shape) for t in inputs[:3]]}, and get "
-        "none: equilibrium propagation has those of parameters, and nothing goes back to what has made the input. Way "
-        "out: make that a part of the model; or pass x.detach().",
-        UserWarning,
-    )
 
 
 def _difference(proof: Proof, wanted: Side, found: Side, relative: float, absolute: float) -> str | None:

@@ -5,7 +5,7 @@
     dropout(x)            x * dropout(ones), so that the noise is a value of its own, drawn once a step
     maximum(a, b)         reduced(largest(pair(a, b)))                      minimum, amin: the negatives of negatives
     amax(x, dims)         reduced(largest(gathered(x, dims)))               max(x, dim), if only its values are read
-    prelu(x)              leaking(x, relu(x), slope)
+    prelu(x)              leaking(x, relu(x), slope)                        sign(x) * relu(|x|)  signed(x)
 
 For exact branches max pooling also becomes `largest` of its windows, and the kinks' inputs get states of their own.
 """
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, fx
 
 from mep.graph.closed_forms import maxima
-from mep.graph.closed_forms.activations import leaking, own_state
+from mep.graph.closed_forms.activations import leaking, own_state, signed
 from mep.graph.closed_forms.maxima import MaxPool, Windows
 
 aten = torch.ops.aten
@@ -336,6 +336,16 @@ def _extreme(n: fx.Node) -> None:
         n.graph.erase_node(n)
 
 
+def _signed(n: fx.Node) -> None:
+    """`sign(x) relu(|x|)`, in pooling by p-norms: x, and no gradient where it is 0. These are no kinks."""
+    factors: list[Any] = list(n.args)
+    chain = [("mul", n), ("sign", factors[0]), ("relu", factors[-1])]
+    if all(isinstance(m, fx.Node) and label(m) == name for name, m in chain):
+        size = factors[1].args[0]
+        if label(size) == "abs" and size.args[0] is factors[0].args[0]:
+            _replace([n], _put(n, signed, factors[0].args[0]))
+
+
 def _prelu(n: fx.Node) -> None:
     x, slope = n.args
     _replace([n], _put(n, leaking, x, _put(n, aten.relu.default, x), slope))
@@ -366,5 +376,6 @@ _REWRITES: dict[str, Callable[[fx.Node], None]] = {
     **{f"max_pool{n}d_with_indices": _as_pool for n in (1, 2, 3)},
     **dict.fromkeys(("maximum", "minimum", "amax", "amin", "max", "min"), _extreme),
     "prelu": _prelu,
+    "mul": _signed,
     "group_norm": lambda n: setattr(n, "target", group_norm),
 }

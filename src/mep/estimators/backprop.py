@@ -14,7 +14,15 @@ from mep.errors import ArgumentError, DivergedError
 from mep.estimators.checks import noise_undone_on_error
 from mep.estimators.contrast import accumulate, finished
 from mep.estimators.estimate import Estimate, Gradients
-from mep.graph.inputs import call_model, check_finite, check_mode, check_model, checked_batch, dtype_errors
+from mep.graph.inputs import (
+    call_model,
+    check_finite,
+    check_mode,
+    check_model,
+    checked_batch,
+    dtype_errors,
+    warn_of_inputs,
+)
 from mep.guards import without_hooks
 
 
@@ -34,6 +42,7 @@ class Backprop:
         self.model = model
         self.cost = cost
         make_cost(cost)
+        self._is_new = True
 
     def __call__(self, x: Any, target: Tensor) -> Estimate:
         """Accumulate the gradient into `p.grad`."""
@@ -48,6 +57,9 @@ class Backprop:
         check_mode()
         batch = checked_batch(x, target, self.cost, finite=False)
         check_model(self.model, "Backprop")
+        if self._is_new:
+            self._is_new = False
+            warn_of_inputs(type(self.model).__name__, x)
         trained = trained_parameters(self.model, self.cost)
         buffers = Buffers(self.model)
         try:

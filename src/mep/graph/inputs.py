@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from mep.cost import recorded_function
-from mep.errors import ArgumentError, InputError, ParameterError
+from mep.errors import ArgumentError, InputError, ParameterError, warn
 
 
 def call_model(model: nn.Module, x: Any) -> Any:
@@ -146,6 +146,19 @@ def check_finite(x: Any) -> None:
         # A sum is finite only if all its terms are; only if it is not does the slower exact test decide.
         if is_real and not math.isfinite(float(t.detach().sum())) and not torch.isfinite(t).all():
             raise InputError("The input contains NaN or Inf. Nothing was changed; mend or drop this batch.")
+
+
+def warn_of_inputs(name: str, x: Any) -> bool:
+    """Warn of inputs that were computed from what is trained, where gradients end; whether there are any."""
+    inputs = [t for t in flattened(x)[0] if isinstance(t, Tensor) and t.grad_fn is not None]
+    if inputs:
+        warn(
+            f"{len(inputs)} inputs of {name} require a gradient, of shapes {[tuple(t.shape) for t in inputs[:3]]}, and "
+            "get none: there are those of parameters alone, and nothing goes back to what has made the input. Way out: "
+            "make that a part of the model; or pass x.detach().",
+            UserWarning,
+        )
+    return bool(inputs)
 
 
 def check_mode() -> None:

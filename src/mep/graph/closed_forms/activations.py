@@ -207,6 +207,11 @@ def activation_of(name: str, args: Sequence[Any] = (), kwargs: Mapping[str, Any]
         return None
 
 
+def signed(x: Tensor) -> Tensor:
+    """x as `sign(x) |x|`, whose derivative is taken to be 0 at 0: as torch's pooling by p-norms, without kinks."""
+    return torch.sign(x) * F.relu(x.abs())
+
+
 def leaking(x: Tensor, positive: Tensor, slope: Tensor) -> Tensor:
     """PReLU, given `positive = relu(x)`: `positive + slope (x - positive)`, one slope or one for every channel."""
     slope = slope.view(-1, *[1] * (x.ndim - 2)) if slope.numel() > 1 else slope
