@@ -14,7 +14,7 @@ from torch.nn.utils.parametrizations import weight_norm
 from mep.capture import capture
 from mep.capture.cache import Graphs
 from mep.cost import PerExample, make_cost
-from mep.energy import Box, Energy, Free, NodeEnergy, make_node_energy, nudge
+from mep.energy import Box, Energy, Free, GroupEnergy, NodeEnergy, make_node_energy, nudge
 from mep.graph.ops import StepContext
 from mep.settle import Solver, settle
 
@@ -42,6 +42,25 @@ def convolutional() -> nn.Sequential:
         nn.Flatten(),
         nn.Linear(12, 3),
     )
+
+
+class Lateral(nn.Module, GroupEnergy):
+    """Units of one layer that act on each other: e = s^T (W + W^T) s / 4."""
+
+    nodes = ("0",)
+
+    def __init__(self, weight):
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+
+    def energy(self, s):
+        return 0.25 * ((s @ (self.weight + self.weight.T)) * s).sum(1)
+
+
+def inhibiting(width, strength):
+    """Every unit acts on every other one: e = strength sum_(i < j) s_i s_j, without parameters that learn."""
+    weight = strength * (1 - torch.eye(width, dtype=torch.float64))
+    return Lateral(weight).requires_grad_(False)
 
 
 class Quartic(NodeEnergy):

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import inhibiting
 from reference import energy as energy_of
 from reference import forces, predictions_of_graph
 from test_relaxation import NETWORKS, build
@@ -221,19 +222,12 @@ def test_of_two_inputs_one_is_free(as_dict):
         ep.relax(clamp={"input": x[0]})
 
 
-class Lateral(mep.GroupEnergy):
-    nodes = ("0",)
-
-    def energy(self, s):
-        return 0.05 * (s.sum(1) ** 2 - (s**2).sum(1))
-
-
 def test_energies_of_groups_act_as_well():
     model, x, y = build("hard sigmoid", scale=0.4)
-    ep = estimator(model, DESCENT, groups=[Lateral()])
+    ep = estimator(model, DESCENT, groups=[inhibiting(8, 0.1)])
     ep.predict(x)
     found = ep.relax(clamp={"output": y}, box=(0, 1))
-    written = Written(model, x, ["input"], (0, 1), [Lateral()])
+    written = Written(model, x, ["input"], (0, 1), [inhibiting(8, 0.1)])
     drawn = written.drawn(found.states, {written.graph.output: all_of(y)})
     assert found.converged and max(float(move.abs().max()) for move in drawn.values()) < 1e-7
     torch.testing.assert_close(found.energy, written(found.states))

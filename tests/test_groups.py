@@ -4,28 +4,16 @@ import math
 
 import pytest
 import torch
+from cases import Lateral
 from torch import nn
 
 import mep
 
 
-class Lateral(nn.Module, mep.GroupEnergy):
-    """Units of one layer that act on each other: e = 1/4 s^T (W + W^T) s."""
-
-    nodes = ("0",)
-
-    def __init__(self, width):
-        super().__init__()
-        self.weight = nn.Parameter(0.1 * torch.randn(width, width, dtype=torch.float64))
-
-    def energy(self, s):
-        return 0.25 * ((s @ (self.weight + self.weight.T)) * s).sum(1)
-
-
 def network():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)).double()
-    lateral = Lateral(8)
+    lateral = Lateral(0.1 * torch.randn(8, 8).double())
     return net, lateral, torch.randn(6, 4).double(), torch.randint(3, (6,))
 
 

@@ -8,6 +8,7 @@ from itertools import pairwise
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import inhibiting
 from curvlinops import KFACLinearOperator
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
@@ -681,14 +682,7 @@ def test_nothing_is_collected_for_nobody(monkeypatch):
         estimator(net, print)(x, y)
 
 
-class Lateral(mep.GroupEnergy):
-    nodes = ("",)
-
-    def energy(self, s):
-        return s.square().sum(1)
-
-
-@pytest.mark.parametrize("given", [{"observe": 3}, {"observe": print, "groups": [Lateral()]}])
+@pytest.mark.parametrize("given", [{"observe": 3}, {"observe": print, "groups": [inhibiting(2, 0.1)]}])
 def test_observer_that_cannot_be_is_refused(given):
     with pytest.raises(mep.ArgumentError, match="observe"):
         mep.EquilibriumPropagation(nn.Linear(2, 2), solver=mep.Descent(), **given)

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import free_energy, mlp
+from cases import free_energy, inhibiting, mlp
 from reference import energy as energy_of
 from reference import implicit_gradient, predictions_of_graph
 from torch import nn
@@ -127,13 +127,6 @@ def test_default_beta_is_nearly_unbiased(name, energy):
     assert distance(of(found, model), exact(model, readout, x, y, energy)[0]) < 0.05
 
 
-class Lateral(mep.GroupEnergy):
-    nodes = ("0",)
-
-    def energy(self, s):
-        return 0.1 * (s.sum(1) ** 2 - (s**2).sum(1))
-
-
 class Criterion(nn.Module):
     def __init__(self):
         super().__init__()
@@ -147,7 +140,7 @@ def test_a_cost_of_an_equilibrium_that_is_no_forward_pass_has_its_own_gradient()
     model, readout, x, y = build("dense, without an activation at its end", "prediction")
     criterion = Criterion().double()
     criterion.head.load_state_dict(readout.state_dict())
-    settings = {"solver": DESCENT, "beta": 1e-2, "groups": [Lateral()]}
+    settings = {"solver": DESCENT, "beta": 1e-2, "groups": [inhibiting(model[0].out_features, 0.2)]}
     found, _ = mep.EquilibriumPropagation(model, criterion, **settings).gradients(x, y)
     same, _ = mep.EquilibriumPropagation(model, readout=readout, **settings).gradients(x, y)
     own = (*criterion.parameters(), *model.parameters()), (*readout.parameters(), *model.parameters())

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import COSTS, MODELS, Quartic, free_energy, mlp, settled
+from cases import COSTS, MODELS, Lateral, Quartic, free_energy, mlp, settled
 from reference import energy, implicit_gradient, nudged_energy, predictions_of_graph, residual
 from torch import nn
 from typer.testing import CliRunner
@@ -347,24 +347,15 @@ BOXES = (lambda: nn.Linear(4, 6), lambda: nn.Hardtanh(0, 1), lambda: nn.Linear(6
 CURVED = (lambda: nn.Linear(4, 6), nn.Sigmoid, lambda: nn.Linear(6, 5), nn.Tanh, lambda: nn.Linear(5, 3))
 
 
-class Lateral(nn.Module, mep.GroupEnergy):
-    nodes = ("0",)
-
-    def __init__(self, width):
-        super().__init__()
-        self.weight = nn.Parameter(0.05 * torch.ones(width, width))
-
-    def energy(self, s):
-        return 0.25 * ((s @ (self.weight + self.weight.T)) * s).sum(1)
-
-
+LATERAL = Lateral(0.05 * torch.ones(6, 6))
 OTHERS = {
     "boxes": (BOXES, {"energy": "hopfield"}),
     "boxes, exact": (BOXES, {"energy": "hopfield", "branches": "exact"}),
     "curved": (CURVED, {"energy": "hopfield"}),
+    "dropout": ((*BOXES[:2], lambda: nn.Dropout(0.2), *BOXES[2:]), {"energy": "hopfield"}),
     "readout": (CURVED[:4], {"energy": "hopfield", "cost": "cross_entropy", "readout": 3}),
-    "group": (CURVED, {"groups": [Lateral(6)]}),
-    "group of a Hopfield network": (BOXES, {"energy": "hopfield", "groups": [Lateral(6)]}),
+    "group": (CURVED, {"groups": [LATERAL]}),
+    "group of a Hopfield network": (BOXES, {"energy": "hopfield", "groups": [LATERAL]}),
     "energy of one's own": (CURVED, {"energy": Quartic()}),
 }
 
@@ -440,7 +431,7 @@ def test_strong_couplings_are_refused():
         mep.verify(model, x, y, cost="one_hot_mse", energy="hopfield")
 
 
-@pytest.mark.parametrize("name", ["boxes", "curved", "group"])
+@pytest.mark.parametrize("name", ["boxes", "curved", "dropout", "group"])
 def test_a_wrong_gradient_of_another_energy_is_found(name, monkeypatch):
     right = Energy.parameter_gradient
     monkeypatch.setattr(Energy, "parameter_gradient", lambda *a: {p: 1.3 * g for p, g in right(*a).items()})

@@ -120,3 +120,25 @@ def test_rows_grow_and_are_forgotten_when_the_states_change_shape():
     assert torch.equal(values["s"].sum(1), torch.tensor([2.0, 4.0, 0.0])) and seen.tolist() == [True, True, False]
     _, seen = recall.of(torch.tensor([1, 5]), {"s": torch.zeros(2, 3)})
     assert not seen.any()
+
+
+def in_dtype(dtype, beta, tol=1e-4):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(20, 16), nn.Hardtanh(0, 1), nn.Linear(16, 3)).to(dtype)
+    solver = mep.Descent(tol=tol, settle_steps=200, settle_lr=0.3, adaptive=True)
+    ep = mep.EquilibriumPropagation(net, cost="one_hot_mse", energy="hopfield", beta=beta, solver=solver)
+    x, y = torch.rand(8, 20, dtype=dtype), torch.arange(8) % 3
+    return lambda indices: ep.gradients(x, y, indices)[1]
+
+
+@pytest.mark.parametrize("indices", [None, torch.arange(8)])
+def test_a_tolerance_below_the_rounding_of_the_states_is_out_of_reach_from_any_start_and_the_advice_helps(indices):
+    """A weak nudge moves states by little more than their last digits, wherever settling begins."""
+    with pytest.warns(mep.errors.NotConvergedWarning, match="a larger tol, a larger beta, or float64"):
+        settle = in_dtype(torch.float32, beta=1e-3)
+        settle(indices)
+    assert not settle(indices).converged
+    others = {"dtype": torch.float64}, {"beta": 0.1}, {"tol": 1e-2}
+    for better in others:
+        settle = in_dtype(**{"dtype": torch.float32, "beta": 1e-3, **better})
+        assert settle(indices).converged and settle(indices).converged

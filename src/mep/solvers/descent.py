@@ -39,6 +39,8 @@ _RUNAWAY = 1e2
 """Forces this many times the first ones do not tend to zero any more."""
 _MARGIN = 0.8
 """A step above this fraction of the largest one may be too large: power iteration overestimates that by up to 1/4."""
+_DIGITS = 1e4
+"""A tolerance of fewer units in the last place may be out of reach: a displacement is a small part of its state."""
 _POWER_ITERATIONS = 8
 """They come within a fifth or so of the stiffness, from below."""
 _DISTANCE = 0.1
@@ -114,9 +116,14 @@ class Descent(Solver):
         return iterate if iterate.exact else self._iterate(energy, iterate.state, True)
 
     def failure_hint(self, energy: Energy, point: Point) -> str:
-        """A smaller step, if that would help."""
+        """A smaller step, if that would help; or more digits, where `tol` is near the rounding of the states."""
         largest = largest_step(energy, point, self.momentum)
         if self.settle_lr is None or self.settle_lr < _MARGIN * largest:
+            if self.tol < _DIGITS * torch.finfo(energy.output(point).dtype).eps:
+                return (
+                    "a larger tol, a larger beta, or float64: residuals count the rounding of the states, which may be "
+                    "all that is left. Else more settle_steps."
+                )
             return "more settle_steps, a smaller beta, or mep.Sweep."
         return (
             f"a smaller settle_lr, well below {largest:.2g}: for a larger one the energy is too stiff, the more so the "
