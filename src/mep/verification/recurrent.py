@@ -112,9 +112,11 @@ class FixedPoint:
 
         found = iterated(step, list(states.values()), self.energy.batch)
         if found is None:
+            chooses = any(op.piece is not None for node in self.energy.graph.nodes for op in node.program)
+            pooling = ", or average pooling: the winners of max pooling may push each other down in turn"
             raise DivergedError(
                 "verify: the free equilibrium is not found by iterating s <- T(s), which ends where states pull on "
-                "each other by less than what holds them. Way out: smaller weights."
+                f"each other by less than what holds them. Way out: smaller weights{pooling if chooses else ''}."
             )
         return dict(zip(states, found, strict=True))
 
