@@ -431,6 +431,17 @@ def test_strong_couplings_are_refused():
         mep.verify(model, x, y, cost="one_hot_mse", energy="hopfield")
 
 
+def test_winners_that_push_each_other_down_are_named():
+    """Either of two like units is pushed below the other as soon as max pooling picks it."""
+    model = nn.Sequential(nn.Linear(1, 2), nn.Hardtanh(0.0, 1.0), nn.MaxPool1d(2), nn.Linear(1, 1)).double()
+    with torch.no_grad():
+        for p, value in zip(model.parameters(), (0.0, 0.5, -0.5, 1.0), strict=True):
+            p.fill_(value)
+    x = torch.ones(2, 1, dtype=torch.float64)
+    with pytest.raises(mep.DivergedError, match="smaller weights, or average pooling"):
+        mep.verify(model, x, x, cost="mse", energy="hopfield")
+
+
 @pytest.mark.parametrize("name", ["boxes", "curved", "dropout", "group"])
 def test_a_wrong_gradient_of_another_energy_is_found(name, monkeypatch):
     right = Energy.parameter_gradient
