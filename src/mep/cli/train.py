@@ -74,7 +74,7 @@ def train(
     momentum: Annotated[float | None, _option(_PRESET, "Momentum of the update.")] = None,
     weight_decay: Annotated[float | None, _option(_PRESET, "Weight decay of the update.")] = None,
     nesterov: Annotated[bool | None, _option(_PRESET, "Look ahead along the momentum.")] = None,
-    cost: Annotated[str | None, _option(_PRESET, "cross_entropy or mse.")] = None,
+    cost: Annotated[str | None, _option(_PRESET, "cross_entropy, mse or one_hot_mse.")] = None,
     energy: Annotated[str | None, _option(_PRESET, "prediction or hopfield.")] = None,
     beta: Annotated[float | None, _option(_PRESET, "Nudging strength; without it, each example has its own.")] = None,
     phases: Annotated[str | None, _option(_PRESET, "one-sided, centered, random-sign or holomorphic.")] = None,
