@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from typing import Any
 
 import torch
@@ -69,7 +70,11 @@ class Backprop:
                 if not math.isfinite(value):
                     raise DivergedError(f"The loss is {value}: check target and weights. Nothing was changed.")
                 found = torch.autograd.grad(loss, trained, allow_unused=True)
-                gradients = finished({p: g.to_dense() for p, g in zip(trained, found, strict=True) if g is not None})
+                dense = {p: g.to_dense() for p, g in zip(trained, found, strict=True) if g is not None}
+                # Of a sum of parameters autograd returns one tensor for all, and of a mean one number for many.
+                uses = Counter(g.untyped_storage().data_ptr() for g in dense.values())
+                shared = {p for p, g in dense.items() if uses[g.untyped_storage().data_ptr()] > 1 or 0 in g.stride()}
+                gradients = finished({p: g.clone().contiguous() if p in shared else g for p, g in dense.items()})
                 estimate = Estimate.exact(loss.detach(), batch)
         except BaseException as error:
             buffers.undo()
