@@ -12,16 +12,15 @@ from torch import Tensor, nn
 from mep.capture.state import Buffers, check_state, trained_parameters
 from mep.cost import BatchCost, PerExample, make_cost, mean_cost
 from mep.errors import ArgumentError, DivergedError
-from mep.estimators.checks import noise_undone_on_error
 from mep.estimators.contrast import accumulate, finished
 from mep.estimators.estimate import Estimate, Gradients
 from mep.graph.inputs import (
     call_model,
-    check_finite,
     check_mode,
     check_model,
     checked_batch,
     dtype_errors,
+    undone_on_error,
     warn_of_inputs,
 )
 from mep.guards import without_hooks
@@ -64,7 +63,7 @@ class Backprop:
         trained = trained_parameters(self.model, self.cost)
         buffers = Buffers(self.model)
         try:
-            with noise_undone_on_error(), dtype_errors(self.model), without_hooks(trained), torch.enable_grad():
+            with undone_on_error(x), dtype_errors(self.model), without_hooks(trained), torch.enable_grad():
                 loss = mean_cost(self.cost, call_model(self.model, x), target)
                 value = float(loss.detach())
                 if not math.isfinite(value):
@@ -76,10 +75,8 @@ class Backprop:
                 shared = {p for p, g in dense.items() if uses[g.untyped_storage().data_ptr()] > 1 or 0 in g.stride()}
                 gradients = finished({p: g.clone().contiguous() if p in shared else g for p, g in dense.items()})
                 estimate = Estimate.exact(loss.detach(), batch)
-        except BaseException as error:
+        except BaseException:
             buffers.undo()
-            if isinstance(error, DivergedError):
-                check_finite(x)
             raise
         return gradients, estimate
 
