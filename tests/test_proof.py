@@ -10,8 +10,8 @@ from test_capture import Net
 from torch import nn
 
 import mep
-from mep.capture import trace
-from mep.capture.proof import Proof, prove
+from mep.capture import proof, trace
+from mep.capture.proof import BOUNDS, Proof, prove
 
 
 def proven(model, graph, x, y, cost="cross_entropy", leaves=()):
@@ -219,14 +219,46 @@ def test_another_loss_is_refused():
         )
 
 
+class Uncopied(nn.Sequential):
+    """Of which there is no copy in double precision to compare."""
+
+    def __deepcopy__(self, memo):
+        raise TypeError("not to be copied")
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("dtype", BOUNDS)
+def test_a_loss_may_be_off_by_rounding_and_no_more(dtype, sign, monkeypatch):
+    """The gradient is right. Inside a bound passes, and outside does not; without a copy the bound is looser."""
+    torch.manual_seed(0)
+    off, right = [0.0], proof.by_graph
+
+    def shifted(*given):
+        loss, gradients = right(*given)
+        return loss + sign * off[0] * (1 + abs(loss)), gradients
+
+    monkeypatch.setattr(proof, "by_graph", shifted)
+    x, y, bounds = torch.randn(6, 4).to(dtype), torch.arange(6) % 3, BOUNDS[dtype]
+    tight, loose = bounds.relative + bounds.absolute, 2 * bounds.loose
+    for kind, largest in ((nn.Sequential, tight), (Uncopied, tight if dtype is torch.float64 else loose)):
+        model = kind(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).to(dtype)
+        graph = trace(model, x)
+        # What exceeds a bound is compared again, to the looser one or in float64; rounding itself takes a part of it.
+        for off[0] in (0.0, 0.5 * largest):
+            assert proven(model, graph, x, y)
+        off[0] = 1.5 * largest
+        with pytest.raises(mep.TraceError, match=r"its loss is .* and the model's .*Way out"):
+            proven(model, graph, x, y)
+
+
 @pytest.mark.parametrize(
-    ("proof", "proven_at"), [("amortised", {1, 4, 16}), ("always", set(range(1, 21))), ("never", set())]
+    ("when", "proven_at"), [("amortised", {1, 4, 16}), ("always", set(range(1, 21))), ("never", set())]
 )
-def test_a_graph_is_proven_before_the_first_step_and_ever_more_rarely(proof, proven_at, monkeypatch):
+def test_a_graph_is_proven_before_the_first_step_and_ever_more_rarely(when, proven_at, monkeypatch):
     model, x, y = MODELS["mlp tanh"].build()
     step, seen = [0], set()
     monkeypatch.setattr("mep.capture.cache.prove", lambda *a: seen.add(step[0]) or True)
-    ep = mep.EquilibriumPropagation(model, proof=proof)
+    ep = mep.EquilibriumPropagation(model, proof=when)
     for step[0] in range(1, 21):
         ep.gradients(x, y)
     assert seen == proven_at

@@ -2782,6 +2782,28 @@ def test_a_property_in_the_place_of_a_slot_is_left_alone():
     assert mep.EquilibriumPropagation(model)(torch.randn(5, 3), torch.tensor([0, 1, 0, 1, 0])).converged
 
 
+SHARING = {
+    "a sum of biases": lambda net, x: net.c(torch.tanh(net.a(x)) + (net.p + net.q)),
+    "a difference of biases": lambda net, x: net.c(torch.tanh(net.a(x)) + (net.p - net.q)),
+    "added to the output": lambda net, x: net.c(torch.tanh(net.a(x))) + net.p[:3] + net.q[:3],
+    "a number added to each": lambda net, x: net.c(torch.tanh(net.a(x)) + net.p.sum() + net.q),
+}
+
+
+@pytest.mark.parametrize("estimator", [mep.EquilibriumPropagation, mep.Backprop])
+@pytest.mark.parametrize("name", SHARING)
+def test_every_gradient_has_memory_of_its_own(name, estimator):
+    """Else gradients that are accumulated, or clipped, would be so twice."""
+    model = Net(SHARING[name], p=nn.Parameter(torch.randn(6)), q=nn.Parameter(torch.randn(6))).double()
+    ep, parameters = estimator(model), list(model.parameters())
+    ep(*batch())
+    once = {p: p.grad.clone() for p in parameters if p.grad is not None}
+    ep(*batch())
+    for p, g in once.items():
+        torch.testing.assert_close(p.grad, 2 * g)
+        p.grad.zero_()
+
+
 @pytest.mark.parametrize("estimator", [mep.EquilibriumPropagation, mep.Backprop])
 def test_inputs_that_require_a_gradient_are_warned_of_once(estimator):
     """An encoder in front of the model would not be trained."""

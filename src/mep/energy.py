@@ -567,9 +567,9 @@ def nudge(energy: Energy, cost: BatchCost, beta: Beta, free: Mapping[str, Free] 
 
 
 def add_gradients(total: dict[Any, Tensor], found: Mapping[Any, Tensor]) -> None:
-    """Add one set of gradients to another, which is changed."""
+    """Add one set of gradients to another, whose tensors are changed."""
     for p, g in found.items():
-        total[p] = total[p] + g if p in total else g
+        total[p] = total[p].add_(g) if p in total else g
 
 
 def example_norm(tensor: Tensor, batch: int) -> Tensor:

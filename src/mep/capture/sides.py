@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mep.capture.cost import cost_of
 from mep.cost import make_cost, mean_cost
-from mep.energy import Energy, make_node_energy
+from mep.energy import Energy, add_gradients, make_node_energy
 from mep.errors import InputError, TraceError
 from mep.graph.graph import Graph
 from mep.graph.inputs import call_model, flattened, mapped
@@ -81,8 +81,7 @@ def by_graph(graph: Graph, cost: Any, x: Any, target: Any, energy_name: str, hel
     errors = {name: torch.zeros_like(s) for name, s in energy.state(free).items()}
     errors |= energy.backpropagated(free, of_batch.gradient(output))
     gradients = graph.param_vjp(free, errors, 1 / batch)
-    for p, g in of_batch.parameter_gradient(output, 1 / batch).items():
-        gradients[p] = gradients[p] + g if p in gradients else g
+    add_gradients(gradients, of_batch.parameter_gradient(output, 1 / batch))
     loss = float(of_batch.value(output).mean())
     for slot, value in context.new_buffers.items():
         slot.home[slot.key].copy_(value)

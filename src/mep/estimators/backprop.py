@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from typing import Any
 
 import torch
@@ -11,16 +12,15 @@ from torch import Tensor, nn
 from mep.capture.state import Buffers, check_state, trained_parameters
 from mep.cost import BatchCost, PerExample, make_cost, mean_cost
 from mep.errors import ArgumentError, DivergedError
-from mep.estimators.checks import noise_undone_on_error
 from mep.estimators.contrast import accumulate, finished
 from mep.estimators.estimate import Estimate, Gradients
 from mep.graph.inputs import (
     call_model,
-    check_finite,
     check_mode,
     check_model,
     checked_batch,
     dtype_errors,
+    undone_on_error,
     warn_of_inputs,
 )
 from mep.guards import without_hooks
@@ -63,18 +63,20 @@ class Backprop:
         trained = trained_parameters(self.model, self.cost)
         buffers = Buffers(self.model)
         try:
-            with noise_undone_on_error(), dtype_errors(self.model), without_hooks(trained), torch.enable_grad():
+            with undone_on_error(x), dtype_errors(self.model), without_hooks(trained), torch.enable_grad():
                 loss = mean_cost(self.cost, call_model(self.model, x), target)
                 value = float(loss.detach())
                 if not math.isfinite(value):
                     raise DivergedError(f"The loss is {value}: check target and weights. Nothing was changed.")
                 found = torch.autograd.grad(loss, trained, allow_unused=True)
-                gradients = finished({p: g.to_dense() for p, g in zip(trained, found, strict=True) if g is not None})
+                dense = {p: g.to_dense() for p, g in zip(trained, found, strict=True) if g is not None}
+                # Of a sum of parameters autograd returns one tensor for all, and of a mean one number for many.
+                uses = Counter(g.untyped_storage().data_ptr() for g in dense.values())
+                shared = {p for p, g in dense.items() if uses[g.untyped_storage().data_ptr()] > 1 or 0 in g.stride()}
+                gradients = finished({p: g.clone().contiguous() if p in shared else g for p, g in dense.items()})
                 estimate = Estimate.exact(loss.detach(), batch)
-        except BaseException as error:
+        except BaseException:
             buffers.undo()
-            if isinstance(error, DivergedError):
-                check_finite(x)
             raise
         return gradients, estimate
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,21 +18,9 @@ from mep.estimators.contrast import PHASES
 from mep.graph import Graph, Point
 from mep.graph.holomorphic import check_complex
 from mep.graph.inputs import check_mode
-from mep.guards import generators, set_generators
 from mep.settle import Solver
 
 _CALL = "EquilibriumPropagation"
-
-
-@contextmanager
-def noise_undone_on_error() -> Iterator[None]:
-    """On an error, an interruption included, torch's random number generators end as they began."""
-    noise = generators()
-    try:
-        yield
-    except BaseException:
-        set_generators(noise)
-        raise
 
 
 def check_solver(solver: Any) -> None:

@@ -44,7 +44,7 @@ import torch
 from torch import Tensor, nn
 
 from mep.cost import BatchCost
-from mep.energy import Energy, Free, State, example_norm, nudge
+from mep.energy import Energy, Free, State, add_gradients, example_norm, nudge
 from mep.errors import DivergedError
 from mep.estimators.estimate import Gradients
 from mep.graph import Point
@@ -223,7 +223,11 @@ def contrast(phases: Iterable[Phase], batch: int) -> Gradients:
     """`sum_k w_k dE/dtheta`, the mean over the batch; a weight is over the beta of its energy, the free phase's too."""
     total: Gradients = {}
     for weight, energy, settled in phases:
-        _add(total, energy.parameter_gradient(settled.point, settled.errors, weight / batch))
+        found = energy.parameter_gradient(settled.point, settled.errors, weight / batch)
+        if total:
+            add_gradients(total, found)
+        else:
+            total = found
     return total
 
 
@@ -234,7 +238,7 @@ def total_gradient(phases: Sequence[Phase], output: Tensor, batch: int) -> Gradi
     """
     total, nudged = contrast(phases, batch), phases[0][1].nudge
     if nudged and nudged.cost.parameters:
-        _add(total, nudged.cost.parameter_gradient(output, 1 / batch))
+        add_gradients(total, nudged.cost.parameter_gradient(output, 1 / batch))
     return total
 
 
@@ -253,24 +257,21 @@ def iter_gradients(phases: Sequence[Phase], output: Tensor, batch: int) -> Itera
             unfinished = nudged.cost.parameter_gradient(output, 1 / batch)
     with torch.no_grad():
         for weight, energy, settled in phases:
-            _add(unfinished, energy.groups_gradient(settled.point, weight / batch))
+            add_gradients(unfinished, energy.groups_gradient(settled.point, weight / batch))
     alone = finished({p: unfinished.pop(p) for p in list(unfinished) if p not in last})
     if alone:
         yield alone
     for node in nodes:
         with torch.no_grad():
             for weight, energy, settled in phases:
-                own = energy.graph.by_name[node.name]
-                _add(unfinished, energy.parameter_gradient(settled.point, settled.errors, weight / batch, [own]))
+                own = [energy.graph.by_name[node.name]]
+                part = energy.parameter_gradient(settled.point, settled.errors, weight / batch, own)
+                add_gradients(unfinished, part)
+                del part
             found = finished({p: unfinished.pop(p) for p in list(unfinished) if last[p] is node})
         if found:
             yield found
         del found  # before the next is made
-
-
-def _add(total: Gradients, found: Gradients) -> None:
-    for p, g in found.items():
-        total[p] = total[p].add_(g) if p in total else g
 
 
 def betas_of(beta: Beta, batch: int, device: torch.device) -> Tensor:

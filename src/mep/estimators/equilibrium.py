@@ -30,7 +30,6 @@ from mep.estimators.checks import (
     check_relax,
     check_settings,
     check_solver,
-    noise_undone_on_error,
     with_readout,
 )
 from mep.estimators.clamping import Boxes, FreeEquilibrium, by_real_name, relaxed
@@ -59,10 +58,11 @@ from mep.graph.inputs import (
     checked_batch,
     dtype_errors,
     input_names,
+    undone_on_error,
 )
 from mep.graph.ops import Slot, StepContext
 from mep.graph.untied import untied_graph
-from mep.guards import Noise, generators, region, set_generators, uninterrupted
+from mep.guards import generators, generators_kept, region, set_generators, uninterrupted
 from mep.layout import per_example
 from mep.settle import Result, Settled, Solver, Start, rounded, settle
 from mep.solvers import Descent, Relaxation, Sweep
@@ -219,8 +219,7 @@ class EquilibriumPropagation:
         """The estimated gradient of the mean cost for every trained parameter, without touching `p.grad`."""
         batch = self._check(x, target)
         graph = None
-        noise: Noise | None = generators()
-        try:
+        with undone_on_error(x) as all_has_moved:
             table = make_contrast(self.phases, self.points)
             if self.compiled_steps is not None and indices is None:
                 graph = self._graphs.of(x, target)
@@ -231,13 +230,7 @@ class EquilibriumPropagation:
                 gradients = finished(total_gradient(step.phases, step.output, batch))
             with uninterrupted():
                 self._finish(step, x, target, indices)
-                noise = None
-        except BaseException as error:
-            if noise is not None:  # after that all has moved, the noise included
-                set_generators(noise)
-            if isinstance(error, DivergedError):
-                check_finite(x)
-            raise
+                all_has_moved()
         return gradients, step.estimate
 
     @torch.no_grad()
@@ -250,8 +243,7 @@ class EquilibriumPropagation:
         been made and found finite before, and dropped again. Never by a compiled program.
         """
         batch = self._check(x, target)
-        noise: Noise | None = generators()
-        try:
+        with undone_on_error(x) as all_has_moved:
             table = make_contrast(self.phases, self.points)
             step = self._settled(x, target, batch, indices, table, saves_memory=True)
             # Made twice: first to see that all are finite, since the first that is used changes a weight.
@@ -260,13 +252,7 @@ class EquilibriumPropagation:
             step.energy.context.new_buffers.clear()  # autograd has kept the old ones for the gradients still to be made
             with uninterrupted():
                 self._finish(step, x, target, indices)
-                noise = None
-        except BaseException as error:
-            if noise is not None:
-                set_generators(noise)
-            if isinstance(error, DivergedError):
-                check_finite(x)
-            raise
+                all_has_moved()
 
         def gradients() -> Iterator[Gradients]:
             yield from iter_gradients(step.phases, step.output, batch)
@@ -294,23 +280,17 @@ class EquilibriumPropagation:
             (torch.Size([5, 3]), True)
         """
         batch = self._check(x, target)
-        noise = generators()
         recorder = Recorder() if record else None
-        try:
+        with undone_on_error(x), generators_kept():
             table = make_contrast(self.phases, self.points)
             step = self._settled(x, target, batch, indices, table, watch=recorder)
             return view(step.estimate, step.energy, step.free, step.phases, step.table, recorder)
-        except DivergedError:
-            check_finite(x)
-            raise
-        finally:
-            set_generators(noise)
 
     @torch.no_grad()
     def predict(self, x: Any) -> Tensor:
         """The output of the free equilibrium, or what the readout makes of it; for the prediction energy `model(x)`."""
         batch = checked_batch(x, finite=not self.node_energy.is_forward)
-        with noise_undone_on_error(), dtype_errors(self.model):
+        with undone_on_error(x), dtype_errors(self.model):
             graph = self._graphs.of(x)
             energy, free = self._free(self._untied(graph) if self.feedback else graph, x, batch)
             output = energy.output(free.point)
@@ -364,18 +344,14 @@ class EquilibriumPropagation:
         else:
             x = given.get("input", given.get(input_names(self.model, torch.empty(1))[0]))
             x = self._graphs.like_last({}, batch) if x is None else x
-        noise = generators()
-        try:
+        with generators_kept(), dtype_errors(self.model):
             checked_batch(x)
             graph = self._graphs.of(x)
             check_groups(self.groups, graph)
             context = StepContext(freeze_branches=self.branches == "held" and self.solver.holds_branches)
             energy = Energy(graph, self.node_energy, graph.bind(x), context, batch, groups=self.groups)
             clamp, start, held = (by_real_name(graph, values) for values in (clamp, start, held))
-            with dtype_errors(self.model):
-                return relaxed(energy, self.solver, clamp, start, held, box)
-        finally:
-            set_generators(noise)
+            return relaxed(energy, self.solver, clamp, start, held, box)
 
     def share_graphs(self, graphs: Graphs) -> None:
         """Use the graphs of another estimator of the same model, cost, energy, branches and leaves, as they are."""
@@ -573,7 +549,8 @@ class EquilibriumPropagation:
         _, energy, last = step.phases[-1]
         if self.observe is not None:
             self.observe(layer_statistics((e, settled) for _, e, settled in step.phases if e.nudge))
-        _write(energy.context.new_buffers)
+        if energy.context.new_buffers:
+            _write(energy.context.new_buffers)
         if self.compiled_steps is not None:
             self.compiled_steps.keep(self._graphs.graphs)  # a graph that is new takes its first steps here
             self.compiled_steps.record_eager_step(energy.graph, x, target, step.output, step.estimate.iterations)
@@ -716,11 +693,10 @@ class _Step:
 
 def _write(new_buffers: Mapping[Slot, Tensor]) -> None:
     """What the model writes to its buffers, once a step that is known to be good."""
-    if new_buffers:
-        written = [(slot.value, value) for slot, value in new_buffers.items()]
-        with uninterrupted():
-            for buffer, value in written:
-                buffer.copy_(value)
+    written = [(slot.value, value) for slot, value in new_buffers.items()]
+    with uninterrupted():
+        for buffer, value in written:
+            buffer.copy_(value)
 
 
 _BOUND = ("_graphs", "_untied_graphs", "_holomorphic", "compiled_steps", "_is_built")

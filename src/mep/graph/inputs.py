@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from mep.cost import recorded_function
-from mep.errors import ArgumentError, InputError, ParameterError, warn
+from mep.errors import ArgumentError, DivergedError, InputError, ParameterError, warn
+from mep.guards import generators, set_generators
 
 
 def call_model(model: nn.Module, x: Any) -> Any:
@@ -146,6 +147,23 @@ def check_finite(x: Any) -> None:
         # A sum is finite only if all its terms are; only if it is not does the slower exact test decide.
         if is_real and not math.isfinite(float(t.detach().sum())) and not torch.isfinite(t).all():
             raise InputError("The input contains NaN or Inf. Nothing was changed; mend or drop this batch.")
+
+
+@contextmanager
+def undone_on_error(x: Any) -> Iterator[Callable[[], None]]:
+    """On an error, an interruption included, torch's generators end as they began; what diverged on NaN is refused.
+
+    What it yields is to be called once all has moved: from then on random numbers stay drawn.
+    """
+    before = [generators()]
+    try:
+        yield before.clear
+    except BaseException as error:
+        for noise in before:
+            set_generators(noise)
+        if isinstance(error, DivergedError):
+            check_finite(x)
+        raise
 
 
 def warn_of_inputs(name: str, x: Any) -> bool:
