@@ -594,7 +594,7 @@ def test_a_backward_that_is_no_derivative_is_found():
 
 def test_the_share_inside_leaves_is_noted():
     model, x, y = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)), torch.randn(6, 4), torch.arange(6) % 3
-    assert "Note: 25 of 43 parameters learn by backprop inside leaves" in str(mep.verify(model, x, y, leaves=("0",)))
+    assert "Note: 25 of 43 parameters learn by backprop inside nodes" in str(mep.verify(model, x, y, leaves=("0",)))
 
 
 def test_every_bound_is_asserted():

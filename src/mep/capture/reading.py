@@ -25,7 +25,7 @@ from torch import Tensor, fx, nn
 
 from mep.capture.export import Exported
 from mep.capture.functional import source_line
-from mep.capture.rewriting import in_few_forms, label, value
+from mep.capture.rewriting import act_on_rows, in_few_forms, insert_state_on_rows, label, value
 from mep.capture.whole import KeptModule, Whole
 from mep.errors import TraceError
 from mep.graph.closed_forms import FREE_STATE, Potential, activation_of, pool_of
@@ -51,6 +51,8 @@ _CURVED = {
     "logsumexp", "log_sigmoid", "hardswish",
 }  # fmt: skip
 """Nonlinearities of several units, and others that are not marked as pointwise."""
+_SHAPES = {"reshape", "transpose", "permute", "squeeze", "unsqueeze"}
+"""Operations that only arrange numbers, each of them once."""
 
 
 class Reading:
@@ -65,10 +67,12 @@ class Reading:
         self.inputs = {next(tensors): ref.name for ref in self.leaves if isinstance(ref, Ref)}
         self.batch = _number(value(exported.inputs[0]).shape[0])
         in_few_forms(self.fx, exported.inputs)
+        self.placed: set[fx.Node] = set()
+        """Operations that read parameters, behind which a state was put, since their own value has none."""
         self.read()
 
     def read(self) -> None:
-        """Read the graph as it stands now."""
+        """Read the graph as it stands now; states are put where operations that read parameters have none."""
         self.nodes = [n for n in self.fx.nodes if n.op == "call_function"]
         self.data: dict[fx.Node, bool] = dict.fromkeys(self.inputs, True)
         """Whether a value depends on an input."""
@@ -96,9 +100,50 @@ class Reading:
                 self.roots[n] = FREE_STATE
             elif self._is_random(n) and not isinstance(value(n), (tuple, list)):
                 self.junctions.add(n)
+        # Sequences first, [time, batch, features]: states stand where the examples are the rows.
+        inside = [n for n in self.nodes if self._is_inside(n) and n not in in_cost]
+        placed = [self._put_state_behind(n) for n in inside]
+        if any(placed):
+            self.read()
+            return
         self.names = self._names()
         self._find_output()
         self.ops = {n: self._op(n) for n in self.nodes}
+        self.inside = [n for n in inside if n in self.needed and n.target is not operator.getitem]
+        """Operations whose parameters learn by backpropagation inside a node: between them and others none is."""
+
+    def _is_inside(self, n: fx.Node) -> bool:
+        """Whether an operation reads parameters, and neither it nor what follows from it alone has a state."""
+        results = list(n.users) if isinstance(value(n), (tuple, list)) else [n]
+        has_state = n in self.placed or any(r in self.roots or r in self.placed for r in results)
+        is_result = n.target is operator.getitem and not (isinstance(t := value(n), Tensor) and t.is_floating_point())
+        return self.data[n] and self.parametrised[n] and not has_state and not is_result
+
+    def _put_state_behind(self, n: fx.Node) -> bool:
+        """Put a state on the first value behind an operation that has the examples in one of its dimensions.
+
+        Between the two only numbers are arranged, or changed one by one.
+        """
+        if self._is_random(n):  # what reads other results of it would draw anew
+            return False
+        at = n
+        while (dim := self._dim_of_examples(at)) is None:
+            user = next(iter(at.users))
+            is_pointwise = torch.Tag.pointwise in getattr(user.target, "tags", ()) and len(user.all_input_nodes) == 1
+            if len(at.users) != 1 or not (is_pointwise or label(user) in _SHAPES):
+                return False
+            at = user
+        self.placed.add(n)
+        insert_state_on_rows(at, dim)
+        return True
+
+    def _dim_of_examples(self, n: fx.Node) -> int | None:
+        """The only dimension of a value that has the symbol of the batch for its size."""
+        t = value(n)
+        if isinstance(self.batch, int) or not isinstance(t, Tensor) or not t.is_floating_point():
+            return None
+        dims = [dim for dim, size in enumerate(t.shape) if str(size) == str(self.batch)]
+        return dims[0] if len(dims) == 1 else None
 
     def conditions(self) -> tuple[Any, ...]:
         """Relations between free sizes on which forward, torch or the reading has decided so far."""
@@ -147,7 +192,9 @@ class Reading:
                 potential=self.roots.get(n, FREE_STATE),
                 shape=tuple(value(n).shape) if isinstance(value(n), Tensor) else (),
             )
+        within, _ = self._closure(self.inside, {a for n in self.inside for a in n.all_input_nodes if self._is_data(a)})
         kept = dict.fromkeys(p for module in self.exported.kept for p in module.parameters())
+        kept |= dict.fromkeys(self._parameters(within))
         return Graph(
             model=self.model,
             inputs=tuple(self.inputs.values()),
@@ -164,7 +211,7 @@ class Reading:
                 f"`{label(m)}` in node `{self.names[n]}`" + (f" ({line})" if (line := source_line(m)) else "")
                 for n, (program, _) in folded.items()
                 for m in program
-                if m in self.stateless
+                if m in self.stateless or m in self.inside
             ),
         )
 
@@ -174,6 +221,9 @@ class Reading:
         The activation itself is gone: the state is what it returned. Nonlinear operations of which this does not hold
         are noted as `stateless`: the prediction of some node goes through them.
         """
+        moved = [self._act_on_rows(n) for n in self.data_ops()]
+        if any(moved):
+            self.read()
         self.roots = {}
         for n in self.data_ops():
             potential = self._potential(n)
@@ -203,6 +253,21 @@ class Reading:
             self.fx.erase_node(n)
         self.roots.setdefault(self.output, FREE_STATE)
         self.ops = {n: self._op(n) for n in self.nodes}
+
+    def _act_on_rows(self, n: fx.Node) -> bool:
+        """Give an activation its input with the examples as rows, if they are in another dimension."""
+        activation, before = self.ops[n].activation, n.all_input_nodes[0] if n.all_input_nodes else None
+        if activation is None or activation.name == "identity" or before is None or before in self.by_example:
+            return False
+        dim = self._dim_of_examples(before)
+        if dim is None:
+            raise TraceError(
+                f"A Hopfield network has a state before {self.place(n)}, and there the rows are not the examples: a "
+                f"value of shape {tuple(value(before).shape)}. Way out: several rows of one example one after another, "
+                "torch.stack([a, b], 1).flatten(0, 1) and not torch.cat([a, b]); or the energy 'prediction'."
+            )
+        act_on_rows(n, dim)
+        return True
 
     def _potential(self, n: fx.Node) -> Potential | None:
         """The energy of the state that an operation returns, if it is an activation with a state."""

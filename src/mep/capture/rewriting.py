@@ -301,6 +301,35 @@ def insert_state(at: fx.Node, readers: Iterable[fx.Node]) -> fx.Node:
     return state
 
 
+def transposed(at: fx.Node, dim: int) -> fx.Node:
+    """A value with dimensions 0 and `dim` exchanged, directly behind it."""
+    with at.graph.inserting_after(at):
+        made = at.graph.create_node("call_function", aten.transpose.int, (at, 0, dim))
+    made.meta = {**at.meta, "val": value(at).transpose(0, dim)}
+    return made
+
+
+def insert_state_on_rows(at: fx.Node, dim: int) -> None:
+    """A state of its own on a value with the examples in dimension `dim`: on its transpose, where they are rows."""
+    readers = list(at.users)
+    state = insert_state(transposed(at, dim) if dim else at, [])
+    back = transposed(state, dim) if dim else state
+    for reader in readers:
+        reader.replace_input_with(at, back)
+
+
+def act_on_rows(n: fx.Node, dim: int) -> None:
+    """A pointwise `f(x)` becomes the transpose of `f(transpose of x)`, so that its input has the examples as rows."""
+    before, readers = n.all_input_nodes[0], list(n.users)
+    source: Any = before.args[0]
+    is_back = label(before) == "transpose" and source.target is own_state  # see `insert_state_on_rows`
+    n.replace_input_with(before, source if is_back else transposed(before, dim))
+    n.meta = {**n.meta, "val": value(n).transpose(0, dim)}
+    back = transposed(n, dim)
+    for reader in readers:
+        reader.replace_input_with(n, back)
+
+
 def _put(n: fx.Node, function: Callable[..., Any], *args: Any, val: Any = None, **kwargs: Any) -> fx.Node:
     """A call before a node, in its place; by default its value is like its first argument's."""
     with n.graph.inserting_before(n):

@@ -562,7 +562,7 @@ class EquilibriumPropagation:
             self._cache.keep(indices.long(), kept)
 
     def _check_graph(self, graph: Graph) -> None:
-        """Refuse what cannot be checkpointed, and warn of a softmax before the cost that has one."""
+        """Refuse what cannot be checkpointed; warn of two softmaxes in a row, and of layers without a state."""
         if self.checkpoint and graph.writes:
             raise ArgumentError(
                 f"checkpoint=True: {type(self.model).__name__} writes to `{graph.writes[0].slots[0].name}` from values "
@@ -573,6 +573,14 @@ class EquilibriumPropagation:
                 "softmax",
                 f"{type(self.model).__name__} ends in a softmax, and cost='cross_entropy' has one of its own: two of "
                 "them train slowly, and never to certainty. Let the model return what it gives to its softmax.",
+            )
+        if graph.stateless and not self.node_energy.behind_activations:
+            self._warn_once(
+                "layers without a state",
+                f"Layers without a state of their own: {', '.join(graph.stateless)}. What they compute is not real, or "
+                "has no dimension with the examples one after another. So the node learns as a whole: autograd runs "
+                "inside it, equilibrium propagation between it and the rest. Rows of several views of an example get "
+                "states by torch.stack([a, b], 1).flatten(0, 1), and not by torch.cat([a, b]).",
             )
 
     def _check_activations(self, graph: Graph) -> None:

@@ -27,8 +27,8 @@ class Estimate:
         tol: the residual to which examples were to settle.
         left_branch: fraction of piecewise-linear units off the branch on which they were held; None if not asked.
         turns: how often each node was computed, by name; None unless the solver is `mep.Local`.
-        in_leaves: how many numbers of the trained parameters learn by backprop inside modules kept whole, and how many
-            there are.
+        in_leaves: how many numbers of the trained parameters learn by backprop inside modules kept whole (or layers
+            between which no state can stand, of which you are warned), and how many there are.
         inside: the fraction of states inside their boxes, of a Hopfield network that `mep.Relaxation` settles; measured
             in one of 16 batches. Units on a face of the box do not respond to the nudge. Behind smooth activations: of
             those whose slope is at least a hundredth of the largest.

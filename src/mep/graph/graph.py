@@ -61,9 +61,10 @@ class Graph:
     """Nodes in topological order. `inputs` are the clamped arguments of `forward`, `output` the node of its result.
 
     `structure` is that of the batch that was captured, and `leaves` its leaves: the name of a tensor, or the value of
-    anything else, which is fixed. `kept` are the parameters of modules kept whole. `sizes` has a number for every
-    dimension of every tensor that was recorded, or a symbol that stands for any size between two. `stateless` are the
-    places of nonlinear operations without a state of their own, where states stand behind the activations.
+    anything else, which is fixed. `kept` are the parameters of modules kept whole, and of layers without a state.
+    `sizes` has a number for every dimension of every tensor that was recorded, or a symbol that stands for any size
+    between two. `stateless` are the places of such layers, or, where states stand behind the activations, of nonlinear
+    operations without a state of their own.
     """
 
     model: nn.Module
@@ -123,7 +124,7 @@ class Graph:
 
     @property
     def share_kept(self) -> tuple[int, int]:
-        """How many numbers of the trained parameters are inside modules kept whole, and how many there are."""
+        """How many numbers of the trained parameters learn by backprop inside a node, and how many there are."""
         inside, total = 0, 0
         for p in self.parameters:
             if p.requires_grad:
@@ -369,8 +370,8 @@ def _row(node: Node, names: Mapping[nn.Parameter, str], batch: str) -> Sequence[
 
 
 def share_in_words(inside: int, total: int) -> str:
-    """Which share of the parameters is inside modules kept whole."""
-    return f"{inside:,} of {total:,} parameters learn by backprop inside leaves"
+    """Which share of the parameters learns inside modules kept whole, and layers between which no state can stand."""
+    return f"{inside:,} of {total:,} parameters learn by backprop inside nodes"
 
 
 def _prefix(names: Sequence[str]) -> str:
