@@ -727,6 +727,9 @@ def test_a_softmax_before_cross_entropy_is_warned_of():
     model, x, y = build("softmax at the output", "cross_entropy")
     with pytest.warns(UserWarning, match="ends in a softmax"):
         mep.EquilibriumPropagation(model, energy="hopfield").gradients(x, y)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        mep.EquilibriumPropagation(model, "one_hot_mse", energy="hopfield").gradients(x, y)
 
 
 def test_a_cost_may_take_the_logarithm_of_probabilities():
