@@ -74,7 +74,7 @@ def test_recording_changes_nothing_however_strong_the_coupling(scale, phases):
     for name, s in plain.nudged.states.items():
         assert torch.equal(s, recorded.nudged.states[name])
     memories = [{k: v for k, v in vars(ep.solver.memory).items() if k != "_model"} for ep in (one, other)]
-    assert memories[0] == memories[1] and memories[0]["batches"] == len(plain.phases)
+    assert memories[0] == memories[1] and memories[0]["batches"] == 0
     assert len(recorded.nudged.course) > 1
 
 

@@ -397,6 +397,48 @@ def test_what_is_carried_over_is_neither_compared_nor_pickled():
         assert twin == solver and not twin.memory.gains
 
 
+def _trained(steps, between=lambda model, optimizer, x, y: None, start=None):
+    """A Hopfield network after some steps, or continued from where another one had come."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.Hardtanh(0, 1), nn.Linear(16, 16), nn.Hardtanh(0, 1), nn.Linear(16, 3))
+    optimizer = mep.eqprop(model.parameters(), model=model.double(), energy="hopfield")
+    if start:
+        model.load_state_dict(start[0])
+        optimizer.load_state_dict(start[1])
+    made = torch.Generator().manual_seed(1)
+    data = [(torch.rand(12, 8, generator=made).double(), torch.randint(3, (12,), generator=made)) for _ in range(24)]
+    for x, y in data[steps]:
+        optimizer.step(x=x, target=y)
+        between(model, optimizer, *data[-1])
+    return model, optimizer
+
+
+LOOKS = {
+    "settle": lambda model, optimizer, x, y: optimizer.estimator.settle(x, y),
+    "record": lambda model, optimizer, x, y: optimizer.estimator.settle(3 * x, y, record=True),
+    "predict": lambda model, optimizer, x, y: optimizer.predict(10 * x),
+}
+
+
+@pytest.mark.parametrize("look", LOOKS)
+def test_training_is_the_same_whatever_is_looked_at_in_between(look):
+    (plain, _), (seen, _) = _trained(slice(0, 20)), _trained(slice(0, 20), LOOKS[look])
+    assert all(torch.equal(p, q) for p, q in zip(plain.parameters(), seen.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("way", ["state_dict", "deepcopy"])
+def test_training_is_continued_bit_for_bit(way):
+    whole, _ = _trained(slice(0, 20))
+    model, optimizer = _trained(slice(0, 10))
+    if way == "deepcopy":
+        state = copy.deepcopy(optimizer)
+        found = state.model.state_dict(), state.state_dict()
+    else:
+        found = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    resumed, _ = _trained(slice(10, 20), start=found)
+    assert all(torch.equal(p, q) for p, q in zip(whole.parameters(), resumed.parameters(), strict=True))
+
+
 def test_products_of_states_are_relaxed_as_states():
     class Gated(nn.Module):
         def __init__(self):

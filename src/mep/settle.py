@@ -228,6 +228,13 @@ class Solver(ABC):
         """As last measured: the fraction of states inside their boxes, and the coupling's largest eigenvalue."""
         return None, None
 
+    def state_dict(self) -> dict[str, Any]:
+        """What it carries from batch to batch: tensors, numbers, and dictionaries of these."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: B027 - most solvers carry nothing
+        """Continue from `state_dict`."""
+
     def for_field(self) -> Solver:
         """For states that are drawn by a vector field without an energy; only where `settles_fields`."""
         return self

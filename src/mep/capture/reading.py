@@ -257,7 +257,9 @@ class Reading:
     def _act_on_rows(self, n: fx.Node) -> bool:
         """Give an activation its input with the examples as rows, if they are in another dimension."""
         activation, before = self.ops[n].activation, n.all_input_nodes[0] if n.all_input_nodes else None
-        if activation is None or activation.name == "identity" or before is None or before in self.by_example:
+        if activation is None or activation.name == "identity":
+            return False
+        if before is None or before.op == "placeholder" or before in self.by_example:
             return False
         dim = self._dim_of_examples(before)
         if dim is None:

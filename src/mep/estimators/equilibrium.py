@@ -280,11 +280,14 @@ class EquilibriumPropagation:
             (torch.Size([5, 3]), True)
         """
         batch = self._check(x, target)
-        recorder = Recorder() if record else None
-        with undone_on_error(x), generators_kept():
-            table = make_contrast(self.phases, self.points)
-            step = self._settled(x, target, batch, indices, table, watch=recorder)
-            return view(step.estimate, step.energy, step.free, step.phases, step.table, recorder)
+        recorder, carried = Recorder() if record else None, self.solver.state_dict()
+        try:
+            with undone_on_error(x), generators_kept():
+                table = make_contrast(self.phases, self.points)
+                step = self._settled(x, target, batch, indices, table, watch=recorder)
+                return view(step.estimate, step.energy, step.free, step.phases, step.table, recorder)
+        finally:
+            self.solver.load_state_dict(carried)
 
     @torch.no_grad()
     def predict(self, x: Any) -> Tensor:
@@ -358,19 +361,22 @@ class EquilibriumPropagation:
         self._graphs = graphs
 
     def state_dict(self) -> dict[str, Any]:
-        """What the estimator keeps from step to step: equilibria by index."""
-        return {"recall": self._cache.state_dict()}
+        """What the estimator keeps from step to step: equilibria by index, and what the solver carries."""
+        return {"recall": self._cache.state_dict(), "solver": self.solver.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict`."""
         self._cache.load_state_dict(state["recall"])
+        self.solver.load_state_dict(state.get("solver", {}))
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what belongs to this very model: a copy is bound to the copied one, and traces it anew."""
-        return {name: value for name, value in self.__dict__.items() if name not in _BOUND}
+        kept = {name: value for name, value in self.__dict__.items() if name not in _BOUND}
+        return {**kept, "_carried": self.solver.state_dict()}  # a copy of the solver by itself starts without
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
+        self.__dict__.update({name: value for name, value in state.items() if name != "_carried"})
+        self.solver.load_state_dict(state.get("_carried", {}))
         self._trace()
 
     def _trace(self) -> None:

@@ -101,10 +101,19 @@ class Memory:
 
     def of(self, graph: Graph) -> Memory:
         """What is known of the model of a graph: nothing if another one was settled last."""
-        if self._model is None or self._model() is not graph.model:
+        if self._model is not None and self._model() is not graph.model:
             self.forget()
-            self._model = ref(graph.model)
+        self._model = ref(graph.model)
         return self
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything but the model."""
+        return {**{name: value for name, value in vars(self).items() if name != "_model"}, "gains": dict(self.gains)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state_dict`."""
+        self.forget()
+        vars(self).update({**state, "gains": dict(state["gains"])} if state else {})
 
     def note_gain(self, name: str, moved: Tensor, gradient: Tensor) -> None:
         """That of one state, from the sizes of displacements and of dC/ds; where none has a dC/ds there is none."""
@@ -281,6 +290,12 @@ class Relaxation(Solver):
     def diagnosis(self) -> tuple[float | None, float | None]:
         return self.memory.inside, self.memory.coupling
 
+    def state_dict(self) -> dict[str, Any]:
+        return self.memory.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.memory.load_state_dict(state)
+
     def for_field(self) -> Solver:
         """With omega = 1 where none is named: which is best is known of symmetric couplings alone."""
         return replace(self, omega=1.0, memory=Memory()) if self.omega is None else self
@@ -413,8 +428,8 @@ class Relaxed:
         return _ROUNDING * torch.finfo(self._point.values[name].dtype).eps
 
     def note(self, memory: Memory) -> None:
-        """How many sweeps were needed."""
-        if self.is_free:
+        """How many sweeps were needed; a prediction, which has no cost, changes nothing for the steps of training."""
+        if self.is_free and self.cost is not None:
             memory.free_from = _look_from(self.sweeps)
 
     def _arrive(self, point: Point) -> None:
