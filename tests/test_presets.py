@@ -400,3 +400,23 @@ def test_a_removed_argument_is_refused_with_the_new_way(preset):
     with pytest.raises(mep.ArgumentError, match=r"strength=\.\.\.\) is gone.*beta") as raised:
         preset(net.parameters(), model=net, strength=0.1)
     assert isinstance(raised.value, TypeError)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.01])
+def test_updates_by_sgd_are_those_of_torch_bit_for_bit(dtype, weight_decay):
+    """All parameters go in one call where torch loops over them; in half precision that would round the momentum."""
+    torch.manual_seed(0)
+    model = small_net().to(dtype)
+    twin = copy.deepcopy(model)
+    opt = mep.eqprop(model.parameters(), model=model, lr=0.1, momentum=0.999, weight_decay=weight_decay)
+    plain = torch.optim.SGD(twin.parameters(), lr=0.1, momentum=0.999, weight_decay=weight_decay)
+    assert [group["foreach"] for group in opt.param_groups] == [True if dtype is torch.float32 else None]
+    for _ in range(5):
+        for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        opt.step()
+        plain.step()
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(p, q)

@@ -11,6 +11,7 @@ from functools import cached_property, partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mep.errors import ArgumentError, InputError
@@ -168,13 +169,12 @@ class CrossEntropy(BatchCost):
         return True
 
     def value(self, output: Tensor) -> Tensor:
-        scale = complex_logsumexp(output, 1).squeeze(1) if output.is_complex() else output.logsumexp(1)
-        if self.labels is not None:
-            each = scale - output.gather(1, self.labels).squeeze(1)
+        if self.labels is not None and not output.is_complex():
+            each = F.cross_entropy(output, self.labels.squeeze(1), reduction="none")
         else:
-            assert self.total is not None
+            scale = complex_logsumexp(output, 1) if output.is_complex() else output.logsumexp(1, keepdim=True)
             chosen = (output * self.target).where(self.target != 0, 0).sum(1)
-            each = scale * self.total.squeeze(1) - chosen
+            each = (scale if self.total is None else scale * self.total).squeeze(1) - chosen
         return each if each.ndim == 1 else each.reshape(len(output), -1).mean(1)
 
     def gradient(self, output: Tensor) -> Tensor:

@@ -138,8 +138,8 @@ class EPOptimizer(torch.optim.Optimizer):
             for group in self.param_groups:
                 for p in group["params"]:
                     p.grad = None
-                    if p in gradients:
-                        moved[p] = gradients[p]
+                    if (gradient := gradients.get(p)) is not None:
+                        moved[p] = gradient
             accumulate(moved)
             self.last, loss = estimate, estimate.loss if closure is None else value
         elif self.low_memory:

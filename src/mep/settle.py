@@ -281,23 +281,34 @@ def settle(
         start: what it may begin with.
         watch: called with the number of iterations and each iterate, complete with its point.
     """
-    idle = (
-        energy.has_nothing_to_settle(point, start.response.size if start.response else None) if energy.nudge else None
-    )
+    idle: Tensor | None = None  # which examples have nothing to settle, once some example has not settled
     iterate = solver.init(energy, point, start)
     tolerance, dtype = solver.tolerance, iterate.residual.dtype
     tol = rounded(tolerance, dtype)
     active: Tensor | None = None  # all of them
     calm: Tensor | None = None  # for how many iterations in a row each example has been settled
     counts: Tensor | None = None  # all alike
+    worst = 1.0
+
+    def measured(residual: Tensor) -> tuple[Tensor, float]:
+        """The residuals, 0 where there is nothing to settle, and the worst of them."""
+        nonlocal idle
+        residual = residual if idle is None else residual.masked_fill(idle, 0)
+        worst = float(residual.max())
+        if idle is None and energy.nudge and not worst <= tol:
+            idle = energy.has_nothing_to_settle(point, start.response.size if start.response else None)
+            residual = residual.masked_fill(idle, 0)
+            worst = float(residual.max())
+        return residual, worst
+
     for iterations in range(solver.settle_steps + 1):
-        if idle is not None:
-            iterate.residual = iterate.residual.masked_fill(idle, 0)
+        is_measured = iterations > 0 or iterate.exact
+        if is_measured:
+            iterate.residual, worst = measured(iterate.residual)
         if watch is not None:
             watch(iterations, solver.snapshot(energy, iterate))
-        worst = float(iterate.residual.max())
         # Which examples have settled: by their residuals, and by nothing else.
-        if solver.adaptive and (iterations > 0 or iterate.exact):
+        if solver.adaptive and is_measured:
             if worst <= tol:  # unless the solver has found that errors exceed residuals by more
                 tolerance = solver.tolerance
                 tol = rounded(tolerance, dtype)
@@ -316,8 +327,7 @@ def settle(
         iterate = solver.step(energy, iterate, active)
     last = solver.finalize(energy, iterate)
     if last.residual is not iterate.residual:
-        last.residual = last.residual if idle is None else last.residual.masked_fill(idle, 0)
-        worst = float(last.residual.max())
+        last.residual, worst = measured(last.residual)
     if last.diverging or not math.isfinite(worst):
         result = Result.DIVERGED
     elif worst <= tol:

@@ -208,7 +208,7 @@ def chosen_beta(energy: Energy, free: Point, response: Response, solver: Solver)
     if smoothness is None:
         smoothness = measured_smoothness(energy.nudge.cost, energy.output(free), response, k, largest)
         smoothness = smoothness if independent else smoothness.max()
-    return largest / (k * smoothness).nan_to_num(0.0).clamp(min=1.0)
+    return (k * (smoothness / largest)).nan_to_num(0.0).clamp(min=1 / largest).reciprocal()
 
 
 def measured_smoothness(cost: BatchCost, output: Tensor, response: Response, k: Tensor, largest: float) -> Tensor:
@@ -286,14 +286,14 @@ def finished(gradients: Gradients) -> Gradients:
 
     A norm is finite only if all its terms are; only if it is not does the slower exact test decide.
     """
-    if gradients and not math.isfinite(sum(map(float, torch._foreach_norm(list(gradients.values()))))):
+    if gradients and not math.isfinite(sum(map(Tensor.item, torch._foreach_norm(list(gradients.values()))))):
         broken = [tuple(p.shape) for p, g in gradients.items() if not torch.isfinite(g).all()]
         if broken:
             raise DivergedError(
                 f"The gradient of parameters of shapes {broken} is not finite. Nothing was changed. Way out: a smaller "
                 "learning rate, or look for exploding weights."
             )
-    return {p: g.to(p.dtype) for p, g in gradients.items()}
+    return {p: g if g.dtype is p.dtype else g.to(p.dtype) for p, g in gradients.items()}
 
 
 def accumulate(gradients: Mapping[nn.Parameter, Tensor]) -> None:

@@ -228,9 +228,10 @@ class EquilibriumPropagation:
             step = self._settled(x, target, batch, indices, table, graph)
             with region("contrast"):
                 gradients = finished(total_gradient(step.phases, step.output, batch))
-            with uninterrupted():
-                self._finish(step, x, target, indices)
-                all_has_moved()
+            if self._has_more_to_move(step, indices):
+                with uninterrupted():
+                    self._finish(step, x, target, indices)
+                    all_has_moved()
         return gradients, step.estimate
 
     @torch.no_grad()
@@ -450,8 +451,8 @@ class EquilibriumPropagation:
         with region("free phase"):
             energy, free = self._free(graph, x, batch, indices, target)
         output = energy.output(free.point)
-        if len(output) != batch:
-            raise wrong_rows(len(output), batch)
+        if output.shape[0] != batch:
+            raise wrong_rows(output.shape[0], batch)
         cost = cost_of(graph, self._cost, energy.inputs, output, target) if graph.cost else self._cost(output, target)
         loss = cost.value(output).mean()
         if not math.isfinite(float(loss)):
@@ -549,6 +550,11 @@ class EquilibriumPropagation:
             inside,
             None if self.feedback else coupling,
         )
+
+    def _has_more_to_move(self, step: _Step, indices: Tensor | None) -> bool:
+        """Whether `_finish` does anything."""
+        moves = self.observe is not None or self.compiled_steps is not None or indices is not None
+        return moves or bool(step.energy.context.new_buffers)
 
     def _finish(self, step: _Step, x: Any, target: Tensor, indices: Tensor | None) -> None:
         """Everything that a step moves besides gradients, once these are there: factors, buffers, warm starts."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -122,7 +123,7 @@ class Graph:
     def __repr__(self) -> str:
         return f"<Graph of {type(self.model).__name__}: {len(self.nodes)} nodes, {len(self.states)} states>"
 
-    @property
+    @cached_property
     def share_kept(self) -> tuple[int, int]:
         """How many numbers of the trained parameters learn by backprop inside a node, and how many there are."""
         inside, total = 0, 0

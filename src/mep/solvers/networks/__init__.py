@@ -128,7 +128,7 @@ def output_residual(error: Tensor, wanted: Tensor) -> Tensor:
     rows = torch.stack([error - wanted, error, wanted])
     rows = rows if rows.ndim == 3 else rows.reshape(*rows.shape[:2], -1)
     dtype = torch.promote_types(rows.dtype, torch.float32)
-    violated, one, two = torch.linalg.vector_norm(rows, dim=2, dtype=dtype)
+    violated, one, two = torch.linalg.vector_norm(rows, dim=2, dtype=dtype).unbind()
     return violated / torch.maximum(one, two).add_(torch.finfo(violated.dtype).tiny)
 
 
