@@ -16,6 +16,7 @@ from torch import nn
 import mep
 from mep.cost import make_cost
 from mep.energy import Free, nudge
+from mep.estimators import equilibrium
 from mep.settle import Result, settle
 from mep.solvers.relaxation import Displacement
 
@@ -424,6 +425,27 @@ LOOKS = {
 def test_training_is_the_same_whatever_is_looked_at_in_between(look):
     (plain, _), (seen, _) = _trained(slice(0, 20)), _trained(slice(0, 20), LOOKS[look])
     assert all(torch.equal(p, q) for p, q in zip(plain.parameters(), seen.parameters(), strict=True))
+
+
+def _refused(model, optimizer, x, y):
+    """Steps that raise: one that has not settled, and one that is interrupted."""
+    ep = optimizer.estimator
+    ep.on_unsettled, ep.phases, ep.beta = "raise", "centered", 1e3  # away from the target there is no equilibrium
+    with pytest.raises(mep.NotConvergedError):
+        optimizer.step(x=3 * x, target=y)
+    ep.on_unsettled, ep.phases, ep.beta = "warn", "one-sided", None
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(equilibrium, "total_gradient", _interrupted)
+        optimizer.step(x=2 * x, target=y)
+
+
+def _interrupted(*_):
+    raise KeyboardInterrupt
+
+
+def test_refused_steps_leave_what_the_solver_carries_as_it_was():
+    (plain, _), (refused, _) = _trained(slice(0, 20)), _trained(slice(0, 20), _refused)
+    assert all(torch.equal(p, q) for p, q in zip(plain.parameters(), refused.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("way", ["state_dict", "deepcopy"])

@@ -219,7 +219,7 @@ class EquilibriumPropagation:
         """The estimated gradient of the mean cost for every trained parameter, without touching `p.grad`."""
         batch = self._check(x, target)
         graph = None
-        with undone_on_error(x) as all_has_moved:
+        with undone_on_error(x, self.solver) as all_has_moved:
             table = make_contrast(self.phases, self.points)
             if self.compiled_steps is not None and indices is None:
                 graph = self._graphs.of(x, target)
@@ -244,7 +244,7 @@ class EquilibriumPropagation:
         been made and found finite before, and dropped again. Never by a compiled program.
         """
         batch = self._check(x, target)
-        with undone_on_error(x) as all_has_moved:
+        with undone_on_error(x, self.solver) as all_has_moved:
             table = make_contrast(self.phases, self.points)
             step = self._settled(x, target, batch, indices, table, saves_memory=True)
             # Made twice: first to see that all are finite, since the first that is used changes a weight.
@@ -294,7 +294,7 @@ class EquilibriumPropagation:
     def predict(self, x: Any) -> Tensor:
         """The output of the free equilibrium, or what the readout makes of it; for the prediction energy `model(x)`."""
         batch = checked_batch(x, finite=not self.node_energy.is_forward)
-        with undone_on_error(x), dtype_errors(self.model):
+        with undone_on_error(x, self.solver), dtype_errors(self.model):
             graph = self._graphs.of(x)
             energy, free = self._free(self._untied(graph) if self.feedback else graph, x, batch)
             output = energy.output(free.point)

@@ -150,17 +150,19 @@ def check_finite(x: Any) -> None:
 
 
 @contextmanager
-def undone_on_error(x: Any) -> Iterator[Callable[[], None]]:
-    """On an error, an interruption included, torch's generators end as they began; what diverged on NaN is refused.
+def undone_on_error(x: Any, solver: Any = None) -> Iterator[Callable[[], None]]:
+    """On an error, an interruption included, torch's generators end as they began, and so does what a solver carries.
 
-    What it yields is to be called once all has moved: from then on random numbers stay drawn.
+    What diverged on NaN is refused. What it yields is to be called once all has moved: from then on nothing is undone.
     """
-    before = [generators()]
+    before = [(generators(), solver.state_dict() if solver else {})]
     try:
         yield before.clear
     except BaseException as error:
-        for noise in before:
+        for noise, carried in before:
             set_generators(noise)
+            if solver:
+                solver.load_state_dict(carried)
         if isinstance(error, DivergedError):
             check_finite(x)
         raise
