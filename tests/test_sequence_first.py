@@ -52,7 +52,8 @@ def made(name, batch):
 def test_every_layer_has_a_state_with_the_examples_as_rows(name):
     model, x, y = made(name, 5)
     graph = mep.trace(model, x)
-    assert len(graph.states) > 1 and graph.share_kept[0] == 0
+    recurrent = sum(p.numel() for p in model.r.parameters()) if hasattr(model, "r") else 0
+    assert len(graph.states) > 1 and graph.share_kept[0] == recurrent
     assert all(len(s) == 5 for s in mep.EquilibriumPropagation(model).settle(x, y).free.states.values())
 
 
@@ -118,6 +119,40 @@ def test_layers_without_a_state_are_named():
         ep(x, y)  # once
         paired = Sequence(lambda m, x: m.o(torch.tanh(m.a(x[:2].transpose(0, 1).flatten(0, 1))).view(-1, 2, 6).sum(1)))
         assert mep.EquilibriumPropagation(paired)(x, y).in_leaves[0] == 0
+
+
+class Recurrent(nn.Module):
+    """All steps of a recurrent layer in one operation, or one after the other."""
+
+    def __init__(self, course=None, cell=None):
+        super().__init__()
+        self.course, self.cell, self.o = course, cell, nn.Linear(6, 3)
+
+    def forward(self, x):
+        if self.course is not None:
+            return self.o(self.course(x)[0][:, -1])
+        h = x.new_zeros(len(x), 6)
+        for t in range(x.shape[1]):
+            h = self.cell(x[:, t], h)
+        return self.o(h)
+
+
+@pytest.mark.parametrize("make", [nn.LSTM, nn.GRU, nn.RNN])
+def test_recurrent_layers_are_counted_as_learning_by_backprop(make):
+    """Autograd goes back through the steps inside of the operation. Cells in a loop have a state at every step."""
+    torch.manual_seed(0)
+    x, y = torch.rand(5, 4, 2), torch.arange(5) % 3
+    model = Recurrent(course=make(2, 6, num_layers=2, batch_first=True))
+    inside = sum(p.numel() for p in model.course.parameters())
+    with pytest.warns(UserWarning, match="without a state of their own: `.*in node `course`"):
+        estimate = mep.EquilibriumPropagation(model)(x, y)
+    assert estimate.in_leaves == (inside, inside + 21)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert mep.EquilibriumPropagation(model, leaves=(make,))(x, y).in_leaves == (inside, inside + 21)
+        looped = Recurrent(cell=nn.GRUCell(2, 6))
+        assert mep.EquilibriumPropagation(looped)(x, y).in_leaves[0] == 0
+    assert len(mep.trace(looped, x).states) == 5
 
 
 def test_hopfield_networks_without_rows_of_examples_are_refused():

@@ -43,12 +43,14 @@ _SHAPE_ONLY = {
 """Operations whose result does not depend on the numbers that they are given."""
 _PRODUCTS = {"mul", "div", "matmul", "mm", "bmm", "baddbmm", "addbmm", "einsum", "dot", "mv", "addcmul", "linear"}
 _WEIGHTED = {"linear", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"}
+_RECURRENT = {"lstm", "gru", "rnn_tanh", "rnn_relu"}
+"""Whole courses of recurrent layers, in one operation."""
 _LINEAR = {"add", "sub", "rsub", "neg", "mul", "div", "positive", "where", "masked_fill", "sign", "sgn", *_SHAPE_ONLY}
 """Pointwise operations that are affine in one argument, or flat."""
 _CURVED = {
     *SOFTMAXES, "log_softmax", "_log_softmax", "special_log_softmax", "scaled_dot_product_attention", "_attention",
-    "lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell", "glu",
-    "logsumexp", "log_sigmoid", "hardswish",
+    "lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell", "glu", "logsumexp", "log_sigmoid", "hardswish",
+    *_RECURRENT,
 }  # fmt: skip
 """Nonlinearities of several units, and others that are not marked as pointwise."""
 _SHAPES = {"reshape", "transpose", "permute", "squeeze", "unsqueeze"}
@@ -109,8 +111,10 @@ class Reading:
         self.names = self._names()
         self._find_output()
         self.ops = {n: self._op(n) for n in self.nodes}
-        self.inside = [n for n in inside if n in self.needed and n.target is not operator.getitem]
-        """Operations whose parameters learn by backpropagation inside a node: between them and others none is."""
+        inside += [n for n in self.nodes if label(n) in _RECURRENT and self.parametrised[n] and self.data[n]]
+        self.inside = {n for n in inside if n in self.needed and n.target is not operator.getitem}
+        """Operations whose parameters learn by backpropagation inside a node: no state is between them and others, or
+        between the steps of a recurrent layer."""
 
     def _is_inside(self, n: fx.Node) -> bool:
         """Whether an operation reads parameters, and neither it nor what follows from it alone has a state."""
@@ -328,7 +332,7 @@ class Reading:
             return self._is_random(n.args[0])
         if "scaled_dot_product" in label(n):
             return any(isinstance(a, float) and a > 0 for a in n.args[4:5]) or bool(n.kwargs.get("dropout_p"))
-        if label(n) in ("lstm", "gru", "rnn_tanh", "rnn_relu"):
+        if label(n) in _RECURRENT:
             return bool(n.args[5] and n.args[6])  # the probability of dropout, and whether it trains
         return torch.Tag.nondeterministic_seeded in tags and not (label(n) == "dropout" and not n.args[2])
 

@@ -589,10 +589,12 @@ class EquilibriumPropagation:
         if graph.stateless and not self.node_energy.behind_activations:
             self._warn_once(
                 "layers without a state",
-                f"Layers without a state of their own: {', '.join(graph.stateless)}. What they compute is not real, or "
-                "has no dimension with the examples one after another. So the node learns as a whole: autograd runs "
-                "inside it, equilibrium propagation between it and the rest. Rows of several views of an example get "
-                "states by torch.stack([a, b], 1).flatten(0, 1), and not by torch.cat([a, b]).",
+                f"Layers without a state of their own: {', '.join(graph.stateless)}. What they compute is not real, "
+                "has no dimension with the examples one after another, or is all steps of a recurrent layer at once. "
+                "So the node learns as a whole: autograd runs inside it, equilibrium propagation between it and the "
+                "rest. Rows of several views of an example get states by torch.stack([a, b], 1).flatten(0, 1), and not "
+                "by torch.cat([a, b]); a recurrence by a loop over nn.LSTMCell or nn.GRUCell. To keep a layer whole "
+                "without this warning: leaves=(nn.LSTM,).",
             )
 
     def _check_activations(self, graph: Graph) -> None:
