@@ -112,7 +112,7 @@ class Reading:
         self._find_output()
         self.ops = {n: self._op(n) for n in self.nodes}
         inside += [n for n in self.nodes if label(n) in _RECURRENT and self.parametrised[n] and self.data[n]]
-        self.inside = {n for n in inside if n in self.needed and n.target is not operator.getitem}
+        self.inside = [n for n in inside if n in self.needed and n.target is not operator.getitem]
         """Operations whose parameters learn by backpropagation inside a node: no state is between them and others, or
         between the steps of a recurrent layer."""
 
