@@ -280,3 +280,22 @@ def test_unusual_calls_are_handled_or_refused_by_name(forward):
     loss = F.cross_entropy(net(x), y)
     for p, g in found.items():
         torch.testing.assert_close(g, torch.autograd.grad(loss, p, retain_graph=True)[0], rtol=1e-3, atol=1e-5)
+
+
+def test_the_table_of_a_graph_names_parameters_by_their_module():
+    """Those of the node's own module without its path, tied ones of another module with it; no line is too wide."""
+
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+            self.second.weight = self.first.weight
+
+        def forward(self, x):
+            return self.second(torch.tanh(self.first(x)))
+
+    first, second = (line.split() for line in str(mep.trace(Tied(), torch.rand(3, 4))).splitlines()[1:3])
+    assert first[:6] == ["first", "linear", "batchx4", "weight,", "bias", "x"]
+    assert second[:7] == ["second", "tanh,", "linear", "batchx4", "first.weight,", "bias", "first"]
+    plain = nn.Sequential(nn.Linear(784, 128), nn.ReLU(), nn.Linear(128, 10))
+    assert max(map(len, str(mep.trace(plain, torch.rand(2, 784))).splitlines())) <= 80

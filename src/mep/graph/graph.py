@@ -357,16 +357,16 @@ def _table(graph: Graph) -> str:
 def _row(node: Node, names: Mapping[nn.Parameter, str], batch: str) -> Sequence[str]:
     operations = [op.label for op in node.program if op.label != "sym_size"]
     shown = operations if len(operations) <= 3 else [operations[0], f"{len(operations) - 2} more", operations[-1]]
-    parameters = [names.get(p, "of the cost") for p in node.parameters]
-    shared = _prefix(parameters)
     last = node.program[-1]
+    own = node.name.partition("#")[0]  # the path of its module; with a number behind it from the second call on
+    parameters = [names.get(p, "of the cost").removeprefix(f"{own}.") for p in node.parameters]
     return (
         node.name + ("" if node.owns_state else " *"),
         ", ".join(shown),
         "x".join("batch" if str(size) == batch else str(size) for size in node.shape),
-        shared,
+        _prefix(parameters),
         ", ".join(node.parents),
-        ", ".join(part for part in (last.module, last.where) if part),
+        ", ".join(part for part in (last.module, last.where) if part and part != own),
     )
 
 
