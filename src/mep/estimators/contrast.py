@@ -28,8 +28,9 @@ from a larger one where the order is higher: it takes more sweeps). Where Jacobi
 free equilibrium is known before any state has moved; then the bound is exact, and a tolerance of 0.01 takes one sweep.
 Elsewhere k is the gain `<g, M g> / <g, g> = sum_n |A_n^T g|^2 / |g|^2`, which the first backward walk gives exactly and
 which is no larger, and the Jacobians move as well: the gradient as a whole may be biased tens of times as much as the
-output's error. There `largest` is 0.0002. Where L is not known it is measured, and again over the way that the
-beta so found leads, until the bias over that way is the one wanted. Examples that are coupled have one beta, from the gain of all together.
+output's error. There `largest` is 0.0002. Where L is not known it is measured, and again over the way that the beta so
+found leads, until the bias over that way is the one wanted. Examples that are coupled have one beta, from the gain of
+all together.
 """
 
 from __future__ import annotations
