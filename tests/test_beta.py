@@ -552,3 +552,33 @@ def test_a_cost_that_cannot_be_narrowed_settles_all_the_same(activation):
     ).gradients(x, y)
     assert estimate.converged and estimate.counts.min() < estimate.counts.max()
     assert distance(model, found, exact) < 1e-7
+
+
+@pytest.mark.parametrize("phases", ["one-sided", "centered"])
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.GELU])
+@pytest.mark.parametrize("coupled", [False, True])
+def test_a_cost_more_curved_here_than_far_away_gets_a_beta_for_its_curvature_here(phases, activation, coupled):
+    torch.manual_seed(0)
+    norm = nn.BatchNorm1d(8) if coupled else nn.Identity()
+    model = nn.Sequential(nn.Linear(6, 8), norm, activation(), nn.Linear(8, 3)).double()
+    with torch.no_grad():
+        model[3].weight.mul_(4)
+    x, y = torch.randn(7, 6).double(), torch.randn(7, 3).double()
+
+    def cost(output, target):
+        return (3 * (output - target)).exp().sum(1)
+
+    gradients, estimate = mep.EquilibriumPropagation(model, cost, phases=phases).gradients(x, y)
+    wanted = torch.autograd.grad(cost(model(x), y).mean(), list(model.parameters()))
+    found = torch.cat([gradients[p].flatten() for p in model.parameters()])
+    exact = torch.cat([g.flatten() for g in wanted])
+    assert estimate.converged and (found - exact).norm() < 0.06 * exact.norm()
+
+
+def test_a_cost_whose_gradient_jumps_at_the_output_gets_a_beta_above_zero():
+    model = nn.Linear(4, 2)
+    nn.init.zeros_(model.weight), nn.init.zeros_(model.bias)
+    quantile = lambda output, target: torch.maximum(0.9 * (target - output), 0.1 * (output - target)).sum(1)  # noqa: E731
+    ep = mep.EquilibriumPropagation(model, quantile, on_unsettled="ignore")
+    gradients, estimate = ep.gradients(torch.ones(3, 4), torch.zeros(3, 2))
+    assert (estimate.betas > 0).all() and all(g.isfinite().all() for g in gradients.values())

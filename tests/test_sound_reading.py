@@ -30,7 +30,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.parametrizations import spectral_norm
+from torch.nn.utils import parametrize
+from torch.nn.utils.parametrizations import orthogonal, spectral_norm, weight_norm
 
 import mep
 
@@ -1780,3 +1781,19 @@ INPUT_WRITES = {
 @pytest.mark.parametrize("name", INPUT_WRITES)
 def test_input_that_forward_overwrites_is_right_or_refused(name):
     assert_right(net(INPUT_WRITES[name]), may_refuse=True)
+
+
+@pytest.mark.parametrize("wrap", [weight_norm, orthogonal], ids=lambda wrap: wrap.__name__)
+def test_a_cache_of_parametrizations_around_the_step_holds_neither_stand_ins_nor_used_up_graphs(wrap):
+    torch.manual_seed(0)
+    model = nn.Sequential(wrap(nn.Linear(4, 6)), nn.Tanh(), nn.Linear(6, 3)).double()
+    x, y = torch.randn(BATCH, 4).double(), torch.randint(0, 3, (BATCH,))
+    ep = mep.EquilibriumPropagation(model, beta=1e-8, solver=SOLVER, proof="always")
+    for _ in range(2):
+        with parametrize.cached():
+            estimate = ep(x, y)
+            loss = F.cross_entropy(model(x), y)
+        wanted = torch.autograd.grad(loss, list(model.parameters()))
+        torch.testing.assert_close([p.grad for p in model.parameters()], list(wanted), rtol=1e-5, atol=1e-8)
+        torch.testing.assert_close(estimate.loss, loss.detach())
+        model.zero_grad()

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from mep.capture.surroundings import surroundings_kept
 from mep.errors import TraceError
@@ -98,12 +99,25 @@ def untouched(*roots: Any) -> Iterator[Buffers]:
     others = ExitStack()
     others.enter_context(surroundings_kept(*roots))
     others.enter_context(generators_kept())
+    others.enter_context(_without_cached_parametrizations())
     try:
         yield buffers
     finally:
         with uninterrupted():
             buffers.undo()
             others.close()
+
+
+@contextmanager
+def _without_cached_parametrizations() -> Iterator[None]:
+    """Inside, a `parametrize.cached()` around has no effect: each run computes its own values, with its own graph."""
+    state: Any = parametrize
+    before = state._cache_enabled, state._cache
+    state._cache_enabled, state._cache = 0, {}
+    try:
+        yield
+    finally:
+        state._cache_enabled, state._cache = before
 
 
 def trained_parameters(model: nn.Module, cost: Any) -> list[nn.Parameter]:

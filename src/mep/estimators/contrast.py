@@ -28,7 +28,9 @@ from a larger one where the order is higher: it takes more sweeps). Where Jacobi
 free equilibrium is known before any state has moved; then the bound is exact, and a tolerance of 0.01 takes one sweep.
 Elsewhere k is the gain `<g, M g> / <g, g> = sum_n |A_n^T g|^2 / |g|^2`, which the first backward walk gives exactly and
 which is no larger, and the Jacobians move as well: the gradient as a whole may be biased tens of times as much as the
-output's error. There `largest` is 0.0002. Examples that are coupled have one beta, from the gain of all together.
+output's error. There `largest` is 0.0002. Where L is not known it is measured, and again over the way that the beta so
+found leads, until the bias over that way is the one wanted. Examples that are coupled have one beta, from the gain of
+all together.
 """
 
 from __future__ import annotations
@@ -205,18 +207,25 @@ def chosen_beta(energy: Energy, free: Point, response: Response, solver: Solver)
     independent = are_independent(energy, free)
     k = response.amplification if independent else response.group_gain
     smoothness = energy.nudge.cost.smoothness
-    if smoothness is None:
-        smoothness = measured_smoothness(energy.nudge.cost, energy.output(free), response, k, largest)
-        smoothness = smoothness if independent else smoothness.max()
-    return (k * (smoothness / largest)).nan_to_num(0.0).clamp(min=1 / largest).reciprocal()
+    if smoothness is not None:
+        return (k * (smoothness / largest)).nan_to_num(0.0).clamp(min=1 / largest).reciprocal()
+    cost, output, beta = energy.nudge.cost, energy.output(free), torch.full_like(k, largest)
+    least = torch.zeros_like(beta)
+    while True:
+        bias = measured_bias(cost, output, response, k * beta).nan_to_num(0.0)
+        bias = bias if independent else bias.max()
+        beta = torch.maximum(beta * largest / bias.clamp(min=largest), least)
+        least = torch.where(least > 0, least, beta * torch.finfo(beta.dtype).eps)  # of a gradient that jumps right here
+        if not bool(((bias > 2 * largest) & (beta > least)).any()):  # else the cost may be more curved over this way
+            return beta
 
 
-def measured_smoothness(cost: BatchCost, output: Tensor, response: Response, k: Tensor, largest: float) -> Tensor:
-    """`|dC(s) - dC(s - t g)| / |t g|` of every example, `t = largest k`: as far as the largest beta would take it."""
+def measured_bias(cost: BatchCost, output: Tensor, response: Response, reach: Tensor) -> Tensor:
+    """`|dC(s) - dC(s - reach g)| / |g|` of every example, [batch]; 1 where there is no gradient so far away."""
     g, batch = response.error, response.batch
-    way = g * spread_length(k, g) * largest
-    change = example_norm(cost.gradient(output - way) - g, batch)
-    return change / example_norm(way, batch).add_(torch.finfo(change.dtype).tiny)
+    change = example_norm(cost.gradient(output - g * spread_length(reach, g)) - g, batch)
+    size = example_norm(g, batch).add_(torch.finfo(change.dtype).tiny)
+    return torch.where(change.isfinite(), change / size, 1.0)
 
 
 def contrast(phases: Iterable[Phase], batch: int) -> Gradients:

@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 from mep.errors import ArgumentError
@@ -40,9 +40,19 @@ class Recipe(NamedTuple):
         """Whether its steps are compiled."""
         return bool(self.options.get("compile"))
 
+    @property
+    def is_hopfield(self) -> bool:
+        """Whether the network is one of Hopfield's, with other weights than a network that is run forward."""
+        return is_hopfield(self.options)
+
     def as_row(self) -> dict[str, Any]:
         """The start of its row in a record."""
         return {"label": self.label, "preset": self.preset, "options": self.options, "ladder": self.settle_series}
+
+
+def is_hopfield(options: Mapping[str, Any]) -> bool:
+    """The same of the options of a recorded recipe."""
+    return options.get("energy") == "hopfield"
 
 
 SETTLE_LR = 0.15  # the usual step size of descent, the same for all numbers of steps

@@ -22,7 +22,7 @@ import typer
 from rich.console import Console
 
 from mep.errors import ArgumentError
-from mep.lab.recipes import BASELINE, SPEED, Recipe, choose
+from mep.lab.recipes import BASELINE, SPEED, Recipe, choose, is_hopfield
 from mep.runs import records, report
 from mep.runs.records import Record
 from mep.runs.report import BLACK, BLUE, GREEN, GREY, NONE, PINK, VERMILION, Cell, Row, label, number, plural, share
@@ -141,6 +141,7 @@ def _measure(settings: Settings, recipes: Sequence[Recipe]) -> Record:
                 size = settings.batch_size or MODELS.get(name, BATCH_SIZE)
                 common: dict[str, Any] = {"cost": settings.cost, "batch_size": size}
                 model = training.briefly_trained(name, data, optimizer="adam", steps=settings.train_steps, **common)
+                fresh = models.build(name, data).to(device)  # for Hopfield networks, whose weights are others
                 rows = compare(
                     model,
                     training.other_batches(data, count=settings.batches, **common),
@@ -152,6 +153,7 @@ def _measure(settings: Settings, recipes: Sequence[Recipe]) -> Record:
                     compile_seconds=settings.compile_seconds,
                     progress=progress,
                     title=name,
+                    hopfield=fresh,
                 )
             except KeyboardInterrupt:
                 if not record["models"]:
@@ -195,7 +197,11 @@ CAPTIONS = (
 def show(record: Record, console: Console) -> None:
     """Print the tables: ruled on a terminal, as Markdown anywhere else, where those of a model can be unfolded."""
     settings, models = record["settings"], record["models"]
-    report.print_text(console, "{data}, after {train_steps} steps of Adam and backprop.".format(**settings))
+    own = any(is_hopfield(row["options"]) for model in models for row in model["rows"])
+    others = "; Hopfield networks, whose weights are others, as they are initialised" if own else ""
+    report.print_text(
+        console, "{data}, after {train_steps} steps of Adam and backprop".format(**settings) + f"{others}."
+    )
     if record["stopped"]:
         report.print_text(
             console, f"Stopped by Ctrl-C during {record['stopped']}: what it and later models take is missing."

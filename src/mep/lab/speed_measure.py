@@ -56,6 +56,7 @@ def compare(
     compile_seconds: float = math.inf,
     progress: Progress | None = None,
     title: str = "",
+    hopfield: nn.Module | None = None,
 ) -> list[Row]:
     """What a step of every recipe takes, at the model's parameters as they are; they stay so.
 
@@ -71,6 +72,7 @@ def compare(
         compile_seconds: that a recipe may take to compile.
         progress: where to show what is done.
         title: what to call the model there.
+        hopfield: the same network with the parameters at which Hopfield networks are timed; by default `model`.
 
     Returns:
         For each recipe its own fields; `SETTLED` and `times`, see `time_rows`; `unsettled`: how most of the steps
@@ -107,9 +109,10 @@ def compare(
                 runs.append(None)
                 with record_failure(rows[-1]):
                     progress.stage(f"{recipe.label}, memory and work")
-                    rows[-1].update(resources(recipe, model, batches, cost))
+                    own = hopfield if hopfield and recipe.is_hopfield else model
+                    rows[-1].update(resources(recipe, own, batches, cost))
                     progress.say(f"{recipe.label}, {'compiling' if recipe.is_compiled else 'first steps'}")
-                    runs[-1] = SpeedRun(recipe, model, batches, cost, compile_seconds)
+                    runs[-1] = SpeedRun(recipe, own, batches, cost, compile_seconds)
             check_baseline(rows[0])
             for count in threads:
                 torch.set_num_threads(count)

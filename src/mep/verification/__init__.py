@@ -11,8 +11,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -46,7 +48,7 @@ __all__ = ["Report", "verify"]
 _LONGER = 4
 """Times as many steps as by default: the tolerance is far below that of training."""
 _MORE_BETAS, _FACTOR = 4, 4.0
-"""So many smaller betas may follow those given, each smaller by this factor."""
+"""So many betas may follow below those given and below the one of `beta=None`, each smaller by this factor."""
 
 
 def verify(
@@ -69,7 +71,8 @@ def verify(
     """Compare equilibrium propagation with backprop and with finite differences, on one batch and a copy of the model.
 
     - The EP gradient of every parameter against backprop's, for both contrasts: cosine, norm ratio, order in beta.
-      Where the betas given are too large to settle, or for the limit to show, up to four smaller ones follow.
+      Where the betas given are too large to settle, or for the limit to show, smaller ones follow: up to four that are
+      also smaller than what `beta=None` chooses.
     - Both against finite differences of the mean cost on sampled coordinates.
     - The residual of every node, recomputed from the states alone, and how it falls from sweep to sweep.
     - The largest beta at which the default solver settles every example, to a factor of two.
@@ -174,7 +177,7 @@ def _runs(case: Case, exact: Reference, phases: str, betas: list[float]) -> tupl
     """
     runs: list[Run] = []
     diverged: list[float] = []
-    for beta in [*betas, *(betas[-1] / _FACTOR**i for i in range(1, _MORE_BETAS + 1))]:
+    for beta in itertools.chain(betas, _smaller(case, phases, betas[-1])):
         if beta < betas[-1] and runs and runs[-1].estimate.converged:
             found = (_parameter(case, exact, p, {phases: runs}, Difference()) for p in exact.gradients)
             if not any(failure_reason(p, phases, case.config.branches) for p in found):
@@ -187,6 +190,17 @@ def _runs(case: Case, exact: Reference, phases: str, betas: list[float]) -> tupl
     if not runs:
         raise last
     return runs, diverged
+
+
+def _smaller(case: Case, phases: str, beta: float) -> Iterator[float]:
+    """Betas below this one and below what an estimator chooses: the larger the network's gain, the smaller that is."""
+    least = beta / _FACTOR
+    yield least
+    with contextlib.suppress(DivergedError):
+        beta = min(beta, float(run_ep(case, phases, None).estimate.betas.abs().min()))
+    while least > beta / _FACTOR**_MORE_BETAS:
+        least /= _FACTOR
+        yield least
 
 
 def _settled(runs: list[Run]) -> list[Run]:
@@ -249,7 +263,7 @@ def _notes(equilibria: Equilibria | FixedPoint, exact: Reference, estimations: S
         notes.append(f"not checked, as frozen or not used: {', '.join(left)}")
     flat = [case.names[p] for p in exact.gradients if exact.floor(p) == 1.0]
     if flat:
-        notes.append(f"backprop's gradient vanishes, up to rounding: {', '.join(flat)}")
+        notes.append(f"backprop's gradient is no larger than what rounding and tol may leave: {', '.join(flat)}")
     for e in estimations:
         if e.unsettled:
             some = f"{e.unsettled} of {energy.batch} examples"

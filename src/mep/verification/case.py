@@ -92,7 +92,7 @@ class Case:
         self.buffers.undo()
         set_generators(self.noise)
 
-    def estimator(self, phases: str, beta: float, solver: Solver | None = None) -> EquilibriumPropagation:
+    def estimator(self, phases: str, beta: float | None, solver: Solver | None = None) -> EquilibriumPropagation:
         """As a training step would have it; by the solver of the case unless another is named."""
         config = self.config
         ep = EquilibriumPropagation(

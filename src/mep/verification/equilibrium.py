@@ -35,7 +35,7 @@ _SWEEPS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 25, 30)
 _DOUBLINGS, _HALVINGS = 7, 10
 
 Residuals = dict[str, tuple[Tensor, Tensor]]
-"""Node -> its residual, and what rounding of the state may contribute, `eps |s|` over the larger side: [batch] each."""
+"""Node -> its residual, and what rounding may contribute, ten times `eps |s|` over the larger side: [batch] each."""
 
 
 class Residual(NamedTuple):
@@ -156,7 +156,7 @@ def residuals(energy: Energy, state: State, swept: bool) -> Residuals:
         if name in behind:
             p = _nearest_force(s, e, p, *behind[name])
         larger = torch.maximum(norm(e), norm(p)).clamp_min(torch.finfo(torch.float64).tiny)
-        found[name] = norm(e - p) / larger, torch.finfo(s.dtype).eps * norm(s) / larger
+        found[name] = norm(e - p) / larger, 10 * torch.finfo(s.dtype).eps * norm(s) / larger
         return p if swept else e
 
     energy.graph.vjp(point.saved, -energy.nudge.beta * energy.nudge.cost.gradient(energy.output(point)), transmit)

@@ -45,7 +45,7 @@ class Difference(NamedTuple):
     ep: float | None = None
 
 
-def run_ep(case: Case, phases: str, beta: float) -> Run:
+def run_ep(case: Case, phases: str, beta: float | None) -> Run:
     """The EP gradient, as a training step would have it."""
     ep = case.estimator(phases, beta)
     case.restore()
