@@ -82,7 +82,7 @@ class SquaredError(BatchCost):
     """`mean_j (s_j - y_j)^2` over the features j of an example: its mean over the batch is `F.mse_loss`."""
 
     name = "mse"
-    for_labels = "For class labels pass F.one_hot(labels, classes).float(), or use cost='cross_entropy'."
+    for_labels = "For class labels use cost='one_hot_mse' or cost='cross_entropy'."
 
     def __init__(self, output: Tensor, target: Tensor):
         if target.shape != output.shape:

@@ -62,7 +62,7 @@ def _option(panel: str, help: str, default: object = None) -> Any:
 def train(
     data: Annotated[str | None, _option(_RUN, "digits, mnist5k, mnist, fashion-mnist.", _D.data)] = None,
     folder: Annotated[str | None, _option(_RUN, "Where the files of mnist or fashion-mnist are.")] = None,
-    model: Annotated[str | None, _option(_RUN, "mlp, cnn, or package.module:factory.", _D.model)] = None,
+    model: Annotated[str | None, _option(_RUN, "mlp, mlp256, cnn, ..., or package.module:factory.", _D.model)] = None,
     preset: Annotated[str | None, _option(_RUN, "eqprop, smep, ...; or sgd, adam.", _D.preset)] = None,
     epochs: Annotated[int | None, _option(_RUN, "Train up to this epoch.", EPOCHS)] = None,
     seconds: Annotated[float | None, _option(_RUN, "Train for so long instead.")] = None,

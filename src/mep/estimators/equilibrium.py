@@ -79,14 +79,15 @@ class EquilibriumPropagation:
 
     Args:
         model: any module that `torch.export` can record. It is captured with the first batch, and not changed.
-        cost: "cross_entropy", "mse", or a function of what the model returns and the target, with one number per
-            example. It may read parameters, have some of its own (a module), and read what `forward` leaves on modules;
+        cost: "cross_entropy", "mse", "one_hot_mse" (class labels stand for one-hot vectors), a class derived from
+            `mep.BatchCost`, or a function of what the model returns and the target, with one number per example. A
+            function may read parameters, have some of its own (a module), and read what `forward` leaves on modules;
             where it does, one number for the whole batch will do, too.
         beta: the nudging strength of every example in every phase. None: each example has one of its own, chosen before
-            anything moves, so small that the gradient is biased by about 1%; see `mep.estimators.contrast`. The
-            estimate has them as `betas`.
-        solver: `mep.Sweep(...)` (the default for "prediction"), `mep.Relaxation(...)` (for "hopfield"), or
-            `mep.Descent(...)`.
+            anything moves, so small that the error at the output is biased by 1% at most, up to higher orders (10% for
+            `mep.Descent`); see `mep.estimators.contrast`. The estimate has them as `betas`.
+        solver: `mep.Sweep(...)` (the default for "prediction"), `mep.Relaxation(...)` (for "hopfield"),
+            `mep.Descent(...)`, or `mep.Local(...)`.
         energy: "prediction", "hopfield", or an object derived from `mep.NodeEnergy`.
         phases: "one-sided"; "centered", with a second nudged phase at -beta; or "random-sign", one-sided at beta or
             -beta at random, drawn for each step from torch's generator on the CPU: `Estimate.betas` has the sign;

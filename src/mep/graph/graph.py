@@ -344,7 +344,8 @@ def _table(graph: Graph) -> str:
     widths = [max(len(row[i]) for row in (_HEADER, *rows)) for i in range(len(_HEADER) - 1)]
     lines = [_line(row, widths) for row in (_HEADER, *rows)]
     inside, total = graph.share_kept
-    notes = [f"input {', '.join(graph.inputs)}; output {graph.output}; {len(graph.states)} states, * junctions"]
+    starred = "" if all(node.owns_state for node in graph.nodes) else "; * marks a junction, which has no state"
+    notes = [f"input {', '.join(graph.inputs)}; output {graph.output}; {len(graph.states)} states{starred}"]
     if inside:
         notes.append(share_in_words(inside, total))
     written = [slot.name for node in graph.nodes for slot, _ in node.writes]

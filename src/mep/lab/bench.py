@@ -57,7 +57,7 @@ def bench(
     ctx: typer.Context,
     data: Annotated[str, typer.Option(help="digits, mnist5k, mnist or fashion-mnist.")] = _D.data,
     folder: Annotated[str | None, typer.Option(help="Where the files of mnist or fashion-mnist are.")] = None,
-    model: Annotated[str, typer.Option(help="mlp, cnn, or yours: package.module:factory.")] = _D.model,
+    model: Annotated[str, typer.Option(help="mlp, mlp256, cnn, ..., or yours: package.module:factory.")] = _D.model,
     cost: Annotated[str, typer.Option(help="cross_entropy or mse.")] = _D.cost,
     batch_size: Annotated[int, typer.Option(min=1, help="Examples a step.")] = _D.batch_size,
     seconds: Annotated[

@@ -52,7 +52,7 @@ _D = Settings()
 
 
 def verify(
-    model: Annotated[str, typer.Option(help="mlp, cnn, or yours: package.module:factory.")] = _D.model,
+    model: Annotated[str, typer.Option(help="mlp, mlp256, cnn, ..., or yours: package.module:factory.")] = _D.model,
     data: Annotated[str, typer.Option(help="digits, mnist5k, mnist or fashion-mnist.")] = _D.data,
     folder: Annotated[str | None, typer.Option(help="Where the files of mnist or fashion-mnist are.")] = None,
     shape: Annotated[str | None, typer.Option(help="Random examples of this shape instead: 3,32,32.")] = None,

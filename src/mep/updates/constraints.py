@@ -174,8 +174,9 @@ def _warn(optimizer: torch.optim.Optimizer, p: Tensor, sigma: float, gamma: floa
     names = [name for name, own in model.named_parameters() if own is p] if model is not None else []
     warn(
         f"spectral_bound(gamma={gamma:g}): the largest singular value of `{(names or [tuple(p.shape)])[0]}` is "
-        f"{sigma:.3g}, and the weight was scaled to {gamma * (1 - slack):.3g}, which changes the network. "
-        "That is what the bound is for; a network that was trained without it wants a larger gamma. This is said once.",
+        f"{sigma:.3g}, and the weight was scaled to {gamma * (1 - slack):.3g}: a weight that comes near the bound is "
+        f"put {slack:.0%} below it. This changes the network, as the bound is meant to; for one that was trained "
+        "without it, take a larger gamma. This is said once.",
         UserWarning,
     )
 

@@ -240,7 +240,7 @@ def sentences(report: Mapping[str, Any]) -> list[str]:
     residual, sweeps = (max(e[key] for e in estimations) for key in ("recomputed", "sweeps"))
     tried = "" if report["beyond"] is None else f", {report['beyond']:.3g} does not"
     reach = "no beta tried settles" if report["reach"] is None else f"beta {report['reach']:.3g} settles{tried}"
-    settled = f"residual {residual:.0e} at most, {sweeps} sweeps at most; by default {reach}."
+    settled = f"residual {residual:.0e} at most, {sweeps} sweeps at most; with the default solver {reach}."
     found, count = report["failures"], len(report["parameters"])
     verdict = (
         f"OK: equilibrium propagation gives backprop's gradient for {count} of {count} parameters; {settled}"
