@@ -257,6 +257,17 @@ def test_directions_in_which_the_momentum_vanishes_stay_zero(shape, rank, dtype)
     assert torch.linalg.matrix_norm(update).item() == pytest.approx(math.sqrt(rank), rel=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_without_momentum_nothing_is_left_of_what_was_applied(shape, dtype):
+    """At full rank all of M is applied, and what rounding leaves of it is no direction of the next update."""
+    weight = parameter(*shape, dtype=dtype)
+    optimizer = Dion([weight], 0.3, 0.0, 1.0, dion_threshold=0)
+    run(optimizer, 1)
+    assert not step_along(optimizer, weight, torch.zeros_like(weight)).any()
+    assert step_along(optimizer, weight, torch.ones_like(weight)).any()
+
+
 def test_a_factor_that_found_nothing_finds_what_comes_later():
     # The first gradients live in the first rows and columns, the later ones elsewhere: no column of Q may be lost.
     weight = parameter(8, 6)

@@ -75,7 +75,10 @@ def dion_(weight: Tensor, buffer: Tensor, factor: Tensor, size: float, momentum:
         for _ in range(iterations):
             left, right = power_iteration(tall, kept)
             direction, kept = unit_columns(right, kept, rounding)
+        before = torch.linalg.vector_norm(tall) if momentum == 0 else None
         _add_product_(buffer, momentum - 1, *((right, left) if wide else (left, right)))
+        if before is not None:  # where all of M was applied only rounding is left, which has no direction
+            buffer.mul_(torch.linalg.vector_norm(buffer) > rounding * before)
         _add_product_(weight, -size, *((direction, left) if wide else (left, direction)))
     factor.copy_(kept)
 
