@@ -185,6 +185,7 @@ def test_a_model_of_ones_own(tmp_path, monkeypatch):
         assert "test accuracy" in mep(*SMALL, "--preset", "sgd", "--epochs", 1, "--model", f"own_models:{factory}")
     assert "torch.nn.Module" in mep(*SMALL, "--model", "own_models:wrong", code=2)
     assert "own_models" in mep(*SMALL, "--model", "own_models:absent", code=2)
+    assert "input_shape=" in mep(*SMALL, "--model", "torch.nn:Linear", code=2)
 
 
 HOPELESS = ("--preset", "eqprop", "--beta", 20, "--settle-steps", 1, "--epochs", 1)

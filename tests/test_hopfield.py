@@ -226,3 +226,23 @@ def test_dropout_is_the_same_in_both_phases():
 def test_sweeps_are_refused():
     with pytest.raises(mep.ArgumentError, match="Descent"):
         mep.EquilibriumPropagation(mlp(nn.ReLU, 4, 5, 3), energy="hopfield", solver=mep.Sweep())
+
+
+def test_the_table_of_a_hopfield_network_names_the_activations_of_its_states():
+    modules = (
+        nn.Linear(4, 8),
+        nn.Hardtanh(0, 1),
+        nn.Linear(8, 2),
+        nn.Sigmoid(),
+        nn.Linear(2, 3),
+        nn.ReLU(),
+        nn.Linear(3, 2),
+    )
+    rows = str(mep.trace(nn.Sequential(*modules), torch.rand(3, 4), energy="hopfield")).splitlines()[1:5]
+    found = [row.split("  ")[1:] for row in rows]
+    assert ["".join(cells).strip().split("batch")[0].strip() for cells in found] == [
+        "linear, box [0, 1]",
+        "linear, sigmoid",
+        "linear, box [0, inf]",
+        "linear",
+    ]

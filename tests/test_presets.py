@@ -420,3 +420,10 @@ def test_updates_by_sgd_are_those_of_torch_bit_for_bit(dtype, weight_decay):
         plain.step()
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_model_in_the_place_of_its_parameters_is_refused(preset):
+    model = small_net()
+    with pytest.raises(mep.ArgumentError, match=r"params is a Sequential.*model\.parameters\(\)"):
+        preset(model, model=model)

@@ -438,3 +438,9 @@ def test_the_nudge_is_just_another_energy():
     moved = energy.output(plus.point) + energy.output(minus.point) - 2 * energy.output(point)
     assert moved.norm() < 1e-3 * (energy.output(plus.point) - energy.output(point)).norm()
     assert math.isclose(energy.beta, 0.0)
+
+
+def test_an_estimate_is_one_line_wherever_it_is_shown():
+    model = nn.Linear(4, 3)
+    estimate = mep.EquilibriumPropagation(model)(torch.rand(300, 4), torch.arange(300) % 3)
+    assert repr([estimate]) == f"[<Estimate: {estimate}>]" and len(repr(estimate)) < 100

@@ -436,6 +436,8 @@ def _embeddings(model: nn.Module) -> list[Any]:
 
 def _listed(params: ParamsT, model: nn.Module) -> list[Any]:
     """The parameters or groups as a list, after checking that there are some."""
+    if isinstance(params, nn.Module):
+        raise ArgumentError(f"params is a {type(params).__name__}, not its parameters: pass model.parameters().")
     listed = list(params)
     if not listed:
         raise ParameterError(

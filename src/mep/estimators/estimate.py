@@ -72,6 +72,10 @@ class Estimate:
         kept = f" ({share_in_words(inside, total)})" if inside else ""
         return f"loss {float(self.loss):.4g}{settled}, {counted}{left}: {self.result}{kept}"
 
+    def __repr__(self) -> str:
+        """Without the numbers of every example."""
+        return f"<{type(self).__name__}: {self}>"
+
     @property
     def beta(self) -> float:
         """The weakest nudge of any example: that which was named, if one was, with its sign; 0 for backprop."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mep.errors import InputError
-from mep.graph.closed_forms import Kink, Softmax
+from mep.graph.closed_forms import FREE_STATE, Kink, Softmax
 from mep.graph.closed_forms.potentials import SOFTMAXES
 from mep.graph.inputs import describe, flattened
 from mep.graph.node import Node
@@ -358,6 +358,8 @@ def _table(graph: Graph) -> str:
 def _row(node: Node, names: Mapping[nn.Parameter, str], batch: str) -> Sequence[str]:
     operations = [op.label for op in node.program if op.label != "sym_size"]
     shown = operations if len(operations) <= 3 else [operations[0], f"{len(operations) - 2} more", operations[-1]]
+    if node.potential != FREE_STATE:  # in a Hopfield network, where an activation is part of the state
+        shown = [*shown, str(node.potential)]
     last = node.program[-1]
     own = node.name.partition("#")[0]  # the path of its module; with a number behind it from the second call on
     parameters = [names.get(p, "of the cost").removeprefix(f"{own}.") for p in node.parameters]

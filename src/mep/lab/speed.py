@@ -25,7 +25,22 @@ from mep.errors import ArgumentError
 from mep.lab.recipes import BASELINE, SPEED, Recipe, choose, is_hopfield
 from mep.runs import records, report
 from mep.runs.records import Record
-from mep.runs.report import BLACK, BLUE, GREEN, GREY, NONE, PINK, VERMILION, Cell, Row, label, number, plural, share
+from mep.runs.report import (
+    BLACK,
+    BLUE,
+    GREEN,
+    GREY,
+    NONE,
+    ORANGE,
+    PINK,
+    VERMILION,
+    Cell,
+    Row,
+    label,
+    number,
+    plural,
+    share,
+)
 
 KIND = "mep bench speed"
 STOPPED = 130  # the exit code of what Ctrl-C ended
@@ -336,6 +351,7 @@ FAMILIES = {
     "descent and SGD": VERMILION,
     "sweeps and other updates": BLUE,
     "local": PINK,
+    "Hopfield": ORANGE,
 }
 BESIDE = 4  # models in a line
 TICKS = (0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)
@@ -361,7 +377,8 @@ def draw(record: Record, path: Path) -> None:
     rows = [row for model in models for row in model["rows"] if row["error"] is None]
     medians = [time["ratio"]["median"] for row in rows for time in row["times"]]
     every[0].set_xlim(0.9 * min(*medians, 0.8), 1.3 * max(*medians, 2.5))
-    handles = [report.sample(name, color=colour, marker="o") for name, colour in FAMILIES.items()]
+    shown = {_family(row) for row in rows}
+    handles = [report.sample(name, color=colour, marker="o") for name, colour in FAMILIES.items() if name in shown]
     for place, count in enumerate(record["settings"]["threads"]):
         fill = GREY if place == 0 else "white"
         name = plural(count, "thread")
@@ -395,6 +412,8 @@ def _family(row: Row) -> str:
     """What a row is a case of."""
     if row["preset"] in ("sgd", "torch_muon"):
         return "backprop"
+    if is_hopfield(row["options"]):
+        return "Hopfield"
     if row["preset"] == "local_ep":
         return "local"
     if "settle_lr" in row["options"]:

@@ -232,8 +232,10 @@ def _draw(axes: Any, rows: list[Row], over: str, key: str) -> None:
         axes.set_ylim(0, 1.05)
         axes.yaxis.set_major_formatter("{x:.0%}")
     elif key == "sweeps":
-        axes.set_ylim(0)
-        axes.yaxis.get_major_locator().set_params(integer=True)
+        most = max(row[key] for row in rows if row[key] is not None)
+        axes.set_yscale("log")
+        axes.set_yticks([tick for tick in (1, 2, 5, 10, 20, 50, 100) if tick <= 1.5 * most])
+        axes.yaxis.set_major_formatter("{x:g}")
     else:
         axes.set_yscale("log")
     report.tidy(axes, sorted({row[over] for row in rows}))

@@ -140,8 +140,16 @@ def build(name: str, data: DataSet) -> nn.Module:
     """The model called `name` for this data, freshly initialised from torch's random state."""
     factory = NAMED[name] if name in NAMED else _imported(name)
     offered = {"input_shape": tuple(data.train_x.shape[1:]), "classes": data.classes}
-    wanted = inspect.signature(factory).parameters
-    model = factory(**{key: value for key, value in offered.items() if key in wanted})
+    signature = inspect.signature(factory)
+    given = {key: value for key, value in offered.items() if key in signature.parameters}
+    try:
+        signature.bind(**given)
+    except TypeError as error:
+        raise ArgumentError(
+            f"--model {name}: {error}. A factory is called with input_shape= and classes=, each if it has a parameter "
+            "of that name, and with nothing else."
+        ) from error
+    model = factory(**given)
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"--model {name} returned a {type(model).__name__}; it must return a torch.nn.Module.")
     return model

@@ -172,11 +172,11 @@ def _bound_all_(
 def _warn(optimizer: torch.optim.Optimizer, p: Tensor, sigma: float, gamma: float, slack: float) -> None:
     model = getattr(optimizer, "model", None)
     names = [name for name, own in model.named_parameters() if own is p] if model is not None else []
+    below = f": a weight that comes near the bound is put {slack:.0%} below it" if slack else ""
     warn(
         f"spectral_bound(gamma={gamma:g}): the largest singular value of `{(names or [tuple(p.shape)])[0]}` is "
-        f"{sigma:.3g}, and the weight was scaled to {gamma * (1 - slack):.3g}: a weight that comes near the bound is "
-        f"put {slack:.0%} below it. This changes the network, as the bound is meant to; for one that was trained "
-        "without it, take a larger gamma. This is said once.",
+        f"{sigma:.3g}, and the weight was scaled to {gamma * (1 - slack):.3g}{below}. This changes the network, as the "
+        "bound is meant to; for one that was trained without it, take a larger gamma. This is said once.",
         UserWarning,
     )
 

@@ -43,6 +43,9 @@ _RESPONDS = 0.01
 class Potential(ABC):
     """G of a state, and the activation f whose inverse is its derivative. Pulls are arguments of f."""
 
+    def __str__(self) -> str:
+        return type(self).__name__.lower()
+
     @property
     def bounds(self) -> Bounds:
         """The faces on which a state may lie; none where the domain is open."""
@@ -120,6 +123,9 @@ class Quadratic(Potential):
     high: float = math.inf
     rate: float = 1.0
     offset: float = 0.0
+
+    def __str__(self) -> str:
+        return f"box [{self.low:g}, {self.high:g}]"
 
     @property
     def bounds(self) -> Bounds:
