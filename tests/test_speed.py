@@ -579,3 +579,19 @@ def test_speed_refuses_and_mep_bench_keeps_its_options(tmp_path, monkeypatch):
     assert "no such recipe" in command("bench", "speed", "--only", "smap", code=2)
     assert "--data ... speed" in command("bench", "--data", "digits", "speed", "--rounds", 2, code=2)
     assert "--only" in command("bench", "--only", "smap", "--out", tmp_path, code=2)
+
+
+def test_hopfield_networks_are_timed_with_weights_of_their_own():
+    """Those of a network that is run forward may leave no equilibrium."""
+    torch.manual_seed(0)
+    fresh = nn.Sequential(nn.Linear(WIDTHS[0], 7), nn.ReLU(), nn.Linear(7, WIDTHS[-1])).double()
+    forward = copy.deepcopy(fresh)
+    with torch.no_grad():
+        for p in forward.parameters():
+            p.mul_(30)
+    hopfield = Recipe("Hopfield", "eqprop", {"energy": "hopfield", "cost": "one_hot_mse"})
+    assert hopfield.is_hopfield and not BASELINE.is_hopfield
+    without = compare(forward, batches(), [BASELINE, hopfield], rounds=2)
+    rows = compare(forward, batches(), [BASELINE, hopfield], rounds=2, hopfield=fresh)
+    assert rows[1]["error"] is None and rows[1]["settled"] == 1
+    assert without[1]["error"] or without[1]["settled"] < 1
