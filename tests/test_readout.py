@@ -423,13 +423,13 @@ def test_a_penalty_inside_the_cost_is_refused_not_dropped():
 
 
 def test_a_hopfield_network_learns_behind_a_readout():
-    torch.manual_seed(0)
+    torch.manual_seed(1)
     model, readout = mlp(hard_sigmoid, 8, 32, 16, 1)[:-1], nn.Linear(16, 3)
     x = torch.rand(64, 8)
     y = x[:, :3].argmax(1)
     parameters = [*model.parameters(), *readout.parameters()]
     optimizer = mep.eqprop(
-        parameters, model=model, energy="hopfield", cost="cross_entropy", readout=readout, lr=0.05, momentum=0.5
+        parameters, model=model, energy="hopfield", cost="cross_entropy", readout=readout, lr=0.02, momentum=0.5
     )
     for _ in range(300):
         optimizer.step(x=x, target=y)
