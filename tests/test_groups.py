@@ -1,13 +1,16 @@
 """An energy over groups of nodes: lateral connections with weights that learn, against implicit differentiation."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
-from cases import Lateral
+from cases import Lateral, free_energy
 from torch import nn
 
 import mep
+from mep.cost import make_cost
+from mep.energy import nudge
 
 
 def network():
@@ -55,6 +58,11 @@ def test_forces_and_value_are_those_of_autograd_on_the_energy():
     moved = {n: (eq.nudged.states[n] - eq.free.states[n]).norm(dim=1) for n in s}
     for name, residual in zip(s, residuals, strict=True):
         torch.testing.assert_close(residual / moved[name], eq.nudged.residuals[name], rtol=0.1, atol=1e-3)
+
+    plain, _ = free_energy(net, x)
+    cost_of_batch = make_cost("cross_entropy")(eq.nudged.states["2"], y)
+    whole = nudge(replace(plain, groups=(lateral,)), cost_of_batch, 0.3)
+    torch.testing.assert_close(whole.value(whole.at(eq.nudged.states)).sum(), energy.detach())
 
 
 def test_lateral_weights_train_and_what_cannot_be_is_refused():
