@@ -591,7 +591,7 @@ def test_a_solver_with_a_false_residual_is_found(branches, monkeypatch):
     monkeypatch.setattr(mep.Sweep, "step", flattered)
     report = verified("prelu softplus hardtanh", branches=branches, betas=(0.1, 0.05))
     false = [text for text in report.failures if "the solver reported 0.0e+00" in text]
-    assert not report.ok and len(false) == len(report.estimations), report
+    assert not report.ok and len(false) == len({e.worst for e in report.estimations}), report  # one for each node
     assert all(e.result == "converged" and e.recomputed > 1000 * report.tol for e in report.estimations)
 
 

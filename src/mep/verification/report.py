@@ -187,7 +187,7 @@ def failure_reason(parameter: Parameter, phases: str, branches: str) -> str | No
 def failures(
     parameters: Sequence[Parameter], estimations: Sequence[Estimation], tol: float, branches: str
 ) -> tuple[str, ...]:
-    """A sentence for each contrast, kind of check and equilibrium that fails.
+    """A sentence for each kind of check that fails: of each contrast, or of each node.
 
     Of several parameters the last is named: signals come from the output, so the error nearest to it causes the others.
     """
@@ -219,12 +219,17 @@ def failures(
         for e in smallest.values()
         if e.result != converged
     ]
-    found += [
-        f"Node `{e.worst}`: the residual of its state at beta {e.beta:.2g} ({e.phases}) is {e.recomputed:.1e}, and the "
-        f"solver reported {e.residual:.1e}. Way out: {_WHOLE}."
-        for e in estimations
-        if e.result == converged and e.recomputed > tol + e.rounding
-    ]
+    wrong_nodes: dict[str, list[Estimation]] = {}
+    for e in estimations:
+        if e.result == converged and e.recomputed > tol + e.rounding:
+            wrong_nodes.setdefault(e.worst, []).append(e)
+    for node, own in wrong_nodes.items():
+        e = max(own, key=lambda e: e.recomputed)
+        often = f", the largest of {len(own)} in {len(estimations)} equilibria" if len(own) > 1 else ""
+        found.append(
+            f"Node `{node}`: the residual of its state at beta {e.beta:.2g} ({e.phases}) is {e.recomputed:.1e}{often}, "
+            f"and the solver reported {e.residual:.1e}. Way out: {_WHOLE}."
+        )
     return tuple(found)
 
 
