@@ -110,6 +110,7 @@ WEIGHTS = {
     "small half precision": torch.randn(20, 30, generator=torch.Generator().manual_seed(0)).half(),
     "huge": 1e30 * torch.randn(140, 140, generator=torch.Generator().manual_seed(0)),
     "small and huge": 1e30 * torch.randn(4, 14, generator=torch.Generator().manual_seed(0)),
+    "beyond squares": 1e200 * torch.randn(9, 14, generator=torch.Generator().manual_seed(0), dtype=torch.float64),
     "large": 1e15 * torch.randn(140, 140, generator=torch.Generator().manual_seed(0)),
     "last in memory": torch.randn(160, 20, 3, 3).to(memory_format=torch.channels_last),
 }

@@ -238,9 +238,8 @@ def _factor_without_waiting(wide: Tensor, gamma: float) -> Tensor:
 def _norm_on_cpu(wide: Tensor, dtype: torch.dtype, state: dict[str, Any], gamma: float) -> float:
     """`sigma_max`, with a proof; 0 where the Frobenius norm shows that it is below gamma, or is not finite."""
     frobenius = torch.linalg.vector_norm(wide).item()
-    if frobenius == math.inf:  # perhaps only the squares overflow
-        wide = wide.double()
-        frobenius = torch.linalg.vector_norm(wide).item()
+    if frobenius == math.inf and (largest := wide.abs().max().item()) < math.inf:  # only the squares overflow
+        return largest * _norm_on_cpu(wide / largest, dtype, state, gamma / largest)
     if not gamma < frobenius < math.inf:
         return 0.0
     square = wide @ wide.mT
