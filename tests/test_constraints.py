@@ -1,6 +1,7 @@
 import copy
 import math
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -455,3 +456,20 @@ def test_a_weight_that_someone_else_changed_is_measured_anew_though_its_path_is_
         weight.mul_(4)
     optimizer.step()
     assert sigma_max(weight) <= 1.2 * (1 + TOLERANCE)
+
+
+def test_a_weight_that_grows_to_the_bound_is_not_warned_of_but_one_that_begins_beyond_it_is():
+    weight = nn.Parameter(torch.eye(4))
+    weight.grad = -torch.eye(4)
+    optimizer = torch.optim.SGD([weight], lr=0.2)
+    optimizer.register_step_post_hook(spectral_bound(2.0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(10):
+            optimizer.step()
+    assert sigma_max(weight.detach()) <= 2.0
+    other = nn.Parameter(3 * torch.eye(4))
+    other.grad = torch.zeros(4, 4)
+    optimizer.add_param_group({"params": [other]})
+    with pytest.warns(UserWarning, match="the largest singular value"):
+        optimizer.step()

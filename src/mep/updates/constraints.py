@@ -57,7 +57,8 @@ def spectral_bound(gamma: float, slack: float = 0.1, exclude: Weights = ()) -> C
     State: the measured weight and its norm, `["spectral_reference"]` and `["spectral_norm"]`; with more than 128 rows
     and columns, `["spectral_vector"]`, where the next estimate starts.
 
-    The first weight that is changed by more than a hundredth is named in a warning, once.
+    A weight that exceeds the bound when it is first seen, as after training without it, is named in a warning, once.
+    One that grows to the bound in training is not.
 
     Args:
         gamma: the bound, in units of singular values.
@@ -84,7 +85,12 @@ def spectral_bound(gamma: float, slack: float = 0.1, exclude: Weights = ()) -> C
     require("spectral_bound", "gamma", gamma, lambda g: 0 < g < math.inf, "positive and finite")
     require("spectral_bound", "slack", slack, lambda s: 0 <= s < 1, "at least 0 and below 1")
     return functools.partial(
-        _bound_all_, gamma=gamma, slack=slack, exclude=exclude if callable(exclude) else tuple(exclude), warned=[]
+        _bound_all_,
+        gamma=gamma,
+        slack=slack,
+        exclude=exclude if callable(exclude) else tuple(exclude),
+        warned=[],
+        seen=set(),
     )
 
 
@@ -155,6 +161,7 @@ def _bound_all_(
     slack: float,
     exclude: Weights = (),
     warned: list[bool],
+    seen: set[int],
 ) -> None:
     excluded = set(exclude() if callable(exclude) else exclude)
     for group in optimizer.param_groups:
@@ -164,9 +171,10 @@ def _bound_all_(
             if p.ndim >= 2 and p.requires_grad and p.grad is not None and p.numel() > 0 and p not in excluded:
                 with torch.autocast(p.device.type, enabled=False):
                     sigma = _bound_(p, optimizer.state[p], gamma, slack)
-                if sigma > 1.01 * gamma * (1 - slack) and not warned:
+                if sigma > 1.01 * gamma * (1 - slack) and not warned and id(p) not in seen:
                     warned.append(True)
                     _warn(optimizer, p, sigma, gamma, slack)
+                seen.add(id(p))
 
 
 def _warn(optimizer: torch.optim.Optimizer, p: Tensor, sigma: float, gamma: float, slack: float) -> None:
