@@ -57,8 +57,8 @@ def spectral_bound(gamma: float, slack: float = 0.1, exclude: Weights = ()) -> C
     State: the measured weight and its norm, `["spectral_reference"]` and `["spectral_norm"]`; with more than 128 rows
     and columns, `["spectral_vector"]`, where the next estimate starts.
 
-    A weight that exceeds the bound when it is first seen, as after training without it, is named in a warning, once.
-    One that grows to the bound in training is not.
+    A weight that is beyond the bound when it is first seen, as after training without it, or that other code has moved
+    there, is named in a warning, once. One that grows to the bound in training is not.
 
     Args:
         gamma: the bound, in units of singular values.
@@ -171,7 +171,8 @@ def _bound_all_(
             if p.ndim >= 2 and p.requires_grad and p.grad is not None and p.numel() > 0 and p not in excluded:
                 with torch.autocast(p.device.type, enabled=False):
                     sigma = _bound_(p, optimizer.state[p], gamma, slack)
-                if sigma > 1.01 * gamma * (1 - slack) and not warned and id(p) not in seen:
+                largest = gamma if id(p) in seen else gamma * (1 - slack)  # as far as it may have grown in training
+                if sigma > 1.01 * largest and not warned:
                     warned.append(True)
                     _warn(optimizer, p, sigma, gamma, slack)
                 seen.add(id(p))
