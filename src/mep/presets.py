@@ -457,7 +457,7 @@ def _sgd(
         require(call, "momentum", momentum, lambda m: m > 0, "above 0 with nesterov=True")
     sgd = torch.optim.SGD(groups, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov)
     for group in sgd.param_groups:
-        # On the CPU torch loops over parameters unless told. In half precision `foreach` rounds the momentum itself.
+        # On the CPU torch's default is a loop over parameters. In half precision `foreach` rounds the momentum itself.
         is_exact = all(p.device.type == "cpu" and p.dtype in (torch.float32, torch.float64) for p in group["params"])
         if group["foreach"] is None and is_exact:
             group["foreach"] = True

@@ -302,7 +302,7 @@ def finished(gradients: Gradients) -> Gradients:
                 f"The gradient of parameters of shapes {broken} is not finite. Nothing was changed. Way out: a smaller "
                 "learning rate, or look for exploding weights."
             )
-    return {p: g if g.dtype is p.dtype else g.to(p.dtype) for p, g in gradients.items()}
+    return {p: g.to(p.dtype) for p, g in gradients.items()}
 
 
 def accumulate(gradients: Mapping[nn.Parameter, Tensor]) -> None:

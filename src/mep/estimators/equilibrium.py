@@ -229,10 +229,9 @@ class EquilibriumPropagation:
             step = self._settled(x, target, batch, indices, table, graph)
             with region("contrast"):
                 gradients = finished(total_gradient(step.phases, step.output, batch))
-            if self._has_more_to_move(step, indices):
-                with uninterrupted():
-                    self._finish(step, x, target, indices)
-                    all_has_moved()
+            with uninterrupted():
+                self._finish(step, x, target, indices)
+                all_has_moved()
         return gradients, step.estimate
 
     @torch.no_grad()
@@ -551,11 +550,6 @@ class EquilibriumPropagation:
             inside,
             None if self.feedback else coupling,
         )
-
-    def _has_more_to_move(self, step: _Step, indices: Tensor | None) -> bool:
-        """Whether `_finish` does anything."""
-        moves = self.observe is not None or self.compiled_steps is not None or indices is not None
-        return moves or bool(step.energy.context.new_buffers)
 
     def _finish(self, step: _Step, x: Any, target: Tensor, indices: Tensor | None) -> None:
         """Everything that a step moves besides gradients, once these are there: factors, buffers, warm starts."""

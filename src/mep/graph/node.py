@@ -428,8 +428,7 @@ def expand_beta(beta: Beta, like: Tensor) -> Beta:
     if beta.ndim:
         is_alike = beta.shape[0] == like.shape[0]
         beta = beta.view(-1, *[1] * (like.ndim - 1)) if is_alike else per_example(beta, like)
-    dtype = numbers_like(like, beta) if beta.is_complex() else like.dtype
-    return beta if beta.dtype is dtype else beta.to(dtype)
+    return beta.to(numbers_like(like, beta) if beta.is_complex() else like.dtype)
 
 
 def select_beta(beta: Beta, rows: Tensor) -> Beta:
